@@ -1,0 +1,1752 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Unlicense
+# Public domain, see https://unlicense.org
+"""Receive the call events of sipgate.io: verify, print, decide, answer.
+
+Copy this one file to a server and start it; Python 3.8 or newer is all it needs:
+
+    python3 sipgate_callevents.py                             try it on this machine
+    python3 sipgate_callevents.py --url https://example.org/3f9c2a     take real calls
+
+sipgate POSTs a newCall when a call starts. The XML reply decides about the call and asks
+for the later events: answer, hangup, and dtmf (the digits of a <Gather>). To decide
+yourself, search for "edit here".
+
+How a webhook travels through this file:
+
+    socket bytes
+      └ WebhookRequestHandler      a complete, strictly framed request, in time, within limits
+          └ Receiver.receive
+              ├ is_signed          on the raw bytes, before anything is decoded
+              ├ parse_event        NewCallEvent, AnswerEvent, HangupEvent, DtmfEvent, UnknownEvent
+              ├ on_new_call ...    your decision, within the time limit
+              └ response_xml       bytes
+      └ one sendall
+
+Threads: the main thread waits for a signal; one accepts connections, each connection has
+one; up to 8 run on_new_call and on_dtmf, one runs on_answer and on_hangup; one each
+writes stdout and stderr, so that a stuck terminal never holds up a call.
+
+Words: an *event* is one of sipgate's; the *response* is its XML document, the *reply* the
+HTTP answer that carries it; a *handler* is http.server's class. A *call* is what a person
+sees, a *leg* is what one callId names.
+
+Not here: accounts, tunnels, certificates from Let's Encrypt, text to speech, CRM, mail.
+"""
+from __future__ import annotations
+
+import argparse
+import base64
+import collections
+import contextlib
+import difflib
+import email.utils
+import errno
+import hashlib
+import http.server
+import importlib.util
+import io
+import ipaddress
+import itertools
+import json
+import logging
+import os
+import queue
+import re
+import secrets
+import signal
+import socket
+import socketserver
+import sys
+import threading
+import time
+import traceback
+import urllib.parse
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, NamedTuple, TextIO
+
+__version__ = "1.0"
+
+logger = logging.getLogger("sipgate_callevents")
+
+# The paths below WEBHOOK_URL, and the event that each one is for.
+ROUTES = {"/new-call": "newCall", "/on-answer": "answer", "/on-hangup": "hangup", "/on-data": "dtmf"}
+
+
+# ==========================================================================================
+# PART I: ANSWERS THE PHONE
+# All that a byte from the internet or a waiting caller can reach. Read this part before
+# you trust the file; each section uses only names from sections above it.
+# ==========================================================================================
+
+# ------------------------------------------------------------------------------------------
+# Settings
+# The .env reader and the checked settings. Text in, values out: no file and no environment
+# is read here.
+# ------------------------------------------------------------------------------------------
+
+class SettingsError(Exception):
+    """The program cannot start as it is set up; `problems` holds one sentence for each fault."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+BLANKS = r"[^\S\r\n]*"
+ESCAPES = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
+
+
+def parse_dotenv(text: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return what the `.env` file `text` adds to `environ`, read as python-dotenv reads it.
+
+    Total: a line that cannot be read is skipped, with a warning that names its number.
+    """
+    position = 0
+    seen: dict[str, str | None] = {}
+
+    def take(pattern: str) -> str:
+        """What `pattern` (or its group) matches here; the position moves behind it."""
+        nonlocal position
+        match = re.compile(pattern).match(text, position)
+        if match is None:
+            raise ValueError
+        position = match.end()
+        return match[match.lastindex or 0]
+
+    def take_value() -> str:
+        if text.startswith("'", position):
+            return re.sub(r"\\([\\'])", r"\1", take(r"(?s)'((?:\\.|[^'\\])*)'"))
+        if text.startswith('"', position):
+            return re.sub(r"""\\([\\'"abfnrtv])""", lambda escape: ESCAPES.get(escape[1], escape[1]),
+                          take(r'(?s)"((?:\\.|[^"\\])*)"'))
+        return re.sub(r"\s+#.*", "", take(r"[^\r\n]*")).rstrip()
+
+    def resolve(reference: re.Match[str]) -> str:
+        known = {**seen, **environ}
+        return (known[reference[1]] if reference[1] in known else reference[2]) or ""
+
+    take(r"\ufeff?\s*")
+    while position < len(text):
+        line = 1 + len(re.findall(r"\r\n|\n|\r", text[:position]))
+        try:
+            take(r"(?:export[^\S\r\n]+)?")
+            key = take(r"(?=#)|'([^']+)'|(?!')[^=#\s]+")
+            take(BLANKS)
+            value = take_value() if take(rf"(?:={BLANKS})?") else None
+            take(rf"{BLANKS}(?:#[^\r\n]*)?(?:\r\n|\n|\r|\Z)")
+        except ValueError:
+            logger.warning(".env: line %d cannot be read and is skipped", line)
+            take(r"[^\r\n]*")
+        else:
+            if key:
+                seen[key] = value and re.sub(r"\$\{([^}:]*)(?::-([^}]*))?\}", resolve, value)
+        take(r"\s*")
+    return {key: value for key, value in seen.items() if value is not None and key not in environ}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` names this machine and no other: 127.0.0.0/8, ::1 or localhost."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def read_url(text: str) -> str:
+    """Return the base URL `text` without a slash at its end; ValueError says what was expected."""
+    parts = urllib.parse.urlsplit(text)
+    if not re.fullmatch(r"https?://[^/@?#]+", f"{parts.scheme}://{parts.netloc}") or not parts.hostname:
+        if "@" in parts.netloc:
+            raise ValueError("leave out user and password, sipgate's webhooks do not need them")
+        raise ValueError("expected a whole address such as https://example.org")
+    if "?" in text or "#" in text:
+        raise ValueError("leave out everything from the ? or # on")
+    if not re.fullmatch(r"[A-Za-z0-9.:\[\]_-]+(/[A-Za-z0-9._~!$&'()*+,;=:@%-]*)*", text.split("://", 1)[1]):
+        raise ValueError("expected only letters, digits and punctuation that a URL can hold")
+    if parts.port == 0:
+        raise ValueError("expected a port from 1 to 65535")
+    base = text.rstrip("/")
+    for route in ROUTES:
+        if base.endswith(route):
+            raise ValueError(f"leave out {route}, it is added to {base[:-len(route)]}")
+    return base
+
+
+def read_port(text: str) -> int:
+    """Return the port `text`; 0 lets the system choose one. ValueError says what was expected."""
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
+        raise ValueError("expected a whole number from 1 to 65535")
+    return int(text)
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"expected {', '.join(choices[:-1])} or {choices[-1]}")
+        return text
+    return read
+
+
+def setting(default: Any, read: Callable[[str], Any] = str) -> Any:
+    return field(default=default, metadata={"read": read})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The checked settings. The name of each in capitals is its name in `.env` and environment."""
+
+    webhook_url: str = setting("", read_url)
+    webhook_port: int = setting(8080, read_port)
+    webhook_host: str = setting("127.0.0.1")
+    verify_signature: str = setting("auto", one_of("auto", "on", "off"))
+    signature_key_file: str = setting("")
+    call_handlers: str = setting("")
+    call_output: str = setting("text", one_of("text", "json", "off"))
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, str], folder: str = "") -> Settings:
+        """Check `values` (setting name to text; empty means not set) and return the settings.
+
+        A relative path counts from `folder`. Raises SettingsError with one sentence for each
+        value that is wrong.
+        """
+        found: dict[str, Any] = {}
+        problems = []
+        for known in fields(cls):
+            name = known.name.upper()
+            text = values.get(name, "").strip()
+            try:
+                if text:
+                    found[known.name] = known.metadata["read"](text)
+            except ValueError as error:
+                problems.append(f'{name} is "{text}": {error}')
+        for path in ("signature_key_file", "call_handlers"):
+            if path in found:
+                found[path] = os.path.abspath(os.path.join(folder, found[path]))
+        settings = cls(**found)
+        if settings.trial and "WEBHOOK_URL" not in " ".join(problems) and not is_loopback(settings.webhook_host):
+            problems.append(f'WEBHOOK_HOST is "{settings.webhook_host}" but WEBHOOK_URL is not set: '
+                            "without it only this machine may be listened to; set WEBHOOK_URL "
+                            "or leave WEBHOOK_HOST at 127.0.0.1")
+        if problems:
+            raise SettingsError(*problems)
+        return settings
+
+    @property
+    def trial(self) -> bool:
+        """Whether there is no public address yet (trial mode)."""
+        return not self.webhook_url
+
+    @property
+    def base_url(self) -> str:
+        return self.webhook_url or f"http://localhost:{self.webhook_port}"
+
+    @property
+    def base_path(self) -> str:
+        """The path of WEBHOOK_URL, which the proxy hands on: "" or "/3f9c2a"."""
+        return urllib.parse.urlsplit(self.webhook_url).path
+
+    def warnings(self) -> Iterator[str]:
+        """What is allowed but probably not meant, a sentence each."""
+        if self.trial:
+            return
+        url = urllib.parse.urlsplit(self.webhook_url)
+        if not is_loopback(url.hostname or ""):
+            if url.scheme == "http":
+                yield "WEBHOOK_URL begins with http: sipgate's newer accounts take https only"
+            if not url.path:
+                yield ("WEBHOOK_URL has no path, and every sipgate customer's webhooks carry the same signature: "
+                       f"a long random path keeps theirs out, such as WEBHOOK_URL={self.webhook_url}/"
+                       + secrets.token_hex(8))
+            if url.port == self.webhook_port and is_loopback(self.webhook_host):
+                yield (f"WEBHOOK_URL names port {url.port} of {url.hostname}, but only {self.webhook_host} is listened "
+                       "on: there must be a tunnel or proxy, or WEBHOOK_HOST must be 0.0.0.0")
+        if self.verify_signature == "off":
+            yield "VERIFY_SIGNATURE=off: anyone who knows the address can invent calls"
+
+
+# ------------------------------------------------------------------------------------------
+# Signatures
+# Whether sipgate signed these bytes. Knows nothing of HTTP and of events.
+# ------------------------------------------------------------------------------------------
+
+# AlgorithmIdentifier: rsaEncryption with NULL parameters (RFC 3279 2.3.1).
+RSA_ENCRYPTION = bytes.fromhex("300d06092a864886f70d0101010500")
+# DigestInfo of SHA-256 up to the digest (RFC 8017 9.2, note 1).
+SHA256_PREFIX = bytes.fromhex("3031300d060960864801650304020105000420")
+
+
+def _der_value(der: bytes, tag: int, start: int) -> tuple[bytes, int]:
+    """The content of the DER value at `start` and where the next one begins (X.690 8.1)."""
+    length, begin = der[start + 1], start + 2
+    if length >= 0x80:
+        begin += length & 0x7f
+        length = int.from_bytes(der[start + 2:begin], "big")
+    if der[start] != tag or begin + length > len(der):
+        raise ValueError
+    return der[begin:begin + length], begin + length
+
+
+class PublicKey(NamedTuple):
+    """An RSA public key."""
+
+    modulus: int
+    exponent: int
+
+    @classmethod
+    def from_pem(cls, text: str) -> PublicKey:
+        """Return the first RSA key that `text` holds as "BEGIN PUBLIC KEY" (RFC 7468 13).
+
+        Raises ValueError that says what `text` is instead.
+        """
+        pem = re.search(r"-----BEGIN PUBLIC KEY-----([A-Za-z0-9+/=\s]+)-----END PUBLIC KEY-----", text)
+        if not pem:
+            raise ValueError('expected a PEM file with "-----BEGIN PUBLIC KEY-----" in it')
+        try:
+            info, _ = _der_value(base64.b64decode(pem[1]), 0x30, 0)
+            if not info.startswith(RSA_ENCRYPTION):
+                raise ValueError
+            bits, _ = _der_value(info, 0x03, len(RSA_ENCRYPTION))
+            # The first octet of a BIT STRING counts its unused bits, none here.
+            numbers, _ = _der_value(bits, 0x30, 1)
+            modulus, behind = _der_value(numbers, 0x02, 0)
+            exponent, _ = _der_value(numbers, 0x02, behind)
+        except (ValueError, IndexError):
+            raise ValueError("expected an RSA key") from None
+        key = cls(int.from_bytes(modulus, "big"), int.from_bytes(exponent, "big"))
+        if key.modulus.bit_length() < 2048 or key.exponent < 3 or not key.modulus & key.exponent & 1:
+            raise ValueError("expected an RSA key of at least 2048 bits")
+        return key
+
+    @property
+    def size(self) -> int:
+        """Length of the modulus, and so of a signature, in bytes."""
+        return (self.modulus.bit_length() + 7) // 8
+
+
+# One key for all customers; the same in sipgate's Node SDK and in its signature verifier.
+SIPGATE_PUBLIC_KEY = """\
+-----BEGIN PUBLIC KEY-----
+MIICIjANBgkqhkiG9w0BAQEFAAOCAg8AMIICCgKCAgEAvFdlnqRfO5TmqzjtsFVC
+qPz+oW+poi3lXQFvMJJMEAtlU4MbX+yuIkgnC+Qt3AQWIK+oWSEQiybg+p39wEMl
+16PZxEzf9gONQvTg1XhyHnwqYUFQj/AoxPKGYC3jmdjZ224SrESiTN3CdxoOc3vk
+cXiQstYE7SxnksPtzfk0aIOkicim5/tAP9izNQ18/zmX3ChjK2k72gf5dDlq+qZ8
+pRiHAPZ64TySH6cLQDhaoh6Nbq8FEG3usXXPClbUMh2DZaTMPafpd+LNuTngJ/y+
+KoZasVuFfXAeBqGA6l5d4Uedfr99Z6qjwDrJ8sU4z2Do9bJrbuqP+mOXEebhSI1K
+vi8trEfrIt8hnDBGsBaB9NEO3kYxvDT2/PhC9fNYFocjEpZNd7/mUqTJDYlpa4UC
+NDQaU+ATdXG8/P5sGAegks6MQTu+qe9XTO0CV48eswDkz6g3UbLOwmrJK59SjD3J
+yAZ52sluwyDKRWw/PPTt8BTQLjvkdbiLUlc4ehJ4b1X7D7diYWHDPeFL47cAvaXh
+dXVrZDeBJYibvD1jRx4ES0KlfhwzNXBYUoM/Movg9zMM2PzyHHKS//xIjwUC/FJ6
+/6eykno0Hy2B1ev6s3hdY6VkN2zd7Wf+EK4DxRliwsg1U99szFE3ewLfexF+Uag5
+M+TfPtOUumI/NHMTvsRW9+ECAwEAAQ==
+-----END PUBLIC KEY-----
+"""
+
+
+def decode_signature(header: str | None) -> bytes:
+    """The bytes of an X-Sipgate-Signature; empty if it is not canonical base64 (RFC 4648 3.5)."""
+    try:
+        signature = base64.b64decode(header or "", validate=True)
+    except ValueError:
+        return b""
+    return signature if base64.b64encode(signature).decode() == header else b""
+
+
+def is_signed(body: bytes, header: str | None, keys: Sequence[PublicKey]) -> bool:
+    """Whether `header` (an X-Sipgate-Signature) signs `body` with one of `keys`.
+
+    Total: any header gives True or False. RSASSA-PKCS1-v1_5 with SHA-256 (RFC 8017 8.2.2): the
+    one block that is right is built and compared whole, so that no parser can be misled.
+    """
+    signature = decode_signature(header)
+    number = int.from_bytes(signature, "big")
+    digest = SHA256_PREFIX + hashlib.sha256(body).digest()
+    for key in keys:
+        # Below the modulus: s + n has the same power as s and would be a second signature.
+        if len(signature) == key.size and number < key.modulus:
+            block = b"\x00\x01" + b"\xff" * (key.size - len(digest) - 3) + b"\x00" + digest
+            if pow(number, key.exponent, key.modulus).to_bytes(key.size, "big") == block:
+                return True
+    return False
+
+
+# ------------------------------------------------------------------------------------------
+# Call events
+# From the bytes of a webhook's body to a value. Knows no clock, no database, no header, no
+# socket. Wire names are turned into Python names here and nowhere else.
+# ------------------------------------------------------------------------------------------
+
+class WebhookError(Exception):
+    """A request that is refused: `status`, and `reason`, a constant sentence for the reply.
+
+    `detail`, for stderr, says more, and what to do.
+    """
+
+    def __init__(self, status: int, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.status, self.reason, self.detail = status, reason, detail
+
+
+@dataclass(frozen=True)
+class CallEvent:
+    """What every event carries. What sipgate left out is "" or (); numbers and ids are text.
+
+    `fields` is the form as it came: key to list of values, unknown keys included.
+    """
+
+    event: ClassVar[str]
+    call_id: str = ""
+    fields: Mapping[str, Sequence[str]] = field(default_factory=dict, repr=False, hash=False)
+
+
+@dataclass(frozen=True)
+class _LegEvent(CallEvent):
+    from_number: str = ""  # E.164 digits without "+", or "anonymous", or a SIP id
+    to_number: str = ""
+    direction: str = ""  # "in" or "out"
+    orig_call_id: str = ""  # the first leg, after a transfer
+    xcid: str = ""  # the same on all forwarded legs
+    diversion: str = ""  # the number first dialled
+
+
+@dataclass(frozen=True)
+class NewCallEvent(_LegEvent):
+    """A leg starts to ring. `users`: those whose phones ring, or the one who calls out."""
+
+    event: ClassVar[str] = "newCall"
+    users: tuple[str, ...] = ()
+    user_ids: tuple[str, ...] = ()  # such as "w0"
+    full_user_ids: tuple[str, ...] = ()  # such as "1234567w0"
+
+
+@dataclass(frozen=True)
+class AnswerEvent(_LegEvent):
+    """Somebody or something answered: voicemail and queues do too, without a user."""
+
+    event: ClassVar[str] = "answer"
+    user: str = ""
+    user_id: str = ""
+    full_user_id: str = ""
+    answering_number: str = ""
+
+
+@dataclass(frozen=True)
+class HangupEvent(_LegEvent):
+    """A leg ended. `cause`: normalClearing, busy, cancel, noAnswer, congestion, notFound, forwarded, ..."""
+
+    event: ClassVar[str] = "hangup"
+    cause: str = ""
+    answering_number: str = ""
+
+
+@dataclass(frozen=True)
+class DtmfEvent(CallEvent):
+    """Digits that a <Gather> collected: "" if no key was pressed, "-1" if the caller hung up.
+
+    `state` is what gather(state=...) was given.
+    """
+
+    event: ClassVar[str] = "dtmf"
+    dtmf: str = ""
+    state: str = ""
+
+
+@dataclass(frozen=True)
+class UnknownEvent(CallEvent):
+    """An event of a kind that sipgate did not have when this was written."""
+
+    event: str = ""  # type: ignore[misc]
+
+
+EVENTS: dict[str, type[CallEvent]] = {
+    kind.event: kind for kind in (NewCallEvent, AnswerEvent, HangupEvent, DtmfEvent)}
+TEXT_FIELDS = {
+    "callId": "call_id", "origCallId": "orig_call_id", "from": "from_number", "to": "to_number",
+    "direction": "direction", "cause": "cause", "diversion": "diversion", "xcid": "xcid", "dtmf": "dtmf",
+    "user": "user", "userId": "user_id", "fullUserId": "full_user_id", "answeringNumber": "answering_number"}
+LIST_FIELDS = {"user": "users", "userId": "user_ids", "fullUserId": "full_user_ids"}
+# user[] as documented, user[][0] as sipgate's own test sends it.
+LIST_KEY = re.compile(r"(user|userId|fullUserId)\[\](?:\[[0-9]+\])?")
+MAX_FIELDS = 200  # sipgate sends about 12, and three for every user of a group
+
+
+def parse_event(body: bytes, default_event: str, state: str = "") -> CallEvent:
+    """Return the event that the form in `body` holds.
+
+    The event named in the body decides; `default_event` stands in where it names none.
+    Raises WebhookError: 400 for what is no form or has a single field twice, 404 if there is
+    no event at all. Unknown events and fields are kept. (sipgate's Push API, "Events".)
+    """
+    # Decoded before parse_qs, which fails on bytes above 127 in Python 3.8 to 3.12.1.
+    text = body.decode("utf-8", "replace")
+    if body and b"=" not in body:
+        raise WebhookError(400, "the body is no form")
+    try:
+        form = urllib.parse.parse_qs(text, keep_blank_values=True, max_num_fields=MAX_FIELDS)
+    except ValueError:
+        raise WebhookError(400, "the form has too many fields") from None
+
+    def single(key: str) -> str:
+        values = form.get(key, [""])
+        if len(values) > 1:
+            raise WebhookError(400, f"the form has {key} more than once")
+        return values[0]
+
+    name = single("event") or default_event
+    if not name:
+        raise WebhookError(404, "no event is named")
+    kind = EVENTS.get(name, UnknownEvent)
+    values: dict[str, Any] = {python: single(wire) for wire, python in TEXT_FIELDS.items()
+                              if python in kind.__dataclass_fields__}
+    if kind is NewCallEvent:
+        for wire, python in LIST_FIELDS.items():
+            found = [value for key in form if _list_name(key) == wire for value in form[key]]
+            values[python] = tuple(found) if any(found) else ()
+    elif kind is DtmfEvent:
+        values["state"] = state
+    elif kind is UnknownEvent:
+        values["event"] = name
+    return kind(fields=form, **values)
+
+
+def _list_name(key: str) -> str:
+    """`user` for `user[]` and its like, "" for any other key."""
+    match = LIST_KEY.fullmatch(key)
+    return match[1] if match else ""
+
+
+# ------------------------------------------------------------------------------------------
+# Actions and XML
+# What a reply can ask of sipgate: one small function for each verb of its XML, and the one
+# that writes the document. Knows no settings.
+# ------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Action:
+    """An element of sipgate's XML; made by dial(), voicemail(), play(), gather(), reject(), hang_up()."""
+
+    tag: str
+    attributes: tuple[tuple[str, str], ...] = ()
+    children: tuple[Action, ...] = ()
+    text: str = ""
+
+
+def _phone_number(argument: str, value: str) -> str:
+    digits = re.sub(r"\A\s*\+|[\s()/-]", "", value) if isinstance(value, str) else ""
+    # "+49 (0) 211" means 49211; without the brackets it would be a wrong number.
+    if not re.fullmatch(r"[0-9]{1,32}", digits, re.ASCII) or re.search(r"\(\s*0\s*\)", value):
+        raise ValueError(f"{argument} is {value!r}: expected digits with the country code, such as '4915799912345'")
+    return digits
+
+
+def _absolute_url(argument: str, value: str) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"https?://(?![/?#])[!-~]+", value):
+        raise ValueError(f"{argument} is {value!r}: expected a URL that begins with http:// or https://")
+    return value
+
+
+def _at_least_one(argument: str, value: int) -> str:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{argument} is {value!r}: expected a whole number of 1 or more")
+    return str(value)
+
+
+def dial(*numbers: str, caller_id: str | None = None, anonymous: bool | None = None) -> Action:
+    """Forward the call to 1 to 5 `numbers`, which ring together.
+
+    Numbers are E.164 digits; +, blanks, dashes, slashes and brackets are removed.
+    `caller_id` is the number to show, `anonymous` whether to show none. Raises ValueError.
+    """
+    if not 1 <= len(numbers) <= 5:
+        raise ValueError(f"numbers: {len(numbers)} were given, expected 1 to 5")
+    attributes = []
+    if caller_id is not None:
+        attributes.append(("callerId", _phone_number("caller_id", caller_id)))
+    if anonymous is not None:
+        if not isinstance(anonymous, bool):
+            raise ValueError(f"anonymous is {anonymous!r}: expected True or False")
+        attributes.append(("anonymous", str(anonymous).lower()))
+    return Action("Dial", tuple(attributes),
+                  tuple(Action("Number", text=_phone_number("numbers", number)) for number in numbers))
+
+
+def voicemail() -> Action:
+    """Send the caller to voicemail."""
+    return Action("Dial", children=(Action("Voicemail"),))
+
+
+def play(url: str) -> Action:
+    """Play the sound at `url` (WAV, mono, 16-bit PCM, 8 kHz); then the call goes on as configured.
+
+    Raises ValueError for a URL that is not absolute.
+    """
+    return Action("Play", children=(Action("Url", text=_absolute_url("url", url)),))
+
+
+def gather(url: str | None = None, *, play: str | None = None, max_digits: int = 1,
+           timeout_ms: int = 2000, state: str | None = None) -> Action:
+    """Collect up to `max_digits` digits, after the sound at `play`; they come back to on_dtmf.
+
+    `url` is the address to send them to instead of our own, `timeout_ms` runs from the end of
+    the sound, in milliseconds, and `state` comes back as event.state. Raises ValueError.
+    """
+    # What does not begin with http is completed by response_xml.
+    target = "" if url is None else _absolute_url("url", url)
+    if state is not None:
+        if not isinstance(state, str) or re.search("[\ud800-\udfff]", state):
+            raise ValueError(f"state is {state!r}: expected text")
+        target += ("&" if "?" in target else "?") + urllib.parse.urlencode({"state": state})
+    sound = () if play is None else (Action("Play", children=(Action("Url", text=_absolute_url("play", play)),)),)
+    return Action("Gather", (("onData", target), ("maxDigits", _at_least_one("max_digits", max_digits)),
+                             ("timeout", _at_least_one("timeout_ms", timeout_ms))), sound)
+
+
+def reject(reason: str = "rejected") -> Action:
+    """Refuse the call: the caller hears that it is rejected, or with "busy" the busy tone."""
+    if reason not in ("rejected", "busy"):
+        raise ValueError(f"reason is {reason!r}: expected 'rejected' or 'busy'")
+    return Action("Reject", (("reason", reason),) if reason == "busy" else ())
+
+
+def hang_up() -> Action:
+    """End the call."""
+    return Action("Hangup")
+
+
+def response_xml(action: Action | None = None, *, on_answer: str = "", on_hangup: str = "",
+                 on_data: str = "") -> bytes:
+    """Return sipgate's <Response> document, in ASCII, with `action` in it.
+
+    `on_answer` and `on_hangup` are the absolute URLs to send those events to (empty: they are
+    not sent); `on_data` is the one for a gather() without a URL. Raises ValueError where it
+    needs one and there is none.
+    """
+    follow_ups = {"onAnswer": on_answer, "onHangup": on_hangup}
+    response = ET.Element("Response", {name: url for name, url in follow_ups.items() if url})
+    if action is not None:
+        _append(response, action, on_data)
+    return ET.tostring(response)
+
+
+def _append(parent: ET.Element, action: Action, on_data: str) -> None:
+    element = ET.SubElement(parent, action.tag, dict(action.attributes))
+    target = element.get("onData")
+    if target is not None and not target.startswith("http"):
+        if not on_data:
+            raise ValueError("gather() without a URL needs WEBHOOK_URL")
+        element.set("onData", on_data + target)
+    element.text = action.text
+    for child in action.children:
+        _append(element, child, on_data)
+
+
+# ------------------------------------------------------------------------------------------
+# What happens on a call                                                      *** edit here ***
+# Your decisions. Knows events and actions. To keep this script replaceable, put any of the
+# four functions into a file of your own and name it in CALL_HANDLERS.
+# ------------------------------------------------------------------------------------------
+
+def on_new_call(event: NewCallEvent) -> Action | None:
+    """Say what happens to the call; None: it goes on as configured at sipgate. 3 seconds at most.
+
+    if event.from_number == "anonymous":
+        return reject("busy")
+    """
+    return None
+
+
+def on_answer(event: AnswerEvent) -> None:
+    """A call was answered. Runs after the reply, one at a time, and may be slow.
+
+    print(event.user or event.answering_number, "is talking to", event.from_number)
+    """
+
+
+def on_hangup(event: HangupEvent) -> None:
+    """A call ended. Runs after the reply, one at a time, and may be slow.
+
+    if event.cause == "cancel":
+        print("missed:", event.from_number)
+    """
+
+
+def on_dtmf(event: DtmfEvent) -> Action | None:
+    """Say what follows on the digits of a gather(); None: the call goes on. 3 seconds at most.
+
+    if event.state == "language" and event.dtmf == "1":
+        return dial("4915799912345")
+    """
+    return None
+
+
+# ------------------------------------------------------------------------------------------
+# Receiving
+# From the bytes of a webhook to the bytes of its reply: verify, parse, decide, render. Knows
+# no sockets and no headers.
+# ------------------------------------------------------------------------------------------
+
+# sipgate waits 10 s for the reply to a newCall, and until then the phone does not ring.
+REPLY_BUDGET_SECONDS = 3.0
+
+
+class Throttle:
+    """Warns at most once a minute for each reason, and counts the others: scanners are loud."""
+
+    def __init__(self, seconds: float = 60.0) -> None:
+        self.seconds = seconds
+        self._lock = threading.Lock()
+        self._said: dict[str, tuple[float, int]] = {}
+
+    def warn(self, reason: str, text: str) -> None:
+        """Log `text`, unless something was logged for `reason` within the last minute."""
+        now = time.monotonic()
+        with self._lock:
+            said_at, held_back = self._said.get(reason, (now - self.seconds, 0))
+            late = now - said_at >= self.seconds
+            self._said[reason] = (now, 0) if late else (said_at, held_back + 1)
+        if late:
+            logger.warning("%s%s", text, f" ({held_back} more since the last message)" if held_back else "")
+
+
+class CallFunctions(NamedTuple):
+    """Your code."""
+
+    on_new_call: Callable[[NewCallEvent], Action | None] = on_new_call
+    on_answer: Callable[[AnswerEvent], None] = on_answer
+    on_hangup: Callable[[HangupEvent], None] = on_hangup
+    on_dtmf: Callable[[DtmfEvent], Action | None] = on_dtmf
+
+
+class _Job:
+    """One run of your code for one event."""
+
+    def __init__(self, function: Callable[[Any], Any], event: CallEvent | None) -> None:
+        self.function, self.event = function, event
+        self.name = getattr(function, "__name__", "your code")
+        self.done = threading.Lock()
+        self.done.acquire()
+        self.thread = 0  # the thread that runs it; 0: not begun
+        self.late = False  # nobody waits for it any more
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self.result = self.function(self.event)
+        except BaseException as error:  # noqa: BLE001 - sys.exit() in your code must not end our thread
+            self.error = error
+
+    def report(self, consequence: str) -> None:
+        """Log what your code raised."""
+        if self.error is not None:
+            trace = self.error.__traceback__
+            logger.error("%s raised %s; %s", self.name, type(self.error).__name__, consequence,
+                         exc_info=(type(self.error), self.error, trace and trace.tb_next))
+
+    def where(self) -> str:
+        """The lines that your code is at, innermost last."""
+        frames = traceback.walk_stack(sys._current_frames().get(self.thread))
+        yours = itertools.takewhile(lambda pair: pair[0].f_code is not _Job.run.__code__, frames)
+        return "".join(reversed(traceback.StackSummary.extract(yours).format()))
+
+
+class DecisionThreads:
+    """Runs on_new_call and on_dtmf in daemon threads, and waits for each until its deadline.
+
+    A thread cannot be killed: one is lost to code that hangs, until that returns. Once all are
+    lost, calls no longer wait.
+    """
+
+    THREADS = 8
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._threads = self._open = self._lost = 0
+        self._throttle = Throttle()
+
+    def decide(self, function: Callable[[Any], Action | None], event: CallEvent,
+               deadline: float) -> Action | None:
+        """Return what `function` makes of `event` by `deadline` (time.monotonic()), None if it fails."""
+        job = _Job(function, event)
+        if not self._submit(job):
+            self._throttle.warn("lost", f"all {self.THREADS} threads hang in your code; "
+                                        "until one returns, calls go through undecided")
+            return None
+        if not job.done.acquire(timeout=max(deadline - time.monotonic(), 0)):
+            self._give_up(job)
+            return None
+        job.report("the call goes through undecided")
+        if job.result is None or isinstance(job.result, Action):
+            return job.result
+        logger.error("%s returned a %s, not an action such as dial(...); the call goes through undecided",
+                     job.name, type(job.result).__name__)
+        return None
+
+    def _submit(self, job: _Job) -> bool:
+        with self._lock:
+            if self._lost >= self.THREADS:
+                return False
+            if self._open >= self._threads and self._threads < self.THREADS:
+                threading.Thread(target=self._work, name=f"decision-{self._threads}", daemon=True).start()
+                self._threads += 1
+            self._open += 1
+        self._jobs.put(job)
+        return True
+
+    def _give_up(self, job: _Job) -> None:
+        with self._lock:
+            job.late = True
+            self._lost += job.thread != 0
+        where = f"; it is at\n{job.where()}" if job.thread else " (all threads were busy)"
+        logger.error("%s has not returned in time; the call goes through undecided%s", job.name, where)
+
+    def _work(self) -> None:
+        while True:
+            job = self._jobs.get()
+            with self._lock:
+                begin = not job.late
+                job.thread = threading.get_ident() if begin else 0
+            if begin:
+                job.run()
+            with self._lock:
+                self._open -= 1
+                self._lost -= begin and job.late
+            job.done.release()
+
+
+class FollowUps:
+    """Runs on_answer and on_hangup after the reply, one at a time, in order of arrival."""
+
+    LIMIT = 1000  # how many may wait
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._throttle = Throttle()
+        threading.Thread(target=self._work, name="follow-ups", daemon=True).start()
+
+    def put(self, function: Callable[[Any], None], event: CallEvent) -> None:
+        """Have `function` called with `event`, soon; never waits."""
+        if self._jobs.qsize() < self.LIMIT:
+            self._jobs.put(_Job(function, event))
+        else:
+            self._throttle.warn("full", f"{function.__name__} was not run: {self.LIMIT} events wait for your code")
+
+    def finish(self, seconds: float) -> int:
+        """Wait up to `seconds` for what was put; return how many events are left."""
+        last = _Job(lambda event: None, None)
+        self._jobs.put(last)
+        return 0 if last.done.acquire(timeout=seconds) else self._jobs.qsize()
+
+    def _work(self) -> None:
+        while True:
+            job = self._jobs.get()
+            job.run()
+            job.report("the event counts as handled")
+            job.done.release()
+
+
+class Reply(NamedTuple):
+    """What goes back over HTTP; `afterwards` is called once it has left."""
+
+    status: int
+    body: bytes
+    content_type: str = "text/plain; charset=utf-8"
+    headers: tuple[tuple[str, str], ...] = ()
+    afterwards: Callable[[], None] = lambda: None
+
+
+# The three refusals of a signature: reply, and what to do about it.
+MISSING = (
+    "signature missing, see VERIFY_SIGNATURE",
+    "a webhook was refused, X-Sipgate-Signature is missing: it is not from sipgate, or a proxy drops that header")
+MALFORMED = (
+    "signature malformed, see SIGNATURE_KEY_FILE",
+    "a webhook was refused, X-Sipgate-Signature is malformed: it is not from sipgate, or a proxy changes that header")
+MISMATCH = (
+    "signature does not match, see SIGNATURE_KEY_FILE",
+    "a webhook was refused, X-Sipgate-Signature does not match: it is not from sipgate, or a proxy changes "
+    + "the body, or sipgate has a new key (SIGNATURE_KEY_FILE)")
+DISCARDED = b"This response will be discarded"
+
+
+class Receiver:
+    """Turns the webhooks of one sipgate account into replies. Safe to use from many threads."""
+
+    KNOWN_CALLS = 20_000  # call ids remembered; as many newCalls in 24 hours is one every 4 seconds
+    KNOWN_SECONDS = 24 * 3600
+
+    def __init__(self, settings: Settings, keys: Sequence[PublicKey], functions: CallFunctions,
+                 show: Callable[[CallEvent, float], None] = lambda event, received_at: None,
+                 clock: Callable[[], float] = time.time) -> None:
+        """`show` is called with each event and when it came (Unix time, by `clock`)."""
+        self.settings, self.keys, self.functions, self.show, self.clock = settings, keys, functions, show, clock
+        base = settings.base_path
+        self.routes = {base + route: event for route, event in ROUTES.items()}
+        # Somebody entered WEBHOOK_URL at sipgate as it stands: the body says which event it is.
+        self.routes.update({base + "/": "", base or "/": ""})
+        self.urls = {name: settings.base_url + route for name, route in
+                     (("on_answer", "/on-answer"), ("on_hangup", "/on-hangup"), ("on_data", "/on-data"))}
+        self.refused = 0  # webhooks, since the start
+        self.throttle = Throttle()
+        self.decisions, self.follow_ups = DecisionThreads(), FollowUps()
+        self._lock = threading.Lock()
+        self._known: collections.OrderedDict[str, float] = collections.OrderedDict()
+
+    def receive(self, target: str, body: bytes, signature: str | None = None, outside: str = "") -> Reply:
+        """Return the reply to the webhook `body` that was POSTed to `target` (path and query).
+
+        `signature` is its X-Sipgate-Signature, `outside` the host it was addressed to if it
+        came from beyond this machine. Raises WebhookError for what is refused.
+        """
+        deadline = time.monotonic() + REPLY_BUDGET_SECONDS
+        path, _, query = target.partition("?")
+        if path not in self.routes:
+            raise WebhookError(404, "not found", self._cut_off(path))
+        state = dict(urllib.parse.parse_qsl(query)).get("state", "")
+        try:
+            event = self._admit(body, signature, outside, self.routes[path], state)
+        except WebhookError:
+            with self._lock:
+                self.refused += 1
+            raise
+        # From here on the call is real, and no fault of ours may keep it from going through.
+        try:
+            if self.routes[path] not in ("", event.event):
+                self.throttle.warn("path", f"event {event.event} came in on {path}, "
+                                           "the path of another event: check the URLs entered at sipgate")
+            self.show(event, self.clock())
+            return self._respond(event, deadline, outside)
+        except Exception:
+            logger.exception("an error in this program; the call goes through undecided")
+            return self._xml(None, outside)
+
+    def _cut_off(self, path: str) -> str:
+        if path not in ROUTES:
+            return ""
+        return (f"a webhook came in at {path} instead of {self.settings.base_path}{path}: the proxy cuts off the path "
+                "of WEBHOOK_URL; let it pass the path on, or take the path out of WEBHOOK_URL")
+
+    def _admit(self, body: bytes, signature: str | None, outside: str, default_event: str, state: str) -> CallEvent:
+        """Verify, then parse. Raises WebhookError for what is not sipgate's, or no event."""
+        if self.settings.verify_signature == "off":
+            return parse_event(body, default_event, state)
+        if signature is None:
+            return self._admit_unsigned(body, outside, default_event, state)
+        if not is_signed(body, signature, self.keys):
+            known_length = len(decode_signature(signature)) in [key.size for key in self.keys]
+            raise WebhookError(403, *(MISMATCH if known_length else MALFORMED))
+        event = parse_event(body, default_event, state)
+        if not event.call_id:
+            raise WebhookError(400, "callId is missing")
+        if isinstance(event, NewCallEvent):
+            self._remember(event.call_id)
+        return event
+
+    def _admit_unsigned(self, body: bytes, outside: str, default_event: str, state: str) -> CallEvent:
+        """What VERIFY_SIGNATURE=auto lets in: trial mode on this machine, and events of known calls."""
+        auto = self.settings.verify_signature == "auto"
+        if auto and self.settings.trial and not outside:
+            return parse_event(body, default_event, state)
+        try:
+            event = parse_event(body, default_event, state)
+        except WebhookError:
+            raise WebhookError(403, *MISSING) from None
+        follows = isinstance(event, (AnswerEvent, HangupEvent, DtmfEvent)) and self._is_known(event.call_id)
+        if not auto or self.settings.trial or not follows:
+            raise WebhookError(403, *MISSING)
+        self.throttle.warn("unsigned", "an answer, hangup or dtmf came without a signature and was taken for its "
+                                       "call id; VERIFY_SIGNATURE=on would refuse it")
+        return event
+
+    def _remember(self, call_id: str) -> None:
+        with self._lock:
+            self._known[call_id] = self.clock()
+            self._known.move_to_end(call_id)
+            if len(self._known) > self.KNOWN_CALLS:
+                self._known.popitem(last=False)
+
+    def _is_known(self, call_id: str) -> bool:
+        with self._lock:
+            return self.clock() - self._known.get(call_id, 0) < self.KNOWN_SECONDS
+
+    def _respond(self, event: CallEvent, deadline: float, outside: str) -> Reply:
+        if isinstance(event, NewCallEvent):
+            return self._xml(self.decisions.decide(self.functions.on_new_call, event, deadline), outside)
+        if isinstance(event, DtmfEvent):
+            return self._xml(self.decisions.decide(self.functions.on_dtmf, event, deadline), outside)
+        if isinstance(event, AnswerEvent):
+            return Reply(200, DISCARDED, afterwards=lambda: self.follow_ups.put(self.functions.on_answer, event))
+        if isinstance(event, HangupEvent):
+            return Reply(200, DISCARDED, afterwards=lambda: self.follow_ups.put(self.functions.on_hangup, event))
+        return Reply(200, response_xml(), "application/xml")
+
+    def _xml(self, action: Action | None, outside: str) -> Reply:
+        urls = self.urls
+        if self.settings.trial and outside:
+            # Our localhost URLs would lead sipgate nowhere.
+            urls = {}
+            self.throttle.warn("outside", f"this came in for {outside}; restart with --url https://{outside} "
+                                          "to get answer and hangup too")
+        try:
+            return Reply(200, response_xml(action, **urls), "application/xml")
+        except ValueError as error:
+            logger.error("%s; the call goes through undecided", error)
+            return Reply(200, response_xml(None, **urls), "application/xml")
+
+
+# ------------------------------------------------------------------------------------------
+# HTTP
+# One request after the other from a connection, strictly framed (RFC 9112), in time and
+# within limits; one reply to each. Knows nothing of events, XML and settings.
+#
+# The header parser of http.server is not used: it is the e-mail parser, to which a bare CR
+# begins a new header and one bad line ends them all, Content-Length included.
+# ------------------------------------------------------------------------------------------
+
+MAX_LINE = 8 * 1024  # bytes of a request or header line
+MAX_HEAD = 32 * 1024
+MAX_HEADERS = 64
+MAX_BODY = 64 * 1024
+
+REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) (/[\x21-\x7e]*) HTTP/1\.([01])\r")
+HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}):([\t\x20-\x7e\x80-\xff]*)\r")
+HOST = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
+# Twice, each of these is a way to make two readers see two different requests.
+SINGLE_HEADERS = {"content-length", "host", "transfer-encoding", "expect", "content-type", "x-sipgate-signature"}
+
+
+class RequestHead(NamedTuple):
+    """A request line and its headers; names in lower case, repeated ones joined by ", "."""
+
+    method: str
+    target: str
+    minor: int  # of the version: 0 or 1
+    headers: dict[str, str]
+    size: int  # bytes of the head
+
+
+def parse_head(received: bytes) -> RequestHead | None:
+    """Return the request head that `received` begins with, None if more has to come.
+
+    Raises WebhookError (400, 414, 431). Each line is judged when it is complete or too long,
+    so that the verdict does not depend on how the bytes were cut on their way.
+    """
+    start = 2 if received.startswith(b"\r\n") else 0  # RFC 9112 2.2
+    head = received[start:MAX_HEAD]
+    end = head.find(b"\r\n\r\n")
+    lines = head[:end + 2 if end >= 0 else None].split(b"\n")
+    rest = lines.pop()
+    matches = []
+    for number, line in enumerate(lines):
+        _check_line(line, number)
+        match = (HEADER_LINE if number else REQUEST_LINE).fullmatch(line)
+        if match is None:
+            raise WebhookError(400, "malformed header line" if number else "malformed request line")
+        matches.append(match)
+    _check_line(rest, len(lines))
+    if end < 0:
+        if len(received) >= MAX_HEAD:
+            raise WebhookError(431, "request head too large")
+        return None
+    method, target, minor = matches[0].groups()
+    return RequestHead(method.decode(), target.decode(), int(minor), _headers(matches[1:], minor), start + end + 4)
+
+
+def _check_line(line: bytes, number: int) -> None:
+    """Refuse a line, complete or not, that can no longer become a good one; `line` may end in CR."""
+    if 0 <= line.find(b"\r", 0, MAX_LINE + 1) < len(line) - 1:
+        raise WebhookError(400, "bare carriage return")
+    if len(line) > MAX_LINE + 1:
+        raise WebhookError(431, "header line too long") if number else WebhookError(414, "request line too long")
+    if number > MAX_HEADERS and line not in (b"", b"\r"):
+        raise WebhookError(431, "too many headers")
+
+
+def _headers(matches: Sequence[re.Match[bytes]], minor: bytes) -> dict[str, str]:
+    headers: dict[str, str] = {}
+    for match in matches:
+        name, value = match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
+        if name not in headers:
+            headers[name] = value
+        elif name in SINGLE_HEADERS:
+            raise WebhookError(400, "a header that must be single is repeated")
+        else:
+            headers[name] += ", " + value
+    if not HOST.fullmatch(headers.get("host", "" if minor == b"1" else "none")):
+        raise WebhookError(400, "Host missing or malformed")
+    return headers
+
+
+def body_length(head: RequestHead) -> int:
+    """Return how many bytes of body follow `head` (RFC 9112 6.3). Raises WebhookError (400, 413, 501)."""
+    length = head.headers.get("content-length")
+    if "transfer-encoding" in head.headers:
+        raise WebhookError(*((501, "transfer coding not supported") if length is None else
+                             (400, "both Transfer-Encoding and Content-Length")))
+    if length is None:
+        return 0
+    if not re.fullmatch("[0-9]{1,9}", length):
+        raise WebhookError(400, "malformed Content-Length")
+    if int(length) and head.method in ("GET", "HEAD"):
+        raise WebhookError(400, "a body where none belongs")
+    if int(length) > MAX_BODY:
+        raise WebhookError(413, "body too large")
+    return int(length)
+
+
+def outside_host(headers: Mapping[str, str]) -> str:
+    """The host that a request from beyond this machine was addressed to; "" for one from here.
+
+    A tunnel or proxy makes every visitor look like 127.0.0.1, so the headers have to tell. An
+    Origin is a web page's, from wherever it was loaded.
+    """
+    host = headers.get("host", "")
+    name = HOST.fullmatch(host)
+    local = name is not None and is_loopback(name[1].strip("[]"))
+    passed_on = any(key.startswith("x-forwarded-") or key in ("forwarded", "via", "origin") for key in headers)
+    if local and not passed_on:
+        return ""
+    return host if host and not local else "the-address-of-your-proxy"
+
+
+class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
+    """One connection. Every limit is absolute: a client cannot stretch it byte by byte."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    head_seconds = 10.0
+    body_seconds = 10.0
+    reply_seconds = 10.0
+    idle_seconds = 75.0  # longer than nginx keeps a connection (60), which does not repeat a POST
+    linger_seconds, linger_bytes = 1.0, 4 * 1024 * 1024
+
+    server: WebhookServer
+
+    def setup(self) -> None:
+        super().setup()
+        self.received = b""
+        self.served = 0  # requests on this connection
+        self.server.opened(self)
+
+    def finish(self) -> None:
+        self.server.closed(self)
+        super().finish()
+
+    def handle_one_request(self) -> None:
+        """Read one request and answer it."""
+        self.close_connection, self.command = True, ""  # until a request says otherwise
+        try:
+            self._read_request()
+        except WebhookError as error:
+            self.server.receiver.throttle.warn(error.reason, f"a request was refused with {error.status}: {error.reason}")
+            self._send(Reply(error.status, error.reason.encode() + b"\n"))
+            self._linger()
+        except OSError:  # the client is gone
+            pass
+
+    def _read_request(self) -> None:
+        head = self._read_head()
+        if head is None:
+            return
+        self.command = head.method
+        length = body_length(head)
+        if not self._receive_until(head.size + length, time.monotonic() + self.body_seconds):
+            return
+        body = self.received[head.size:head.size + length]
+        self.received = self.received[head.size + length:]
+        self.served += 1
+        if not self.server.begin(self):
+            self._send(Reply(503, b"stopping\n"))
+            return
+        options = [option.strip().lower() for option in head.headers.get("connection", "").split(",")]
+        self.close_connection = not head.minor or "close" in options
+        reply = self._reply(head, body)
+        self.close_connection |= self.server.stopping
+        try:
+            self._send(reply)
+        finally:
+            reply.afterwards()
+            self.server.end(self)
+
+    def hang_up(self) -> None:
+        """End the connection, from another thread."""
+        try:
+            socket.socket.shutdown(self.connection, socket.SHUT_RDWR)
+        except OSError:  # it has ended already
+            pass
+
+    def _read_head(self) -> RequestHead | None:
+        """The next request head, None if the client closes, or says nothing for too long."""
+        idle = self.served > 0 and not self.received
+        deadline = time.monotonic() + (self.idle_seconds if idle else self.head_seconds)
+        head = parse_head(self.received)
+        while head is None:
+            more = self._receive(deadline)
+            if not more:
+                return None
+            if idle:
+                idle, deadline = False, time.monotonic() + self.head_seconds
+            if self.received[0] == 0x16:
+                self.server.receiver.throttle.warn("tls", "https on the http port: a TLS handshake came in; the "
+                                                   "tunnel or proxy must speak http to this port")
+                return None
+            head = parse_head(self.received)
+        return head
+
+    def _receive_until(self, size: int, deadline: float) -> bool:
+        """Receive until there are `size` bytes; False if the client closes before."""
+        while len(self.received) < size:
+            if not self._receive(deadline):
+                return False
+        return True
+
+    def _receive(self, deadline: float) -> bool:
+        """Receive what has come; False at the end, or if nothing of a request came in time. Raises WebhookError (408)."""
+        try:
+            self.connection.settimeout(max(deadline - time.monotonic(), 0.001))
+            more = self.connection.recv(65536)
+        except socket.timeout:
+            if self.received:
+                raise WebhookError(408, "request too slow") from None
+            return False
+        self.received += more
+        return bool(more)
+
+    def _reply(self, head: RequestHead, body: bytes) -> Reply:
+        try:
+            method: Callable[..., Reply] = getattr(self, "do_" + head.method, self.do_other)
+            return method(head, body)
+        except WebhookError as error:
+            if error.detail or error.status != 404:
+                self.server.receiver.throttle.warn(error.reason, error.detail or f"a webhook was refused: {error.reason}")
+            return Reply(error.status, error.reason.encode() + b"\n")
+        except Exception:
+            logger.exception("an error in this program; replied 500")
+            return Reply(500, b"internal error\n")
+
+    def do_POST(self, head: RequestHead, body: bytes) -> Reply:
+        """A webhook."""
+        if head.target.partition("?")[0] in self.server.health_paths:
+            return self.do_other(head, body)
+        receiver, headers = self.server.receiver, head.headers
+        reply = receiver.receive(head.target, body, headers.get("x-sipgate-signature"), outside_host(headers))
+        form = "application/x-www-form-urlencoded"
+        if body and headers.get("content-type", "").partition(";")[0].strip().lower() != form:
+            receiver.throttle.warn("content type", f"a webhook came without Content-Type: {form}; sipgate sends one")
+        return reply
+
+    def do_GET(self, head: RequestHead, body: bytes) -> Reply:
+        """The health of this process."""
+        if head.target.partition("?")[0] not in self.server.health_paths:
+            return self.do_other(head, body)
+        return Reply(200, b"ok\n", headers=(("X-Instance", self.server.instance),
+                                            ("X-Refused", str(self.server.receiver.refused)),
+                                            ("Cache-Control", "no-store")))
+
+    do_HEAD = do_GET
+
+    def do_other(self, head: RequestHead, body: bytes) -> Reply:
+        """Every method where it does not belong."""
+        path = head.target.partition("?")[0]
+        if path in self.server.health_paths:
+            return Reply(405, b"takes GET\n", headers=(("Allow", "GET, HEAD"),))
+        if path in self.server.receiver.routes:
+            return Reply(405, b"takes POST from sipgate\n", headers=(("Allow", "POST"),))
+        raise WebhookError(404, "not found")
+
+    def _send(self, reply: Reply) -> None:
+        """Write `reply` in one piece, so that it is one TCP segment."""
+        lines = [f"HTTP/1.1 {reply.status} {self.responses[reply.status][0]}",
+                 "Date: " + email.utils.formatdate(usegmt=True),
+                 "Content-Type: " + reply.content_type,
+                 f"Content-Length: {len(reply.body)}",
+                 *(f"{name}: {value}" for name, value in reply.headers)]
+        if self.close_connection:
+            lines.append("Connection: close")
+        body = b"" if self.command == "HEAD" else reply.body
+        self.connection.settimeout(self.reply_seconds)
+        self.connection.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+
+    def _linger(self) -> None:
+        """Read on for a moment: closed with input unread, the client would see a reset, not the reply."""
+        self.connection.shutdown(socket.SHUT_WR)
+        deadline, left = time.monotonic() + self.linger_seconds, self.linger_bytes
+        while left > 0 and time.monotonic() < deadline:
+            self.connection.settimeout(max(deadline - time.monotonic(), 0.001))
+            more = self.connection.recv(65536)
+            if not more:
+                return
+            left -= len(more)
+
+
+class WebhookServer(http.server.ThreadingHTTPServer):
+    """Listens on the webhook port; a thread for each connection."""
+
+    request_queue_size = 128
+    # On Windows it would let a second copy take the same port.
+    allow_reuse_address = os.name != "nt"
+    allow_reuse_port = False
+
+    receiver: Receiver  # to be set before serve_forever()
+
+    def __init__(self, host: str, port: int, base_path: str = "") -> None:
+        """Bind `host` and `port` (0: any free one). Raises OSError."""
+        self.health_paths = {"/healthz", base_path + "/healthz"}
+        self.instance = secrets.token_hex(8)
+        self.stopping = False
+        # Handler to whether a complete request of its is being answered; the condition guards all of it.
+        self._connections: dict[WebhookRequestHandler, bool] = {}
+        self._condition = threading.Condition()
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
+                                                      flags=socket.AI_PASSIVE)[0]
+        self.address_family = family
+        super().__init__(address[:2], WebhookRequestHandler)  # type: ignore[arg-type]
+
+    def server_bind(self) -> None:
+        # HTTPServer's own looks up the name of the address, which can take long.
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+
+    def opened(self, handler: WebhookRequestHandler) -> None:
+        """Know of a connection."""
+        with self._condition:
+            self._connections[handler] = False
+
+    def closed(self, handler: WebhookRequestHandler) -> None:
+        """Forget a connection."""
+        with self._condition:
+            self._connections.pop(handler, None)
+
+    def begin(self, handler: WebhookRequestHandler) -> bool:
+        """Whether the complete request of `handler` may be answered."""
+        with self._condition:
+            self._connections[handler] = not self.stopping
+        return not self.stopping
+
+    def end(self, handler: WebhookRequestHandler) -> None:
+        """The request has been answered."""
+        with self._condition:
+            self._connections[handler] = False
+            self._condition.notify_all()
+
+    def stop(self, seconds: float) -> None:
+        """Close what is incomplete, let what is being answered finish for up to `seconds`, stop accepting."""
+        with self._condition:
+            self.stopping = True
+            for handler, in_flight in self._connections.items():
+                if not in_flight:
+                    handler.hang_up()
+            self._condition.wait_for(lambda: not any(self._connections.values()), seconds)
+        self.shutdown()
+        self.server_close()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        # A client that goes away leaves an OSError, which is no news.
+        if not isinstance(sys.exc_info()[1], OSError):
+            logger.exception("an error in this program; a connection was closed")
+
+
+# ------------------------------------------------------------------------------------------
+# Serving
+# Output that never blocks, the start and the stop.
+# ------------------------------------------------------------------------------------------
+
+# Control characters could steer the terminal; bidi controls make text read as what it is not.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str, keep: str = "") -> str:
+    """`text` with control and bidi characters escaped, but those in `keep`: safe on a terminal, in one line."""
+    return UNPRINTABLE.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
+
+
+STOP_SECONDS = 4.0
+
+
+class Console(io.TextIOBase):
+    """Stands before a real stream: a write never blocks, whole lines are written by one thread.
+
+    Past `lines` that nobody takes off the real stream, lines are dropped and counted.
+    """
+
+    def __init__(self, stream: TextIO, lines: int = 5_000) -> None:
+        super().__init__()
+        self.stream, self.lines = stream, lines
+        # The unbuffered stream: a thread stuck in the buffered one would hold its lock at the exit.
+        self._raw = getattr(getattr(stream, "buffer", None), "raw", None)
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._partial = threading.local()  # print() writes the text and the line feed one by one
+        self._dropped = 0
+        threading.Thread(target=self._work, name="console", daemon=True).start()
+
+    def write(self, text: str) -> int:
+        whole, feed, rest = (getattr(self._partial, "text", "") + text).rpartition("\n")
+        self._partial.text = rest
+        if feed:
+            self._put(whole + feed)
+        return len(text)
+
+    def flush(self) -> None:
+        rest, self._partial.text = getattr(self._partial, "text", ""), ""
+        if rest:
+            self._put(rest)
+
+    def drain(self, seconds: float) -> None:
+        """Wait up to `seconds` until all that was written so far is out."""
+        self.flush()
+        out = threading.Event()
+        self._queue.put(out)
+        out.wait(seconds)
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    def writable(self) -> bool:
+        return True
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self.stream.encoding
+
+    def _put(self, text: str) -> None:
+        if self._queue.qsize() < self.lines:
+            self._queue.put(text)
+        else:
+            self._dropped += 1
+
+    def _work(self) -> None:
+        while True:
+            item = self._queue.get()
+            if isinstance(item, threading.Event):
+                item.set()
+                continue
+            self._write(item)
+            if self._dropped and self._queue.empty():
+                dropped, self._dropped = self._dropped, 0
+                self._write(f"({dropped} lines were dropped here: nobody took them)\n")
+
+    def _write(self, text: str) -> None:
+        rest = printable(text, keep="\n\t").encode(self.encoding or "utf-8", "backslashreplace")
+        try:
+            if self._raw is None:
+                self.stream.write(rest.decode(self.encoding or "utf-8"))
+            while self._raw is not None and rest:
+                written = self._raw.write(rest)
+                if written is None:  # a non-blocking stream that is full
+                    time.sleep(0.05)
+                rest = rest[written or 0:]
+        except (OSError, ValueError):  # nobody is there any more: the calls matter, not their lines
+            pass
+
+
+class DiagnosticFormatter(logging.Formatter):
+    """One line for a message, whatever text from the network is in it; a traceback below it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        # Line feeds are ours where the message has no argument from elsewhere: stacks.
+        record.message = printable(record.message, keep="\n")
+        return super().formatMessage(record)
+
+
+def rfc3339(moment: float) -> str:
+    """Unix time as RFC 3339 in UTC, with milliseconds."""
+    whole, thousandths = divmod(round(moment * 1000), 1000)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + f".{thousandths:03}Z"
+
+
+def event_line(event: CallEvent) -> str:
+    """The sentence that is printed for an event."""
+    def known(*values: str) -> str:
+        return printable(next(filter(None, values), "[unknown]"))
+
+    if isinstance(event, NewCallEvent):
+        return f"New call from {known(event.from_number)} to {known(event.to_number)} is ringing..."
+    if isinstance(event, AnswerEvent):
+        return f"{known(event.user, event.answering_number)} answered call from {known(event.from_number)}"
+    if isinstance(event, HangupEvent):
+        return "The call has been hung up" + (f" ({known(event.cause)})" if event.cause else "")
+    if isinstance(event, DtmfEvent):
+        return f"[unknown] pressed {known(event.dtmf)}"
+    return f"Unknown event {known(event.event)}"
+
+
+def event_json(event: CallEvent, received_at: float) -> str:
+    """An event as one JSON object, in sipgate's field names and in ASCII."""
+    entry: dict[str, Any] = {"received_at": rfc3339(received_at), "event": event.event}
+    if isinstance(event, NewCallEvent):
+        entry.update((wire, list(getattr(event, python))) for wire, python in LIST_FIELDS.items())
+    for key, values in event.fields.items():
+        if not (isinstance(event, NewCallEvent) and _list_name(key)):
+            entry.setdefault(key, values[0] if len(values) == 1 else list(values))
+    return json.dumps(entry)
+
+
+def show_on(stream: TextIO, form: str) -> Callable[[CallEvent, float], None]:
+    """Return what prints an event on `stream` in the form that CALL_OUTPUT names."""
+    clock_first = stream.isatty()
+
+    def show(event: CallEvent, received_at: float) -> None:
+        if form == "json":
+            stream.write(event_json(event, received_at) + "\n")
+        elif form == "text":
+            moment = time.strftime("%H:%M:%S ", time.localtime(received_at)) if clock_first else ""
+            stream.write(moment + event_line(event) + "\n")
+    return show
+
+
+def load_functions(path: str) -> CallFunctions:
+    """Return the functions of the file CALL_HANDLERS names, ours where it has none.
+
+    Runs that file. Raises SettingsError that names file, line and error.
+    """
+    if not path:
+        return CallFunctions()
+    spec = importlib.util.spec_from_file_location("call_handlers", path)
+    if spec is None or spec.loader is None:
+        raise SettingsError(f'CALL_HANDLERS is "{path}": expected the name of a Python file, ending in .py')
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["call_handlers"] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:  # noqa: BLE001 - sys.exit() in the file included
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        raise SettingsError(f'CALL_HANDLERS is "{path}": ' + (f"line {line}: " if line else "")
+                            + printable(f"{type(error).__name__}: {error}")) from None
+    found = {name: getattr(module, name) for name in CallFunctions._fields if callable(getattr(module, name, None))}
+    if not found:
+        raise SettingsError(f'CALL_HANDLERS is "{path}": expected one of {", ".join(CallFunctions._fields)} in it')
+    return CallFunctions(**found)
+
+
+def load_keys(path: str) -> list[PublicKey]:
+    """Return sipgate's key, and the one in the file SIGNATURE_KEY_FILE names. Raises SettingsError."""
+    keys = [PublicKey.from_pem(SIPGATE_PUBLIC_KEY)]
+    if path:
+        try:
+            with open(path, encoding="ascii", errors="replace") as file:
+                keys.append(PublicKey.from_pem(file.read()))
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise SettingsError(f'SIGNATURE_KEY_FILE is "{path}": {reason}') from None
+    return keys
+
+
+def bind_advice(error: OSError, settings: Settings) -> str:
+    """One line that says why nothing can listen there, and what to do."""
+    port, host = settings.webhook_port, settings.webhook_host
+    if error.errno == errno.EADDRINUSE:
+        advice = f"another program has this port, or another copy of this one; stop it or use --port {port % 65535 + 1}"
+    elif error.errno == errno.EACCES:
+        advice = f"ports below 1024 need privileges; use --port 8080 and let a proxy listen on {port}"
+    elif error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
+        advice = "this machine has no such address; set WEBHOOK_HOST to 127.0.0.1, or to 0.0.0.0 for all of them"
+    else:
+        advice = "check WEBHOOK_HOST and WEBHOOK_PORT"
+    return f"cannot listen on {host} port {port}: {error.strerror}: {advice}"
+
+
+TRIAL_STEPS = """\
+sipgate_callevents {version}, trial mode: listens on {host}:{port}, for this machine only
+Your first real call:
+  1. Book sipgate.io for your account (the smallest package will do).
+  2. In a second terminal, open a tunnel:
+       ssh -R 80:127.0.0.1:{port} ssh.localhost.run
+  3. Restart this program with the https address that the tunnel prints:
+       python3 {script} --url https://ADDRESS
+  4. At https://console.sipgate.com, Webhooks > URLs, enter as incoming URL:
+       https://ADDRESS/new-call
+  5. There under Webhooks > Sources, choose the phone lines that send webhooks.
+  6. Call your number.
+Waiting for calls. Ctrl-C stops.
+"""
+
+LIVE_LINES = """\
+sipgate_callevents {version} listens on {host}:{port}
+Enter this URL at https://console.sipgate.com, Webhooks > URLs:
+  {url}/new-call
+{signatures}
+Waiting for calls. Ctrl-C stops.
+"""
+
+SIGNATURES = {
+    "auto": "Signatures are checked: a newCall that sipgate did not sign is refused.",
+    "on": "Signatures are checked: any event that sipgate did not sign is refused.",
+    "off": "Signatures are NOT checked (VERIFY_SIGNATURE=off)."}
+
+
+def notify_ready() -> None:
+    """Tell systemd that we are up (sd_notify(3)); nothing where there is none."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if path and hasattr(socket, "AF_UNIX"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            try:
+                notify.sendto(b"READY=1", "\0" + path[1:] if path.startswith("@") else path)
+            except OSError as error:
+                logger.warning("NOTIFY_SOCKET: %s", error)
+
+
+def catch_signals() -> queue.SimpleQueue[int]:
+    """Return the queue in which SIGINT, SIGTERM or SIGHUP will arrive; the second ends the process at once."""
+    # A SimpleQueue may be put into by a signal handler; an Event could deadlock there.
+    arrived: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def on_signal(number: int, frame: Any) -> None:
+        if stopping:
+            os._exit(128 + number)
+        stopping.append(number)
+        arrived.put(number)
+
+    stopping: list[int] = []
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        # nohup has SIGHUP ignored, and means it.
+        if number is not None and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+            signal.signal(number, on_signal)
+    return arrived
+
+
+def wait_for(arrived: queue.SimpleQueue[int]) -> None:
+    """Wait until a signal is in the queue, in steps: Windows would not see Ctrl-C otherwise."""
+    while True:
+        try:
+            arrived.get(timeout=0.5)
+            return
+        except queue.Empty:
+            pass
+
+
+def start_text(settings: Settings) -> str:
+    """What a person needs next."""
+    host = f"[{settings.webhook_host}]" if ":" in settings.webhook_host else settings.webhook_host
+    return (TRIAL_STEPS if settings.trial else LIVE_LINES).format(
+        version=__version__, host=host, port=settings.webhook_port, url=settings.webhook_url,
+        script=os.path.basename(__file__), signatures=SIGNATURES[settings.verify_signature])
+
+
+def serve(settings: Settings) -> int:
+    """Receive webhooks until a signal comes; return the exit status. Raises SettingsError."""
+    show, arrived = show_on(sys.stdout, settings.call_output), catch_signals()
+    if settings.call_output == "json":
+        sys.stdout = sys.stderr  # stdout is for events alone; what your code prints goes here
+    for warning in settings.warnings():
+        logger.warning("%s", warning)
+    keys, functions = load_keys(settings.signature_key_file), load_functions(settings.call_handlers)
+    try:
+        server = WebhookServer(settings.webhook_host, settings.webhook_port, settings.base_path)
+    except OSError as error:
+        print(f"sipgate_callevents: {bind_advice(error, settings)}", file=sys.stderr)
+        return 1
+    settings = replace(settings, webhook_port=server.server_port)
+    server.receiver = Receiver(settings, keys, functions, show)
+    threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
+    sys.stderr.write(start_text(settings))
+    notify_ready()
+    wait_for(arrived)
+    deadline = time.monotonic() + STOP_SECONDS
+    server.stop(STOP_SECONDS)
+    left = server.receiver.follow_ups.finish(max(deadline - time.monotonic(), 0.1))
+    if left:
+        logger.warning("%d events were not handed to your code before the stop", left)
+    return 0
+
+
+# ------------------------------------------------------------------------------------------
+# Command line
+# The only place that reads files, the environment and arguments.
+# ------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def consoles() -> Iterator[None]:
+    """Lead sys.stdout, sys.stderr and our diagnostics through Consoles."""
+    real = sys.stdout, sys.stderr
+    # pythonw has no streams at all.
+    out, err = (Console(stream or open(os.devnull, "w", encoding="utf-8")) for stream in real)  # noqa: SIM115
+    sys.stdout, sys.stderr = out, err
+    diagnostics = logging.StreamHandler(err)
+    # journald writes the time itself.
+    moment = "" if os.environ.get("JOURNAL_STREAM") else "%(asctime)s "
+    diagnostics.setFormatter(DiagnosticFormatter(moment + "%(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logger.addHandler(diagnostics)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        out.drain(0.3)
+        err.drain(0.3)
+        logger.removeHandler(diagnostics)
+        sys.stdout, sys.stderr = real
+
+
+def read_env_file(path: str) -> str:
+    """Return the text of a .env file. Raises SettingsError."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read: {error.strerror}") from None
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in content:
+        raise SettingsError(f"{path} is in UTF-16, as PowerShell's > writes it: save it as UTF-8")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path} is not in UTF-8, see line {content.count(10, 0, error.start) + 1}: "
+                            "save it as UTF-8") from None
+
+
+def read_settings(options: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
+    """Return the settings: a flag counts before the environment, that before .env. Raises SettingsError."""
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".env")
+    found = [path for path in (beside, os.path.abspath(".env")) if os.path.isfile(path)]
+    path = os.path.abspath(options.env_file) if options.env_file else found[0] if found else ""
+    text = read_env_file(path) if path else ""
+    if path:
+        print(f"Settings are read from {path}", file=sys.stderr)
+    values = {**parse_dotenv(text, environ), **environ}
+    flags = {"WEBHOOK_URL": options.url, "WEBHOOK_PORT": options.port}
+    values.update((name, value) for name, value in flags.items() if value is not None)
+    known = [setting.name.upper() for setting in fields(Settings)]
+    for name in known:
+        if environ.get(name) == "" and re.search(rf"(?m)^\s*(export\s+)?{name}\s*=\s*\S", text):
+            logger.warning("%s is empty in the environment, which switches off the one in .env", name)
+    for name in sorted(values):
+        if re.match("(WEBHOOK|CALL)_", name) and name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            logger.warning("there is no setting %s%s", name, f"; is {close[0]} meant?" if close else "")
+    return Settings.from_values(values, os.path.dirname(path))
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=os.path.basename(__file__), description="Receive the call events of sipgate.io.",
+        epilog="Settings come from the environment and from a .env file: see the README.")
+    parser.add_argument("--url", metavar="URL", help="public base URL of the webhooks (WEBHOOK_URL)")
+    parser.add_argument("--port", metavar="PORT", help="port to listen on (WEBHOOK_PORT, default 8080)")
+    parser.add_argument("--env-file", metavar="FILE", help="read this file instead of .env")
+    parser.add_argument("--version", action="version", version=f"sipgate_callevents {__version__}")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    options = command_line().parse_args(argv)
+    # A file named in CALL_HANDLERS imports this very module, whatever the script is called.
+    sys.modules["sipgate_callevents"] = sys.modules[__name__]
+    with consoles():
+        try:
+            return serve(read_settings(options, os.environ))
+        except SettingsError as error:
+            for problem in error.problems:
+                print(f"sipgate_callevents: {problem}", file=sys.stderr)
+            return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
