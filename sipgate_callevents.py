@@ -39,9 +39,9 @@ import argparse
 import base64
 import collections
 import contextlib
-import difflib
 import email.utils
 import errno
+import functools
 import hashlib
 import http.server
 import importlib.util
@@ -50,10 +50,10 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import queue
 import re
-import secrets
 import signal
 import socket
 import socketserver
@@ -147,6 +147,7 @@ def parse_dotenv(text: str, environ: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in seen.items() if value is not None and key not in environ}
 
 
+@functools.lru_cache(maxsize=64)
 def is_loopback(host: str) -> bool:
     """Whether `host` names this machine and no other: 127.0.0.0/8, ::1 or localhost."""
     try:
@@ -260,7 +261,7 @@ class Settings:
             if not url.path:
                 yield ("WEBHOOK_URL has no path, and every sipgate customer's webhooks carry the same signature: "
                        f"a long random path keeps theirs out, such as WEBHOOK_URL={self.webhook_url}/"
-                       + secrets.token_hex(8))
+                       + os.urandom(8).hex())
             if url.port == self.webhook_port and is_loopback(self.webhook_host):
                 yield (f"WEBHOOK_URL names port {url.port} of {url.hostname}, but only {self.webhook_host} is listened "
                        "on: there must be a tunnel or proxy, or WEBHOOK_HOST must be 0.0.0.0")
@@ -502,9 +503,10 @@ def parse_event(body: bytes, default_event: str, state: str = "") -> CallEvent:
     values: dict[str, Any] = {python: single(wire) for wire, python in TEXT_FIELDS.items()
                               if python in kind.__dataclass_fields__}
     if kind is NewCallEvent:
-        for wire, python in LIST_FIELDS.items():
-            found = [value for key in form if _list_name(key) == wire for value in form[key]]
-            values[python] = tuple(found) if any(found) else ()
+        lists: dict[str, list[str]] = {}
+        for key, found in form.items():
+            lists.setdefault(_list_name(key), []).extend(found)
+        values.update((python, tuple(lists[wire])) for wire, python in LIST_FIELDS.items() if any(lists.get(wire, [])))
     elif kind is DtmfEvent:
         values["state"] = state
     elif kind is UnknownEvent:
@@ -514,7 +516,7 @@ def parse_event(body: bytes, default_event: str, state: str = "") -> CallEvent:
 
 def _list_name(key: str) -> str:
     """`user` for `user[]` and its like, "" for any other key."""
-    match = LIST_KEY.fullmatch(key)
+    match = LIST_KEY.fullmatch(key) if "[" in key else None
     return match[1] if match else ""
 
 
@@ -704,7 +706,7 @@ class Throttle:
         """Log `text`, unless something was logged for `reason` within the last minute."""
         now = time.monotonic()
         with self._lock:
-            said_at, held_back = self._said.get(reason, (now - self.seconds, 0))
+            said_at, held_back = self._said.get(reason, (-math.inf, 0))
             late = now - said_at >= self.seconds
             self._said[reason] = (now, 0) if late else (said_at, held_back + 1)
         if late:
@@ -723,13 +725,12 @@ class CallFunctions(NamedTuple):
 class _Job:
     """One run of your code for one event."""
 
-    def __init__(self, function: Callable[[Any], Any], event: CallEvent | None) -> None:
-        self.function, self.event = function, event
+    def __init__(self, function: Callable[[Any], Any], event: CallEvent | None, deadline: float = 0,
+                 when_late: Callable[[], None] = lambda: None) -> None:
+        self.function, self.event, self.deadline, self.when_late = function, event, deadline, when_late
         self.name = getattr(function, "__name__", "your code")
-        self.done = threading.Lock()
-        self.done.acquire()
-        self.thread = 0  # the thread that runs it; 0: not begun
-        self.late = False  # nobody waits for it any more
+        self.thread = threading.get_ident()
+        self.late = False  # nobody waits for the result any more
         self.result: Any = None
         self.error: BaseException | None = None
 
@@ -753,32 +754,43 @@ class _Job:
         return "".join(reversed(traceback.StackSummary.extract(yours).format()))
 
 
-class DecisionThreads:
-    """Runs on_new_call and on_dtmf in daemon threads, and waits for each until its deadline.
+class Late(Exception):
+    """Your code took too long, and the reply has been given without it."""
 
-    A thread cannot be killed: one is lost to code that hangs, until that returns. Once all are
-    lost, calls no longer wait.
+
+class Decisions:
+    """Runs on_new_call and on_dtmf in the thread that asks, under the eyes of a watchdog.
+
+    A thread cannot be killed: it is lost to code that hangs, until that returns. So at most
+    `THREADS` run your code at a time, and once all of these are lost, calls no longer wait.
+    (Handing each event to another thread and back would cost more than all the rest.)
     """
 
     THREADS = 8
+    WATCH_SECONDS = 0.05
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._threads = self._open = self._lost = 0
+        self._condition = threading.Condition()
+        self._running: set[_Job] = set()
+        self._lost = 0
+        self._asleep = True
         self._throttle = Throttle()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def decide(self, function: Callable[[Any], Action | None], event: CallEvent,
-               deadline: float) -> Action | None:
-        """Return what `function` makes of `event` by `deadline` (time.monotonic()), None if it fails."""
-        job = _Job(function, event)
-        if not self._submit(job):
-            self._throttle.warn("lost", f"all {self.THREADS} threads hang in your code; "
+    def decide(self, function: Callable[[Any], Action | None], event: CallEvent, deadline: float,
+               when_late: Callable[[], None]) -> Action | None:
+        """Return what `function` makes of `event`, None if it fails.
+
+        At `deadline` (time.monotonic()) `when_late` is called from another thread, and
+        Late raised here once `function` has returned.
+        """
+        job = _Job(function, event, deadline, when_late)
+        if not self._begin(job):
+            self._throttle.warn("busy", f"all {self.THREADS} threads for your code are busy; "
                                         "until one returns, calls go through undecided")
             return None
-        if not job.done.acquire(timeout=max(deadline - time.monotonic(), 0)):
-            self._give_up(job)
-            return None
+        job.run()
+        self._end(job)
         job.report("the call goes through undecided")
         if job.result is None or isinstance(job.result, Action):
             return job.result
@@ -786,36 +798,46 @@ class DecisionThreads:
                      job.name, type(job.result).__name__)
         return None
 
-    def _submit(self, job: _Job) -> bool:
-        with self._lock:
-            if self._lost >= self.THREADS:
+    def _begin(self, job: _Job) -> bool:
+        """Take one of the threads, waiting for it if need be, but not for the lost ones."""
+        def free() -> bool:
+            return len(self._running) + self._lost < self.THREADS
+
+        with self._condition:
+            if not free() and (self._lost == self.THREADS or not self._condition.wait_for(
+                    free, job.deadline - time.monotonic())):
                 return False
-            if self._open >= self._threads and self._threads < self.THREADS:
-                threading.Thread(target=self._work, name=f"decision-{self._threads}", daemon=True).start()
-                self._threads += 1
-            self._open += 1
-        self._jobs.put(job)
+            self._running.add(job)
+            if self._asleep:
+                self._asleep = False
+                self._condition.notify_all()
         return True
 
-    def _give_up(self, job: _Job) -> None:
-        with self._lock:
-            job.late = True
-            self._lost += job.thread != 0
-        where = f"; it is at\n{job.where()}" if job.thread else " (all threads were busy)"
-        logger.error("%s has not returned in time; the call goes through undecided%s", job.name, where)
+    def _end(self, job: _Job) -> None:
+        with self._condition:
+            self._running.discard(job)
+            self._lost -= job.late
+            if len(self._running) + self._lost == self.THREADS - 1:
+                self._condition.notify_all()
+        if job.late:
+            raise Late
 
-    def _work(self) -> None:
+    def _watch(self) -> None:
         while True:
-            job = self._jobs.get()
-            with self._lock:
-                begin = not job.late
-                job.thread = threading.get_ident() if begin else 0
-            if begin:
-                job.run()
-            with self._lock:
-                self._open -= 1
-                self._lost -= begin and job.late
-            job.done.release()
+            with self._condition:
+                self._asleep = not self._running
+                self._condition.wait(None if self._asleep else self.WATCH_SECONDS)
+                now = time.monotonic()
+                late = [job for job in self._running if job.deadline <= now]
+                self._running.difference_update(late)
+                self._lost += len(late)
+                for job in late:
+                    job.late = True
+            for job in late:
+                # In a thread of its own: a reply to a client that does not read must not hold up the others.
+                threading.Thread(target=job.when_late, name="late-reply", daemon=True).start()
+                logger.error("%s has not returned in time; the call goes through undecided. It is at\n%s",
+                             job.name, job.where())
 
 
 class FollowUps:
@@ -837,16 +859,15 @@ class FollowUps:
 
     def finish(self, seconds: float) -> int:
         """Wait up to `seconds` for what was put; return how many events are left."""
-        last = _Job(lambda event: None, None)
-        self._jobs.put(last)
-        return 0 if last.done.acquire(timeout=seconds) else self._jobs.qsize()
+        finished = threading.Event()
+        self._jobs.put(_Job(lambda event: finished.set(), None))
+        return 0 if finished.wait(seconds) else self._jobs.qsize()
 
     def _work(self) -> None:
         while True:
             job = self._jobs.get()
             job.run()
             job.report("the event counts as handled")
-            job.done.release()
 
 
 class Reply(NamedTuple):
@@ -878,6 +899,7 @@ class Receiver:
 
     KNOWN_CALLS = 20_000  # call ids remembered; as many newCalls in 24 hours is one every 4 seconds
     KNOWN_SECONDS = 24 * 3600
+    reply_budget_seconds = REPLY_BUDGET_SECONDS
 
     def __init__(self, settings: Settings, keys: Sequence[PublicKey], functions: CallFunctions,
                  show: Callable[[CallEvent, float], None] = lambda event, received_at: None,
@@ -890,19 +912,23 @@ class Receiver:
         self.routes.update({base + "/": "", base or "/": ""})
         self.urls = {name: settings.base_url + route for name, route in
                      (("on_answer", "/on-answer"), ("on_hangup", "/on-hangup"), ("on_data", "/on-data"))}
+        self._undecided = response_xml(None, **self.urls)  # most replies are this one
         self.refused = 0  # webhooks, since the start
         self.throttle = Throttle()
-        self.decisions, self.follow_ups = DecisionThreads(), FollowUps()
+        self.decisions, self.follow_ups = Decisions(), FollowUps()
         self._lock = threading.Lock()
         self._known: collections.OrderedDict[str, float] = collections.OrderedDict()
 
-    def receive(self, target: str, body: bytes, signature: str | None = None, outside: str = "") -> Reply:
+    def receive(self, target: str, body: bytes, signature: str | None = None, outside: str = "",
+                when_late: Callable[[Reply], None] = lambda reply: None) -> Reply:
         """Return the reply to the webhook `body` that was POSTed to `target` (path and query).
 
         `signature` is its X-Sipgate-Signature, `outside` the host it was addressed to if it
-        came from beyond this machine. Raises WebhookError for what is refused.
+        came from beyond this machine. Raises WebhookError for what is refused. If your code
+        has not decided in time, `when_late` is called from another thread with the reply to
+        give, and Late raised here when your code returns.
         """
-        deadline = time.monotonic() + REPLY_BUDGET_SECONDS
+        deadline = time.monotonic() + self.reply_budget_seconds
         path, _, query = target.partition("?")
         if path not in self.routes:
             raise WebhookError(404, "not found", self._cut_off(path))
@@ -919,7 +945,9 @@ class Receiver:
                 self.throttle.warn("path", f"event {event.event} came in on {path}, "
                                            "the path of another event: check the URLs entered at sipgate")
             self.show(event, self.clock())
-            return self._respond(event, deadline, outside)
+            return self._respond(event, deadline, outside, when_late)
+        except Late:
+            raise
         except Exception:
             logger.exception("an error in this program; the call goes through undecided")
             return self._xml(None, outside)
@@ -973,29 +1001,29 @@ class Receiver:
         with self._lock:
             return self.clock() - self._known.get(call_id, 0) < self.KNOWN_SECONDS
 
-    def _respond(self, event: CallEvent, deadline: float, outside: str) -> Reply:
-        if isinstance(event, NewCallEvent):
-            return self._xml(self.decisions.decide(self.functions.on_new_call, event, deadline), outside)
-        if isinstance(event, DtmfEvent):
-            return self._xml(self.decisions.decide(self.functions.on_dtmf, event, deadline), outside)
-        if isinstance(event, AnswerEvent):
-            return Reply(200, DISCARDED, afterwards=lambda: self.follow_ups.put(self.functions.on_answer, event))
-        if isinstance(event, HangupEvent):
-            return Reply(200, DISCARDED, afterwards=lambda: self.follow_ups.put(self.functions.on_hangup, event))
+    def _respond(self, event: CallEvent, deadline: float, outside: str, when_late: Callable[[Reply], None]) -> Reply:
+        if isinstance(event, (NewCallEvent, DtmfEvent)):
+            function = self.functions.on_new_call if isinstance(event, NewCallEvent) else self.functions.on_dtmf
+            action = self.decisions.decide(function, event, deadline, lambda: when_late(self._xml(None, outside)))
+            return self._xml(action, outside)
+        if isinstance(event, (AnswerEvent, HangupEvent)):
+            follow = self.functions.on_answer if isinstance(event, AnswerEvent) else self.functions.on_hangup
+            return Reply(200, DISCARDED, afterwards=lambda: self.follow_ups.put(follow, event))
         return Reply(200, response_xml(), "application/xml")
 
     def _xml(self, action: Action | None, outside: str) -> Reply:
         urls = self.urls
-        if self.settings.trial and outside:
+        if outside and self.settings.trial:
             # Our localhost URLs would lead sipgate nowhere.
             urls = {}
             self.throttle.warn("outside", f"this came in for {outside}; restart with --url https://{outside} "
                                           "to get answer and hangup too")
         try:
-            return Reply(200, response_xml(action, **urls), "application/xml")
+            document = response_xml(action, **urls) if action or not urls else self._undecided
         except ValueError as error:
             logger.error("%s; the call goes through undecided", error)
-            return Reply(200, response_xml(None, **urls), "application/xml")
+            document = response_xml(None, **urls)
+        return Reply(200, document, "application/xml")
 
 
 # ------------------------------------------------------------------------------------------
@@ -1028,6 +1056,10 @@ class RequestHead(NamedTuple):
     headers: dict[str, str]
     size: int  # bytes of the head
 
+    @property
+    def path(self) -> str:
+        return self.target.partition("?")[0]
+
 
 def parse_head(received: bytes) -> RequestHead | None:
     """Return the request head that `received` begins with, None if more has to come.
@@ -1042,9 +1074,9 @@ def parse_head(received: bytes) -> RequestHead | None:
     rest = lines.pop()
     matches = []
     for number, line in enumerate(lines):
-        _check_line(line, number)
         match = (HEADER_LINE if number else REQUEST_LINE).fullmatch(line)
-        if match is None:
+        if match is None or len(line) > MAX_LINE + 1 or number > MAX_HEADERS:
+            _check_line(line, number)
             raise WebhookError(400, "malformed header line" if number else "malformed request line")
         matches.append(match)
     _check_line(rest, len(lines))
@@ -1098,6 +1130,12 @@ def body_length(head: RequestHead) -> int:
     return int(length)
 
 
+@functools.lru_cache(maxsize=2)
+def http_date(moment: int) -> str:
+    """Unix time in the form of a Date header (RFC 9110 5.6.7)."""
+    return email.utils.formatdate(moment, usegmt=True)
+
+
 def outside_host(headers: Mapping[str, str]) -> str:
     """The host that a request from beyond this machine was addressed to; "" for one from here.
 
@@ -1114,7 +1152,11 @@ def outside_host(headers: Mapping[str, str]) -> str:
 
 
 class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
-    """One connection. Every limit is absolute: a client cannot stretch it byte by byte."""
+    """One connection.
+
+    Its socket blocks; the server cuts off what has passed its `deadline`. So every limit is
+    absolute, and no client can stretch it byte by byte.
+    """
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -1130,6 +1172,9 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
         super().setup()
         self.received = b""
         self.served = 0  # requests on this connection
+        self.in_flight = False  # a complete request is being answered
+        self.cut_off = False
+        self._allow(self.head_seconds)
         self.server.opened(self)
 
     def finish(self) -> None:
@@ -1137,59 +1182,56 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
         super().finish()
 
     def handle_one_request(self) -> None:
-        """Read one request and answer it."""
+        """Read one request and reply to it."""
         self.close_connection, self.command = True, ""  # until a request says otherwise
         try:
-            self._read_request()
+            self._take_request()
         except WebhookError as error:
             self.server.receiver.throttle.warn(error.reason, f"a request was refused with {error.status}: {error.reason}")
             self._send(Reply(error.status, error.reason.encode() + b"\n"))
             self._linger()
-        except OSError:  # the client is gone
-            pass
+        except Late:
+            self.close_connection = True
 
-    def _read_request(self) -> None:
+    def hang_up(self, how: int = socket.SHUT_RDWR) -> None:
+        """Cut the connection off, from another thread."""
+        self.cut_off = True
+        with contextlib.suppress(OSError):  # it may have ended already
+            socket.socket.shutdown(self.connection, how)
+
+    def _allow(self, seconds: float) -> None:
+        self.deadline = time.monotonic() + seconds
+
+    def _take_request(self) -> None:
         head = self._read_head()
         if head is None:
             return
         self.command = head.method
-        length = body_length(head)
-        if not self._receive_until(head.size + length, time.monotonic() + self.body_seconds):
-            return
-        body = self.received[head.size:head.size + length]
-        self.received = self.received[head.size + length:]
+        size = head.size + body_length(head)
+        self._allow(self.body_seconds)
+        while len(self.received) < size:
+            if not self._receive():
+                return
+        body, self.received = self.received[head.size:size], self.received[size:]
         self.served += 1
         if not self.server.begin(self):
             self._send(Reply(503, b"stopping\n"))
             return
         options = [option.strip().lower() for option in head.headers.get("connection", "").split(",")]
         self.close_connection = not head.minor or "close" in options
-        reply = self._reply(head, body)
-        self.close_connection |= self.server.stopping
-        try:
-            self._send(reply)
-        finally:
-            reply.afterwards()
-            self.server.end(self)
-
-    def hang_up(self) -> None:
-        """End the connection, from another thread."""
-        try:
-            socket.socket.shutdown(self.connection, socket.SHUT_RDWR)
-        except OSError:  # it has ended already
-            pass
+        self._finish(self._reply(head, body))
 
     def _read_head(self) -> RequestHead | None:
         """The next request head, None if the client closes, or says nothing for too long."""
         idle = self.served > 0 and not self.received
-        deadline = time.monotonic() + (self.idle_seconds if idle else self.head_seconds)
+        self._allow(self.idle_seconds if idle else self.head_seconds)
         head = parse_head(self.received)
         while head is None:
-            more = self._receive(deadline)
-            if not more:
+            if not self._receive():
                 return None
             if idle:
-                idle, deadline = False, time.monotonic() + self.head_seconds
+                idle = False
+                self._allow(self.head_seconds)
             if self.received[0] == 0x16:
                 self.server.receiver.throttle.warn("tls", "https on the http port: a TLS handshake came in; the "
                                                    "tunnel or proxy must speak http to this port")
@@ -1197,22 +1239,11 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
             head = parse_head(self.received)
         return head
 
-    def _receive_until(self, size: int, deadline: float) -> bool:
-        """Receive until there are `size` bytes; False if the client closes before."""
-        while len(self.received) < size:
-            if not self._receive(deadline):
-                return False
-        return True
-
-    def _receive(self, deadline: float) -> bool:
-        """Receive what has come; False at the end, or if nothing of a request came in time. Raises WebhookError (408)."""
-        try:
-            self.connection.settimeout(max(deadline - time.monotonic(), 0.001))
-            more = self.connection.recv(65536)
-        except socket.timeout:
-            if self.received:
-                raise WebhookError(408, "request too slow") from None
-            return False
+    def _receive(self) -> bool:
+        """Receive what has come; False at the end. Raises WebhookError (408)."""
+        more = self.connection.recv(65536)
+        if not more and self.cut_off and self.received:
+            raise WebhookError(408, "request too slow")
         self.received += more
         return bool(more)
 
@@ -1220,6 +1251,8 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
         try:
             method: Callable[..., Reply] = getattr(self, "do_" + head.method, self.do_other)
             return method(head, body)
+        except Late:
+            raise
         except WebhookError as error:
             if error.detail or error.status != 404:
                 self.server.receiver.throttle.warn(error.reason, error.detail or f"a webhook was refused: {error.reason}")
@@ -1230,10 +1263,11 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self, head: RequestHead, body: bytes) -> Reply:
         """A webhook."""
-        if head.target.partition("?")[0] in self.server.health_paths:
+        if head.path in self.server.health_paths:
             return self.do_other(head, body)
         receiver, headers = self.server.receiver, head.headers
-        reply = receiver.receive(head.target, body, headers.get("x-sipgate-signature"), outside_host(headers))
+        reply = receiver.receive(head.target, body, headers.get("x-sipgate-signature"), outside_host(headers),
+                                 self._finish_late)
         form = "application/x-www-form-urlencoded"
         if body and headers.get("content-type", "").partition(";")[0].strip().lower() != form:
             receiver.throttle.warn("content type", f"a webhook came without Content-Type: {form}; sipgate sends one")
@@ -1241,7 +1275,7 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self, head: RequestHead, body: bytes) -> Reply:
         """The health of this process."""
-        if head.target.partition("?")[0] not in self.server.health_paths:
+        if head.path not in self.server.health_paths:
             return self.do_other(head, body)
         return Reply(200, b"ok\n", headers=(("X-Instance", self.server.instance),
                                             ("X-Refused", str(self.server.receiver.refused)),
@@ -1251,32 +1285,47 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
 
     def do_other(self, head: RequestHead, body: bytes) -> Reply:
         """Every method where it does not belong."""
-        path = head.target.partition("?")[0]
-        if path in self.server.health_paths:
+        if head.path in self.server.health_paths:
             return Reply(405, b"takes GET\n", headers=(("Allow", "GET, HEAD"),))
-        if path in self.server.receiver.routes:
+        if head.path in self.server.receiver.routes:
             return Reply(405, b"takes POST from sipgate\n", headers=(("Allow", "POST"),))
         raise WebhookError(404, "not found")
+
+    def _finish(self, reply: Reply) -> None:
+        """Give the reply to a complete request."""
+        self.close_connection |= self.server.stopping
+        try:
+            self._send(reply)
+        finally:
+            reply.afterwards()
+            self.server.end(self)
+
+    def _finish_late(self, reply: Reply) -> None:
+        """Give the reply in place of our own thread, which is lost to your code, and so is the connection."""
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            self._finish(reply)
+        self.hang_up()
 
     def _send(self, reply: Reply) -> None:
         """Write `reply` in one piece, so that it is one TCP segment."""
         lines = [f"HTTP/1.1 {reply.status} {self.responses[reply.status][0]}",
-                 "Date: " + email.utils.formatdate(usegmt=True),
+                 "Date: " + http_date(int(time.time())),
                  "Content-Type: " + reply.content_type,
                  f"Content-Length: {len(reply.body)}",
                  *(f"{name}: {value}" for name, value in reply.headers)]
         if self.close_connection:
             lines.append("Connection: close")
         body = b"" if self.command == "HEAD" else reply.body
-        self.connection.settimeout(self.reply_seconds)
+        self._allow(self.reply_seconds)
         self.connection.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
 
     def _linger(self) -> None:
         """Read on for a moment: closed with input unread, the client would see a reset, not the reply."""
-        self.connection.shutdown(socket.SHUT_WR)
-        deadline, left = time.monotonic() + self.linger_seconds, self.linger_bytes
-        while left > 0 and time.monotonic() < deadline:
-            self.connection.settimeout(max(deadline - time.monotonic(), 0.001))
+        self._allow(self.linger_seconds)
+        socket.socket.shutdown(self.connection, socket.SHUT_WR)
+        left = self.linger_bytes
+        while left > 0:
             more = self.connection.recv(65536)
             if not more:
                 return
@@ -1296,13 +1345,12 @@ class WebhookServer(http.server.ThreadingHTTPServer):
     def __init__(self, host: str, port: int, base_path: str = "") -> None:
         """Bind `host` and `port` (0: any free one). Raises OSError."""
         self.health_paths = {"/healthz", base_path + "/healthz"}
-        self.instance = secrets.token_hex(8)
+        self.instance = os.urandom(8).hex()
         self.stopping = False
-        # Handler to whether a complete request of its is being answered; the condition guards all of it.
-        self._connections: dict[WebhookRequestHandler, bool] = {}
+        # Guards the connections, and whether each is in flight.
         self._condition = threading.Condition()
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
-                                                      flags=socket.AI_PASSIVE)[0]
+        self._connections: set[WebhookRequestHandler] = set()
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         self.address_family = family
         super().__init__(address[:2], WebhookRequestHandler)  # type: ignore[arg-type]
 
@@ -1314,33 +1362,43 @@ class WebhookServer(http.server.ThreadingHTTPServer):
     def opened(self, handler: WebhookRequestHandler) -> None:
         """Know of a connection."""
         with self._condition:
-            self._connections[handler] = False
+            self._connections.add(handler)
 
     def closed(self, handler: WebhookRequestHandler) -> None:
         """Forget a connection."""
         with self._condition:
-            self._connections.pop(handler, None)
+            self._connections.discard(handler)
 
     def begin(self, handler: WebhookRequestHandler) -> bool:
         """Whether the complete request of `handler` may be answered."""
         with self._condition:
-            self._connections[handler] = not self.stopping
-        return not self.stopping
+            handler.in_flight = not self.stopping
+            handler.deadline = math.inf  # your code has a limit of its own
+        return handler.in_flight
 
     def end(self, handler: WebhookRequestHandler) -> None:
         """The request has been answered."""
         with self._condition:
-            self._connections[handler] = False
-            self._condition.notify_all()
+            handler.in_flight = False
+            if self.stopping:
+                self._condition.notify_all()
+
+    def service_actions(self) -> None:
+        """Cut off what is past its deadline; serve_forever calls this between two connections."""
+        now = time.monotonic()
+        with self._condition:
+            for handler in [handler for handler in self._connections if handler.deadline < now]:
+                # While a request is read, the way for a 408 stays open.
+                handler.hang_up(socket.SHUT_RDWR if handler.in_flight or handler.cut_off else socket.SHUT_RD)
 
     def stop(self, seconds: float) -> None:
         """Close what is incomplete, let what is being answered finish for up to `seconds`, stop accepting."""
         with self._condition:
             self.stopping = True
-            for handler, in_flight in self._connections.items():
-                if not in_flight:
+            for handler in self._connections:
+                if not handler.in_flight:
                     handler.hang_up()
-            self._condition.wait_for(lambda: not any(self._connections.values()), seconds)
+            self._condition.wait_for(lambda: not any(handler.in_flight for handler in self._connections), seconds)
         self.shutdown()
         self.server_close()
 
@@ -1423,14 +1481,17 @@ class Console(io.TextIOBase):
 
     def _work(self) -> None:
         while True:
-            item = self._queue.get()
-            if isinstance(item, threading.Event):
-                item.set()
-                continue
-            self._write(item)
-            if self._dropped and self._queue.empty():
+            batch = [self._queue.get()]
+            while not self._queue.empty():
+                batch.append(self._queue.get())
+            self._write("".join(item for item in batch if isinstance(item, str)))
+            if self._dropped:
                 dropped, self._dropped = self._dropped, 0
                 self._write(f"({dropped} lines were dropped here: nobody took them)\n")
+            for item in batch:
+                if isinstance(item, threading.Event):
+                    item.set()
+            time.sleep(0.01)  # or each line of a busy hour would wake this thread, and cost the calls time
 
     def _write(self, text: str) -> None:
         rest = printable(text, keep="\n\t").encode(self.encoding or "utf-8", "backslashreplace")
@@ -1554,7 +1615,7 @@ def bind_advice(error: OSError, settings: Settings) -> str:
 
 
 TRIAL_STEPS = """\
-sipgate_callevents {version}, trial mode: listens on {host}:{port}, for this machine only
+sipgate_callevents {version} listens on {host}:{port}, for trials on this machine
 Your first real call:
   1. Book sipgate.io for your account (the smallest package will do).
   2. In a second terminal, open a tunnel:
@@ -1718,6 +1779,7 @@ def read_settings(options: argparse.Namespace, environ: Mapping[str, str]) -> Se
             logger.warning("%s is empty in the environment, which switches off the one in .env", name)
     for name in sorted(values):
         if re.match("(WEBHOOK|CALL)_", name) and name not in known:
+            import difflib  # seldom needed, and each import delays the start
             close = difflib.get_close_matches(name, known, 1)
             logger.warning("there is no setting %s%s", name, f"; is {close[0]} meant?" if close else "")
     return Settings.from_values(values, os.path.dirname(path))

@@ -1,0 +1,1579 @@
+"""Tests of sipgate_callevents.py: python3 -m unittest
+
+In the order of its sections. Plain functions are called; what only exists on a connection
+(status codes, headers, limits) is tried over loopback, and whole programs are started where
+start and stop matter. Nothing is mocked, no port is fixed.
+"""
+import base64
+import contextlib
+import hashlib
+import http.client
+import inspect
+import io
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+
+import sipgate_callevents as sc
+from sipgate_callevents import (
+    AnswerEvent,
+    CallFunctions,
+    DtmfEvent,
+    HangupEvent,
+    NewCallEvent,
+    PublicKey,
+    Receiver,
+    Settings,
+    SettingsError,
+    UnknownEvent,
+    WebhookError,
+    WebhookRequestHandler,
+    WebhookServer,
+    dial,
+    gather,
+    hang_up,
+    is_signed,
+    parse_dotenv,
+    parse_event,
+    parse_head,
+    play,
+    reject,
+    response_xml,
+    voicemail,
+)
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SCRIPT = os.path.join(HERE, "sipgate_callevents.py")
+
+# The examples of sipgate's documentation, as its curl commands send them.
+NEW_CALL = (b"event=newCall&from=492111234567&to=4915791234567&direction=in&callId=123456&user[]=Alice&user[]=Bob"
+            b"&userId[]=w0&userId[]=w1&fullUserId[]=1234567w0&fullUserId[]=1234567w1")
+ANSWER = (b"event=answer&callId=123456&user=John+Doe&userId=w0&fullUserId=1234567w0&from=492111234567"
+          b"&to=4915791234567&direction=in&answeringNumber=21199999999")
+HANGUP = (b"event=hangup&cause=normalClearing&callId=123456&from=492111234567&to=4915791234567&direction=in"
+          b"&answeringNumber=4921199999999")
+DTMF = b"event=dtmf&dtmf=1&callId=123456"
+
+# Signed by sipgate; from the tests of its Node SDK (MIT).
+VECTOR_BODY = (b"callId=&direction=in&event=newCall&from=4912354678&fullUserId%5B%5D%5B0%5D=123456789&originalCallId="
+               b"&to=49999999&user%5B%5D%5B0%5D=TestUser&userId%5B%5D%5B0%5D=123456789&xcid=")
+VECTOR_SIGNATURE = (
+    "hlY7r9Vad0NP/7xJxf+vcDqjWaGWHOcIrj+rcP5aqQQcHtbSLsElp2kRNRPBL5unWbq6bExVPZB49HHM+Y/fWSVL19q7KSJhYPHfikcME0r0mCYB"
+    "4S/VnJwnIvpiqz6s7Dpnk3wDCy65B3WQLwBVWA9oh6ojNM/g+87YnoMTKRx1KoFqosKNfBp1c1I8XjXusGOW/VlGnMb6wHhUVdwi9K7FfUgxj2pn"
+    "V+M1Xv9rYs6RAi4V1OcUPqdT5geHsxWa09sk+AEHSUm1EFnAvx7PhIkugpNwST7yPKHf0+iyei4qUQCBZtfQVOI4mLZTRfQuyVo3YuJfvHaNPYY3"
+    "4/1ZCZGCKeu+HS6WHs1vGUyKxSi8v4JJqog2VOlWruf8pMGg+syuAFwuxiCnWsSXgaaUfe9JrBAFjBxUmNP9DzR1bbkwxkJnthacu7jALXjGsubj"
+    "SSSl955QgenV/ZpODHgWDPg0fe6qGILtk+kXLjyfSsoR/qgzE5W5OAyZq8W64h01KAt9Q283N7/2nogy6keiIWL3qjPolWnrchSP7iJUatM2YiTc"
+    "pkNKnJ70UE05cdw3swuNe7zqD51MdOX3rAioEOFgOIFMSrxMVX+V4XK7sa5o43smN8lHoa+0AogQMuIrC7k2axdRbulSSNfyqVAZIT4qS0cItiv3"
+    "aPXsdDKkkA0=")
+
+# A key made for these tests alone; the exponent that signs stands below it.
+TEST_KEY_PEM = """\
+-----BEGIN PUBLIC KEY-----
+MIIBIjANBgkqhkiG9w0BAQEFAAOCAQ8AMIIBCgKCAQEAtHd3nxfjrfcnNEYVpQia
+tBY9lrY0lhtsfPsQVsiieNsv4luWVP1KJCl802zx9UE3XD2KVuybQMSlj4pJgFon
+f/G8bjBiEQj865Z/GIiJZiBbZPyyahe5vg1RaamZ/zyxwCeYN4glo2A6BV4jT0+X
+4KhySj//rgkWGISMkPSLXbbUvv2YzkNMmnKqVxc+muq8PwV6K8wadhCXDNVNCf3t
+zYRAzGWl3HSs5mkX3rZa+jOT+NerD9MxhcNmfBpgsBHVSUovpEKm/Xv7voTF3kJs
+mn2aR1TT/Tydh9XZpyk4KrWyqlKZQP0l9IVAfvzNeDY5Lxbcfnr3W8ZiOesooVGn
+DQIDAQAB
+-----END PUBLIC KEY-----
+"""
+TEST_KEY = PublicKey.from_pem(TEST_KEY_PEM)
+TEST_KEY_SECRET = int(
+    "28dacce15ee2a3cd0a7a8a8d36ddd24c07a6ecba16008f77c9797af2f29bd9796187408db172dff87ccdedfd416f70d2ac16"
+    "a07d5a36317cf3302231ce955a50dc3478cb8a3fea057bfe078ad1ca2d2d1113b5235ce23f21f7d8e0ef4cd61bf2ef99e71b"
+    "573e9214643e37d80d89eacba8c6aae97f23f299a676476e3f765781fd7d1c3b30d92c6182aab41249d846fc01c6416899f6"
+    "d4502b18f3787c4860f283451260f0a644dba8f1ab7185d324ecfe88ace35699b0d39e0b5a9b608bad241356c71f18530f85"
+    "df30c4d8460094fc9b68ddae4561fe763293f0facd31d7a911c77ec44c460a0ed6e2b88eae899dcbf8bc21184ae35d5f4874"
+    "6f0d850f7f0f", 16)
+
+
+def sign(body):
+    """The X-Sipgate-Signature of `body` by the test key (RFC 8017 8.2.1)."""
+    digest = sc.SHA256_PREFIX + hashlib.sha256(body).digest()
+    block = b"\x00\x01" + b"\xff" * (TEST_KEY.size - 3 - len(digest)) + b"\x00" + digest
+    number = pow(int.from_bytes(block, "big"), TEST_KEY_SECRET, TEST_KEY.modulus)
+    return base64.b64encode(number.to_bytes(TEST_KEY.size, "big")).decode()
+
+
+@contextlib.contextmanager
+def diagnostics():
+    """The list that grows by one text for each message of the script's logger."""
+    said = []
+
+    class Listener(logging.Handler):
+        def emit(self, record):
+            said.append(self.format(record))
+
+    listener = Listener()
+    sc.logger.addHandler(listener)
+    sc.logger.propagate = False
+    try:
+        yield said
+    finally:
+        sc.logger.removeHandler(listener)
+
+
+def setUpModule():
+    # What a test does not look for is not to appear between the dots.
+    sc.logger.addHandler(logging.NullHandler())
+    sc.logger.propagate = False
+
+
+def wait_until(condition, seconds=10):
+    """Wait for `condition`; fail if it does not come true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError("waited in vain")
+        threading.Event().wait(0.005)
+
+
+# ------------------------------------------------------------------------------------------
+# Settings
+# ------------------------------------------------------------------------------------------
+
+class DotenvTest(unittest.TestCase):
+    ROWS = (  # text, environment, what it sets
+        ("a=b", {}, {"a": "b"}),
+        (" a = b ", {}, {"a": "b"}),
+        ("export a=b", {}, {"a": "b"}),
+        ("export=1", {}, {"export": "1"}),
+        ("'a'=b", {}, {"a": "b"}),
+        ('"a"=b', {}, {'"a"': "b"}),
+        ("a b=c", {}, {}),
+        ("a=b # c", {}, {"a": "b"}),
+        ("a=b#c", {}, {"a": "b#c"}),
+        ("a= # c", {}, {"a": "# c"}),
+        ("# a=b", {}, {}),
+        ('a="b # c"', {}, {"a": "b # c"}),
+        ('a="b" c', {}, {}),
+        ('a="b" # c', {}, {"a": "b"}),
+        ("a='b c '", {}, {"a": "b c "}),
+        ('a="b\\nc"', {}, {"a": "b\nc"}),
+        ("a='b\\nc'", {}, {"a": "b\\nc"}),
+        (r"a='b\'c\\'", {}, {"a": r"b'c" + "\\"}),
+        (r'a="\\ \' \" \a \b \f \n \r \t \v"', {}, {"a": "\\ ' \" \a \b \f \n \r \t \v"}),
+        ('a="\\$x"', {}, {"a": "\\$x"}),
+        ('a="b\nc"\nd=e', {}, {"a": "b\nc", "d": "e"}),
+        ("a='b\r\nc'", {}, {"a": "b\r\nc"}),
+        ("a=it's", {}, {"a": "it's"}),
+        ("a=b=c", {}, {"a": "b=c"}),
+        ("a=$b", {"b": "c"}, {"a": "$b"}),
+        ("a='${b}'", {"b": "c"}, {"a": "c"}),
+        ("a=${b:-d}", {}, {"a": "d"}),
+        ("a=${b:-d}", {"b": ""}, {"a": ""}),
+        ("a=${b}", {}, {"a": ""}),
+        ("b=1\na=${b}", {"b": "2"}, {"a": "2"}),
+        ("b=1\na=${b}\nb=2", {}, {"a": "1", "b": "2"}),
+        ("a=${b}\nb=1", {}, {"a": "", "b": "1"}),
+        ("a=${b:-${c}}", {"c": "1"}, {"a": "${c}"}),
+        ("b\na=${b:-d}", {}, {"a": ""}),
+        ("b", {}, {}),
+        ("a=", {}, {"a": ""}),
+        ("a=1", {"a": ""}, {}),
+        ("a=1\rb=2\r\nc=3\nd=4", {}, {"a": "1", "b": "2", "c": "3", "d": "4"}),
+        ("\ufeffa=b", {}, {"a": "b"}),
+        ('a="b\nc=d', {}, {"c": "d"}),
+        ("WEBHOOK_URL=https://x.example/#frag", {}, {"WEBHOOK_URL": "https://x.example/#frag"}),
+        ("WEBHOOK_URL=https://x.example/ #frag", {}, {"WEBHOOK_URL": "https://x.example/"}),
+    )
+
+    def test_means_what_python_dotenv_makes_of_it(self):
+        for text, environ, sets in self.ROWS:
+            with self.subTest(text):
+                self.assertEqual(parse_dotenv(text, environ), sets)
+
+    def test_a_line_that_cannot_be_read_is_skipped_and_named(self):
+        with diagnostics() as said:
+            self.assertEqual(parse_dotenv("a=1\r\nb c=2\nd=\"3\" e\nf='4\ng=5", {}), {"a": "1", "g": "5"})
+        self.assertEqual(said, [f".env: line {n} cannot be read and is skipped" for n in (2, 3, 4)])
+
+    def test_any_text_is_read_without_an_error(self):
+        pieces = ["a", "=", "'", '"', "\\", "\n", "\r", " ", "#", "${a}", "${a:-b}", "export ", "\ufeff", "\0", "ä"]
+        chance = random.Random(1)
+        for _ in range(3000):
+            text = "".join(chance.choice(pieces) for _ in range(chance.randrange(12)))
+            with self.subTest(text):
+                self.assertIsInstance(parse_dotenv(text, {"a": "1"}), dict)
+
+
+class SettingsTest(unittest.TestCase):
+    def problems(self, **values):
+        with self.assertRaises(SettingsError) as caught:
+            Settings.from_values(values)
+        return list(caught.exception.problems)
+
+    def test_nothing_set_is_trial_mode_on_this_machine(self):
+        settings = Settings.from_values({})
+        self.assertEqual((settings.trial, settings.webhook_host, settings.base_url, settings.verify_signature),
+                         (True, "127.0.0.1", "http://localhost:8080", "auto"))
+
+    def test_an_empty_value_is_not_set(self):
+        self.assertEqual(Settings.from_values({"WEBHOOK_PORT": "", "WEBHOOK_URL": " "}), Settings())
+
+    def test_a_slash_at_the_end_of_the_url_is_mended(self):
+        self.assertEqual(Settings.from_values({"WEBHOOK_URL": "https://example.org/3f/"}).base_url, "https://example.org/3f")
+
+    def test_wrong_values_are_named_with_what_was_expected(self):
+        for name, value, expected in [
+                ("WEBHOOK_PORT", "80a", "expected a whole number from 1 to 65535"),
+                ("WEBHOOK_PORT", "65536", "expected a whole number from 1 to 65535"),
+                ("WEBHOOK_PORT", "²", "expected a whole number from 1 to 65535"),
+                ("VERIFY_SIGNATURE", "yes", "expected auto, on or off"),
+                ("CALL_OUTPUT", "xml", "expected text, json or off"),
+                ("WEBHOOK_URL", "example.org", "expected a whole address such as https://example.org"),
+                ("WEBHOOK_URL", "ftp://example.org", "expected a whole address such as https://example.org"),
+                ("WEBHOOK_URL", "https:///x", "expected a whole address such as https://example.org"),
+                ("WEBHOOK_URL", "https://me:pw@example.org",
+                 "leave out user and password, sipgate's webhooks do not need them"),
+                ("WEBHOOK_URL", "https://example.org?a=b", "leave out everything from the ? or # on"),
+                ("WEBHOOK_URL", "https://example.org/#a", "leave out everything from the ? or # on"),
+                ("WEBHOOK_URL", "https://example.org/ä", "expected only letters, digits and punctuation that a URL can hold"),
+                ("WEBHOOK_URL", "https://example.org/a/new-call",
+                 "leave out /new-call, it is added to https://example.org/a"),
+                ("WEBHOOK_URL", "https://example.org/on-hangup/", "leave out /on-hangup, it is added to https://example.org"),
+        ]:
+            with self.subTest(value):
+                self.assertEqual(self.problems(**{name: value}), [f'{name} is "{value}": {expected}'])
+
+    def test_all_wrong_values_are_named_at_once(self):
+        self.assertEqual(len(self.problems(WEBHOOK_PORT="x", WEBHOOK_URL="x", CALL_OUTPUT="x")), 3)
+
+    def test_without_a_url_only_this_machine_may_be_listened_to(self):
+        problem, = self.problems(WEBHOOK_HOST="0.0.0.0")
+        self.assertIn("WEBHOOK_HOST", problem)
+        self.assertIn("WEBHOOK_URL", problem)
+        for host in ("127.0.0.2", "::1", "localhost"):
+            self.assertTrue(Settings.from_values({"WEBHOOK_HOST": host}).trial)
+
+    def test_what_is_probably_not_meant_is_said(self):
+        for values, said in [
+                ({"WEBHOOK_URL": "http://example.org/3f"}, "newer accounts take https only"),
+                ({"WEBHOOK_URL": "https://example.org"}, "such as WEBHOOK_URL=https://example.org/"),
+                ({"WEBHOOK_URL": "https://example.org:8080/3f"}, "there must be a tunnel or proxy"),
+                ({"WEBHOOK_URL": "https://example.org/3f", "VERIFY_SIGNATURE": "off"}, "anyone who knows the address"),
+        ]:
+            with self.subTest(said):
+                warning, = Settings.from_values(values).warnings()
+                self.assertIn(said, warning)
+
+    def test_a_good_set_up_and_trial_mode_are_not_warned_about(self):
+        for values in ({}, {"WEBHOOK_URL": "https://example.org/3f9c2a"}, {"WEBHOOK_URL": "http://localhost:8080"},
+                       {"WEBHOOK_URL": "http://localhost:8080/3f9c2a"}):
+            self.assertEqual(list(Settings.from_values(values).warnings()), [])
+
+    def test_a_relative_path_counts_from_the_given_folder(self):
+        folder = os.path.abspath("somewhere")
+        self.assertEqual(Settings.from_values({"CALL_HANDLERS": "mine.py"}, folder).call_handlers,
+                         os.path.join(folder, "mine.py"))
+
+
+# ------------------------------------------------------------------------------------------
+# Signatures
+# ------------------------------------------------------------------------------------------
+
+class SignatureTest(unittest.TestCase):
+    KEYS = (PublicKey.from_pem(sc.SIPGATE_PUBLIC_KEY),)
+
+    def signed(self, body=VECTOR_BODY, signature=VECTOR_SIGNATURE):
+        return is_signed(body, signature, self.KEYS)
+
+    def test_the_key_is_the_one_that_sipgate_publishes(self):
+        der = base64.b64decode("".join(sc.SIPGATE_PUBLIC_KEY.split("\n")[1:-2]))
+        self.assertEqual(hashlib.sha256(der).hexdigest(), "893cfd6caad92efc277a5977daec63dee1597223b1df5b2bf69ef56cd92305b3")
+        self.assertEqual(self.KEYS[0], PublicKey(int.from_bytes(der[33:545], "big"), int.from_bytes(der[547:550], "big")))
+
+    def test_what_sipgate_signed_is_signed(self):
+        self.assertTrue(self.signed())
+
+    def test_another_body_is_not_signed(self):
+        for body in (VECTOR_BODY + b"\n", VECTOR_BODY.replace(b"=in", b"=io"), VECTOR_BODY.replace(b"%5B%5D", b"[]"),
+                     VECTOR_BODY.replace(b"%5B%5D", b"%5b%5d"), b""):
+            with self.subTest(body):
+                self.assertFalse(self.signed(body))
+
+    def test_another_spelling_of_the_signature_is_refused(self):
+        for label, signature in [
+                ("cut", VECTOR_SIGNATURE[:-4]), ("no padding", VECTOR_SIGNATURE[:-1]), ("none", None), ("empty", ""),
+                ("blank inside", VECTOR_SIGNATURE[:99] + " " + VECTOR_SIGNATURE[99:]),
+                ("line feed inside", VECTOR_SIGNATURE[:76] + "\n" + VECTOR_SIGNATURE[76:]),
+                ("line feed behind", VECTOR_SIGNATURE + "\n"), ("not canonical", VECTOR_SIGNATURE[:-2] + "1="),
+                ("URL alphabet", VECTOR_SIGNATURE.replace("/", "_")), ("not ASCII", VECTOR_SIGNATURE[:-1] + "\xe4"),
+                ("twice", VECTOR_SIGNATURE * 2)]:
+            with self.subTest(label):
+                self.assertFalse(self.signed(signature=signature))
+
+    def test_a_signature_plus_the_modulus_is_refused(self):
+        bodies = (str(n).encode() for n in range(100))
+        sums = ((body, int.from_bytes(base64.b64decode(sign(body)), "big") + TEST_KEY.modulus) for body in bodies)
+        body, second = next((body, total) for body, total in sums if total < 1 << 2048)
+        self.assertTrue(is_signed(body, sign(body), [TEST_KEY]))
+        self.assertFalse(is_signed(body, base64.b64encode(second.to_bytes(256, "big")).decode(), [TEST_KEY]))
+
+    def test_no_bit_of_the_signature_may_change(self):
+        signature = base64.b64decode(VECTOR_SIGNATURE)
+        for bit in range(0, 4096, 37):
+            changed = bytearray(signature)
+            changed[bit // 8] ^= 1 << bit % 8
+            with self.subTest(bit):
+                self.assertFalse(self.signed(signature=base64.b64encode(changed).decode()))
+
+    def test_any_header_gives_true_or_false(self):
+        chance = random.Random(2)
+        for _ in range(2000):
+            signature = list(VECTOR_SIGNATURE)
+            for _ in range(chance.randrange(1, 4)):
+                signature[chance.randrange(len(signature))] = chance.choice(["", "A", "=", "\n", "\xff", "\u20ac", "AA"])
+            if "".join(signature) != VECTOR_SIGNATURE:
+                self.assertIs(self.signed(signature="".join(signature)), False)
+
+    def test_a_further_key_counts_as_well(self):
+        self.assertTrue(is_signed(b"a=b", sign(b"a=b"), [*self.KEYS, TEST_KEY]))
+        self.assertFalse(is_signed(b"a=b", sign(b"a=b"), self.KEYS))
+        self.assertFalse(is_signed(b"a=b", sign(b"a=b"), []))
+
+    def test_a_file_that_holds_no_key_of_this_kind_is_named(self):
+        lines = TEST_KEY_PEM.split("\n")
+        for text, said in [
+                ("", 'expected a PEM file with "-----BEGIN PUBLIC KEY-----" in it'),
+                (TEST_KEY_PEM.replace("PUBLIC", "PRIVATE"), 'expected a PEM file with "-----BEGIN PUBLIC KEY-----" in it'),
+                ("\n".join(lines[:1] + lines[2:]), "expected an RSA key"),
+                ("\n".join(lines[:3] + lines[-2:]), "expected an RSA key"),
+                ("-----BEGIN PUBLIC KEY-----\nMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEPpOwEgAw2ZIsEAaGcXKSSsHaggf4\n"
+                 "KngXyppy5N+qs+zE1SPlO3VOI/D1Z3DlPj491iRv772lgY1zBPmrY8UvRQ==\n-----END PUBLIC KEY-----", "expected an RSA key"),
+        ]:
+            with self.subTest(said), self.assertRaises(ValueError) as caught:
+                PublicKey.from_pem(text)
+            self.assertEqual(str(caught.exception), said)
+
+
+# ------------------------------------------------------------------------------------------
+# Call events
+# ------------------------------------------------------------------------------------------
+
+class EventTest(unittest.TestCase):
+    def test_a_new_call_has_all_its_fields(self):
+        body = NEW_CALL + b"&origCallId=123455&xcid=00ab&diversion=4921100000"
+        event = parse_event(body, "newCall")
+        self.assertEqual(event, NewCallEvent(
+            call_id="123456", fields=event.fields, from_number="492111234567", to_number="4915791234567", direction="in",
+            orig_call_id="123455", xcid="00ab", diversion="4921100000", users=("Alice", "Bob"), user_ids=("w0", "w1"),
+            full_user_ids=("1234567w0", "1234567w1")))
+
+    def test_an_answer_has_all_its_fields(self):
+        event = parse_event(ANSWER, "answer")
+        self.assertEqual(event, AnswerEvent(
+            call_id="123456", fields=event.fields, from_number="492111234567", to_number="4915791234567", direction="in",
+            user="John Doe", user_id="w0", full_user_id="1234567w0", answering_number="21199999999"))
+
+    def test_a_hangup_has_all_its_fields(self):
+        event = parse_event(HANGUP, "hangup")
+        self.assertEqual(event, HangupEvent(
+            call_id="123456", fields=event.fields, from_number="492111234567", to_number="4915791234567", direction="in",
+            cause="normalClearing", answering_number="4921199999999"))
+
+    def test_digits_are_text(self):
+        event = parse_event(b"event=dtmf&dtmf=0042*%23&callId=1", "dtmf", "language")
+        self.assertEqual(event, DtmfEvent(call_id="1", fields=event.fields, dtmf="0042*#", state="language"))
+
+    def test_lists_are_taken_in_all_three_spellings(self):
+        for key in (b"user[]", b"user%5B%5D", b"user%5b%5d", b"user%5B%5D%5B0%5D"):
+            with self.subTest(key):
+                self.assertEqual(parse_event(key + b"=Al+ice", "newCall").users, ("Al ice",))
+
+    def test_a_list_with_one_empty_value_is_empty(self):
+        self.assertEqual(parse_event(b"user%5B%5D=&callId=1", "newCall").users, ())
+        self.assertEqual(parse_event(b"user[]=A&user[]=&callId=1", "newCall").users, ("A", ""))
+
+    def test_what_is_missing_or_empty_is_empty(self):
+        self.assertEqual(parse_event(b"", "newCall"), NewCallEvent())
+        self.assertEqual(parse_event(b"from=&callId=", "answer").from_number, "")
+
+    def test_the_event_in_the_body_decides(self):
+        self.assertIsInstance(parse_event(b"event=hangup&callId=1", "newCall"), HangupEvent)
+        self.assertIsInstance(parse_event(b"callId=1", "answer"), AnswerEvent)
+
+    def test_unknown_events_and_fields_are_kept(self):
+        event = parse_event(b"event=transfer&callId=1&mood=good&mood=bad&user=U", "newCall")
+        self.assertEqual(event, UnknownEvent(call_id="1", event="transfer", fields={
+            "event": ["transfer"], "callId": ["1"], "mood": ["good", "bad"], "user": ["U"]}))
+        self.assertEqual(parse_event(b"callId=1&later=", "newCall").fields, {"callId": ["1"], "later": [""]})
+
+    def test_umlauts_are_read_encoded_and_raw(self):
+        for body in (b"user[]=J%C3%BCrgen", "user[]=Jürgen".encode()):
+            self.assertEqual(parse_event(body, "newCall").users, ("Jürgen",))
+        self.assertEqual(parse_event(b"user[]=J\xfcrgen", "newCall").users, ("J\ufffdrgen",))
+
+    def test_what_is_no_event_is_refused(self):
+        for body, default, status, reason in [
+                (b"hello", "newCall", 400, "the body is no form"),
+                (b'{"event": 1}', "newCall", 400, "the body is no form"),
+                (b"callId=1&callId=2", "newCall", 400, "the form has callId more than once"),
+                (b"event=newCall&event=hangup", "newCall", 400, "the form has event more than once"),
+                (b"a=b&" * 201, "newCall", 400, "the form has too many fields"),
+                (b"callId=1", "", 404, "no event is named"),
+                (b"", "", 404, "no event is named")]:
+            with self.subTest(body), self.assertRaises(WebhookError) as caught:
+                parse_event(body, default)
+            self.assertEqual((caught.exception.status, caught.exception.reason), (status, reason))
+
+    def test_any_body_gives_an_event_or_the_documented_error(self):
+        chance = random.Random(3)
+        for _ in range(3000):
+            body = bytearray(chance.choice([NEW_CALL, ANSWER, HANGUP, DTMF]))
+            for _ in range(chance.randrange(1, 9)):
+                body[chance.randrange(len(body))] = chance.choice(b"&=%[]+;\x00\xff\n a5")
+            with contextlib.suppress(WebhookError):
+                self.assertIsInstance(parse_event(bytes(body), "newCall"), sc.CallEvent)
+
+
+# ------------------------------------------------------------------------------------------
+# Actions and XML
+# ------------------------------------------------------------------------------------------
+
+class ActionTest(unittest.TestCase):
+    GOLDEN = (  # from sipgate's API reference
+        ("<Response><Dial><Number>4915799912345</Number></Dial></Response>", dial("4915799912345")),
+        ("<Response><Dial><Voicemail /></Dial></Response>", voicemail()),
+        ('<Response><Dial anonymous="true"><Number>4915799912345</Number></Dial></Response>',
+         dial("4915799912345", anonymous=True)),
+        ('<Response><Dial callerId="492111234567"><Number>4915799912345</Number></Dial></Response>',
+         dial("4915799912345", caller_id="492111234567")),
+        ("<Response><Dial><Number>4915799912345</Number><Number>492111234567</Number></Dial></Response>",
+         dial("4915799912345", "492111234567")),
+        ("<Response><Play><Url>http://example.com/example.wav</Url></Play></Response>",
+         play("http://example.com/example.wav")),
+        ('<Response><Gather onData="http://localhost:3000/dtmf" maxDigits="3" timeout="10000"><Play>'
+         "<Url>https://example.com/example.wav</Url></Play></Gather></Response>",
+         gather("http://localhost:3000/dtmf", play="https://example.com/example.wav", max_digits=3, timeout_ms=10000)),
+        ("<Response><Reject /></Response>", reject()),
+        ('<Response><Reject reason="busy" /></Response>', reject("busy")),
+        ("<Response><Hangup /></Response>", hang_up()),
+    )
+
+    def assert_xml(self, document, expected):
+        self.assertEqual(ET.canonicalize(document.decode("ascii")), ET.canonicalize(expected))
+
+    def test_each_action_reads_as_in_the_reference(self):
+        for expected, action in self.GOLDEN:
+            with self.subTest(expected):
+                self.assert_xml(response_xml(action), expected)
+
+    def test_follow_ups_read_as_in_the_reference(self):
+        self.assert_xml(response_xml(on_answer="http://localhost:3000/answer"),
+                        '<Response onAnswer="http://localhost:3000/answer" />')
+        self.assert_xml(response_xml(on_hangup="http://localhost:3000/hangup"),
+                        '<Response onHangup="http://localhost:3000/hangup" />')
+        self.assert_xml(response_xml(), "<Response />")
+
+    def test_a_gather_without_a_url_comes_back_to_us_with_its_state(self):
+        self.assert_xml(response_xml(gather(state="a&b ü"), on_data="http://x/on-data"),
+                        '<Response><Gather onData="http://x/on-data?state=a%26b+%C3%BC" maxDigits="1" timeout="2000" />'
+                        "</Response>")
+        self.assert_xml(response_xml(gather("https://y/?a=b", state="s")),
+                        '<Response><Gather onData="https://y/?a=b&amp;state=s" maxDigits="1" timeout="2000" /></Response>')
+        with self.assertRaises(ValueError):
+            response_xml(gather())
+
+    def test_numbers_are_cleaned(self):
+        self.assertEqual(dial(" +49 (157) 999-123/45"), dial("4915799912345"))
+
+    def test_what_sipgate_would_not_understand_is_refused_when_it_is_built(self):
+        digits = "expected digits with the country code, such as '4915799912345'"
+        url = "expected a URL that begins with http:// or https://"
+        whole = "expected a whole number of 1 or more"
+        for build, message in [
+                (lambda: dial(), "numbers: 0 were given, expected 1 to 5"),
+                (lambda: dial(*"123456"), "numbers: 6 were given, expected 1 to 5"),
+                (lambda: dial("anonymous"), f"numbers is 'anonymous': {digits}"),
+                (lambda: dial(""), f"numbers is '': {digits}"),
+                (lambda: dial("4\x001"), f"numbers is '4\\x001': {digits}"),
+                (lambda: dial("٤٩"), f"numbers is '٤٩': {digits}"),
+                (lambda: dial("+49 (0) 211 1"), f"numbers is '+49 (0) 211 1': {digits}"),
+                (lambda: dial(["1", "2"]), f"numbers is ['1', '2']: {digits}"),
+                (lambda: dial("1", caller_id="me"), f"caller_id is 'me': {digits}"),
+                (lambda: dial("1", anonymous="yes"), "anonymous is 'yes': expected True or False"),
+                (lambda: play("example.wav"), f"url is 'example.wav': {url}"),
+                (lambda: play("http:///x.wav"), f"url is 'http:///x.wav': {url}"),
+                (lambda: play("http://x/\x0b"), f"url is 'http://x/\\x0b': {url}"),
+                (lambda: play("http://x/a b"), f"url is 'http://x/a b': {url}"),
+                (lambda: gather("/on-data"), f"url is '/on-data': {url}"),
+                (lambda: gather(play="x"), f"play is 'x': {url}"),
+                (lambda: gather(max_digits=0), f"max_digits is 0: {whole}"),
+                (lambda: gather(max_digits=True), f"max_digits is True: {whole}"),
+                (lambda: gather(timeout_ms=0.5), f"timeout_ms is 0.5: {whole}"),
+                (lambda: gather(state="\ud800"), "state is '\\ud800': expected text"),
+                (lambda: gather(state=1), "state is 1: expected text"),
+                (lambda: reject("later"), "reason is 'later': expected 'rejected' or 'busy'")]:
+            with self.subTest(message), self.assertRaises(ValueError) as caught:
+                build()
+            self.assertEqual(str(caught.exception), message)
+
+
+# ------------------------------------------------------------------------------------------
+# Receiving
+# ------------------------------------------------------------------------------------------
+
+NO_FUNCTIONS = CallFunctions()
+TRIAL = Settings()
+LIVE = Settings(webhook_url="https://example.localhost.run")
+LIVE_XML = (b'<Response onAnswer="https://example.localhost.run/on-answer" '
+            b'onHangup="https://example.localhost.run/on-hangup" />')
+BARE_XML = b"<Response />"
+
+
+def refusal(function, *arguments):
+    """Status and reason of the WebhookError that the call raises."""
+    try:
+        reply = function(*arguments)
+    except WebhookError as error:
+        return error.status, error.reason
+    raise AssertionError(f"not refused: {reply}")
+
+
+class ReceiverTest(unittest.TestCase):
+    def receiver(self, settings=LIVE, functions=NO_FUNCTIONS):
+        self.now, self.shown = 1e9, []
+        return Receiver(settings, [TEST_KEY], functions, lambda event, received_at: self.shown.append((event, received_at)),
+                        lambda: self.now)
+
+    def test_a_signed_new_call_gets_the_follow_ups(self):
+        reply = self.receiver().receive("/new-call", NEW_CALL, sign(NEW_CALL))
+        self.assertEqual((reply.status, reply.content_type, reply.body), (200, "application/xml", LIVE_XML))
+        (event, received_at), = self.shown
+        self.assertEqual((event.call_id, received_at), ("123456", 1e9))
+
+    def test_the_follow_up_urls_come_from_the_setting_alone(self):
+        reply = self.receiver().receive("/new-call", NEW_CALL, sign(NEW_CALL), "evil.example")
+        self.assertEqual(reply.body, LIVE_XML)
+
+    def test_each_refusal_of_a_signature_says_which(self):
+        receiver = self.receiver()
+        for signature, refused in [(None, (403, "signature missing, see VERIFY_SIGNATURE")),
+                                   ("x", (403, "signature malformed, see SIGNATURE_KEY_FILE")),
+                                   (VECTOR_SIGNATURE, (403, "signature malformed, see SIGNATURE_KEY_FILE")),
+                                   (sign(HANGUP), (403, "signature does not match, see SIGNATURE_KEY_FILE"))]:
+            with self.subTest(refused):
+                self.assertEqual(refusal(receiver.receive, "/new-call", NEW_CALL, signature), refused)
+        self.assertEqual((self.shown, receiver.refused), ([], 4))
+
+    def test_the_public_vector_is_no_event(self):
+        receiver = Receiver(LIVE, sc.load_keys(""), CallFunctions())
+        self.assertEqual(refusal(receiver.receive, "/new-call", VECTOR_BODY, VECTOR_SIGNATURE), (400, "callId is missing"))
+
+    def test_unsigned_events_of_a_signed_call_are_taken_for_a_day(self):
+        receiver, missing = self.receiver(), (403, "signature missing, see VERIFY_SIGNATURE")
+        self.assertEqual(refusal(receiver.receive, "/on-hangup", HANGUP), missing)
+        receiver.receive("/new-call", NEW_CALL, sign(NEW_CALL))
+        with diagnostics() as said:
+            for path, body in [("/on-answer", ANSWER), ("/on-data", DTMF), ("/on-hangup", HANGUP)]:
+                self.assertEqual(receiver.receive(path, body).status, 200)
+        self.assertEqual(len(said), 1)
+        self.assertEqual(refusal(receiver.receive, "/new-call", NEW_CALL), missing)
+        self.assertEqual(refusal(receiver.receive, "/on-hangup", b"event=hangup&callId=1234567"), missing)
+        self.assertEqual(refusal(receiver.receive, "/on-hangup", b"event=hangup&callId="), missing)
+        self.assertEqual(refusal(receiver.receive, "/on-hangup", b"event=pause&callId=123456"), missing)
+        self.assertEqual(refusal(receiver.receive, "/on-hangup", b"nonsense"), missing)
+        self.now += 24 * 3600
+        self.assertEqual(refusal(receiver.receive, "/on-hangup", HANGUP), missing)
+
+    def test_a_wrong_signature_is_refused_even_for_a_known_call(self):
+        receiver = self.receiver()
+        receiver.receive("/new-call", NEW_CALL, sign(NEW_CALL))
+        self.assertEqual(refusal(receiver.receive, "/on-hangup", HANGUP, sign(ANSWER))[0], 403)
+
+    def test_the_memory_of_calls_is_bounded(self):
+        receiver = self.receiver()
+        receiver.KNOWN_CALLS = 2
+        for call in (b"callId=1", b"callId=2", b"callId=3"):
+            receiver.receive("/new-call", call, sign(call))
+        self.assertEqual(refusal(receiver.receive, "/on-hangup", b"callId=1")[0], 403)
+        self.assertEqual(receiver.receive("/on-hangup", b"callId=2").status, 200)
+
+    def test_verify_signature_on_wants_every_event_signed(self):
+        receiver = self.receiver(replace(LIVE, verify_signature="on"))
+        receiver.receive("/new-call", NEW_CALL, sign(NEW_CALL))
+        self.assertEqual(refusal(receiver.receive, "/on-hangup", HANGUP)[0], 403)
+        self.assertEqual(receiver.receive("/on-hangup", HANGUP, sign(HANGUP)).status, 200)
+        trial = self.receiver(replace(TRIAL, verify_signature="on"))
+        self.assertEqual(refusal(trial.receive, "/new-call", NEW_CALL)[0], 403)
+
+    def test_verify_signature_off_takes_everything(self):
+        receiver = self.receiver(replace(LIVE, verify_signature="off"))
+        self.assertEqual(receiver.receive("/new-call", b"callId=").body, LIVE_XML)
+        self.assertEqual(receiver.receive("/on-hangup", HANGUP, "nonsense").status, 200)
+
+    def test_trial_mode_needs_no_signature_from_this_machine(self):
+        receiver = self.receiver(TRIAL)
+        for _ in range(2):
+            self.assertEqual(receiver.receive("/new-call", NEW_CALL).body, (
+                b'<Response onAnswer="http://localhost:8080/on-answer" onHangup="http://localhost:8080/on-hangup" />'))
+        self.assertEqual(len(self.shown), 2)
+        self.assertEqual(refusal(receiver.receive, "/new-call", NEW_CALL, sign(HANGUP))[0], 403)
+
+    def test_trial_mode_answers_a_tunnel_without_follow_ups_and_says_how_to_go_on(self):
+        receiver = self.receiver(TRIAL)
+        self.assertEqual(refusal(receiver.receive, "/new-call", NEW_CALL, None, "abc.lhr.life")[0], 403)
+        with diagnostics() as said:
+            self.assertEqual(receiver.receive("/new-call", NEW_CALL, sign(NEW_CALL), "abc.lhr.life").body, BARE_XML)
+        self.assertEqual(said, ["this came in for abc.lhr.life; restart with --url https://abc.lhr.life "
+                                "to get answer and hangup too"])
+        self.assertEqual(refusal(receiver.receive, "/on-hangup", HANGUP, None, "abc.lhr.life")[0], 403)
+
+    def test_the_path_of_the_url_counts(self):
+        receiver = self.receiver(Settings(webhook_url="https://example.org/3f"))
+        self.assertIn(b'"https://example.org/3f/on-answer"', receiver.receive("/3f/new-call", NEW_CALL, sign(NEW_CALL)).body)
+        with self.assertRaises(WebhookError) as caught:
+            receiver.receive("/new-call", NEW_CALL, sign(NEW_CALL))
+        self.assertEqual(caught.exception.status, 404)
+        self.assertIn("the proxy cuts off the path", caught.exception.detail)
+        for path in ("/", "/3f/new-call/", "/3F/new-call", "/3f/new%2Dcall", "/3f//new-call"):
+            self.assertEqual(refusal(receiver.receive, path, NEW_CALL, sign(NEW_CALL)), (404, "not found"))
+
+    def test_on_the_base_path_the_body_says_which_event_it_is(self):
+        for settings, paths in [(LIVE, ["/"]), (Settings(webhook_url="https://example.org/3f"), ["/3f", "/3f/"])]:
+            for path in paths:
+                receiver = self.receiver(settings)
+                self.assertEqual(receiver.receive(path, HANGUP, sign(HANGUP)).body, b"This response will be discarded")
+                self.assertEqual(refusal(receiver.receive, path, b"callId=1", sign(b"callId=1"))[0], 404)
+
+    def test_an_event_on_the_path_of_another_is_taken_with_a_warning(self):
+        receiver = self.receiver()
+        with diagnostics() as said:
+            self.assertEqual(receiver.receive("/on-answer", HANGUP, sign(HANGUP)).status, 200)
+        self.assertEqual(said, ["event hangup came in on /on-answer, the path of another event: "
+                                "check the URLs entered at sipgate"])
+        self.assertIsInstance(self.shown[0][0], HangupEvent)
+
+    def test_an_unknown_event_gets_an_empty_response(self):
+        body = b"event=pause&callId=1"
+        self.assertEqual(self.receiver().receive("/new-call", body, sign(body)).body, BARE_XML)
+        self.assertEqual(self.shown[0][0].event, "pause")
+
+    def test_the_state_of_a_gather_comes_back(self):
+        seen = []
+        receiver = self.receiver(functions=CallFunctions(on_dtmf=lambda event: seen.append(event.state)))
+        for target in ("/on-data?state=a%26b+%C3%BC", "/on-data", "/on-data?state=%ff&&x"):
+            receiver.receive(target, DTMF, sign(DTMF))
+        self.assertEqual(seen, ["a&b ü", "", "\ufffd"])
+
+    def test_your_decision_is_what_goes_out(self):
+        receiver = self.receiver(functions=CallFunctions(
+            on_new_call=lambda event: gather(state=event.from_number), on_dtmf=lambda event: dial("4921100")))
+        self.assertEqual(receiver.receive("/new-call", NEW_CALL, sign(NEW_CALL)).body, LIVE_XML[:-3] + (
+            b'><Gather onData="https://example.localhost.run/on-data?state=492111234567" maxDigits="1" timeout="2000" />'
+            b"</Response>"))
+        self.assertEqual(receiver.receive("/on-data", DTMF, sign(DTMF)).body,
+                         LIVE_XML[:-3] + b"><Dial><Number>4921100</Number></Dial></Response>")
+
+    def test_your_code_for_answer_and_hangup_runs_after_the_reply_in_order(self):
+        seen = []
+        receiver = self.receiver(functions=CallFunctions(on_answer=seen.append, on_hangup=seen.append))
+        replies = [receiver.receive("/on-answer", ANSWER, sign(ANSWER)), receiver.receive("/on-hangup", HANGUP, sign(HANGUP))]
+        self.assertEqual(seen, [])
+        for reply in replies:
+            reply.afterwards()
+        self.assertEqual(receiver.follow_ups.finish(5), 0)
+        self.assertEqual([event.event for event in seen], ["answer", "hangup"])
+
+    def test_an_error_of_ours_lets_the_call_go_through(self):
+        receiver = self.receiver()
+        receiver.show = None
+        with diagnostics() as said:
+            self.assertEqual(receiver.receive("/new-call", NEW_CALL, sign(NEW_CALL)).body, LIVE_XML)
+        self.assertIn("an error in this program", said[0])
+
+
+def raise_system_exit(event):
+    sys.exit("not with us")
+
+
+def recurse(event):
+    return recurse(event)
+
+
+class YourCodeTest(unittest.TestCase):
+    """on_new_call and its like may do what they want: the call goes through, in time."""
+
+    def receiver(self, budget=3.0, **functions):
+        receiver = Receiver(TRIAL, [], CallFunctions(**functions))
+        receiver.reply_budget_seconds = budget
+        return receiver
+
+    def test_code_that_raises_is_reported_and_the_call_goes_through(self):
+        for function, name in [(lambda event: 1 / 0, "ZeroDivisionError"), (raise_system_exit, "SystemExit"),
+                               (recurse, "RecursionError")]:
+            receiver = self.receiver(on_new_call=function)
+            with self.subTest(name), diagnostics() as said:
+                self.assertEqual(receiver.receive("/new-call", NEW_CALL).body, receiver.receive("/new-call", b"").body)
+                self.assertIn(f"raised {name}; the call goes through undecided", said[0])
+                self.assertIn("test_sipgate_callevents.py", said[0])
+
+    def test_what_is_no_action_is_reported_and_the_call_goes_through(self):
+        for result in ("<Response />", 0, [dial("1")], dial):
+            receiver = self.receiver(on_new_call=lambda event, result=result: result)
+            with self.subTest(result), diagnostics() as said:
+                self.assertIn(b"onHangup", receiver.receive("/new-call", NEW_CALL).body)
+            self.assertIn(f"returned a {type(result).__name__}, not an action", said[0])
+
+    def test_a_gather_that_has_nowhere_to_go_lets_the_call_go_through(self):
+        receiver = Receiver(TRIAL, [TEST_KEY], CallFunctions(on_new_call=lambda event: gather()))
+        with diagnostics() as said:
+            self.assertEqual(receiver.receive("/new-call", NEW_CALL, sign(NEW_CALL), "abc.lhr.life").body, BARE_XML)
+        self.assertIn("gather() without a URL needs WEBHOOK_URL; the call goes through undecided", said)
+
+    def test_late_code_is_reported_and_its_thread_is_free_again_when_it_returns(self):
+        go_on, replies = threading.Event(), []
+        receiver = self.receiver(0.1, on_new_call=lambda event: go_on.wait(10) and None)
+        with diagnostics() as said:
+            caught = []
+
+            def call():
+                try:
+                    receiver.receive("/new-call", NEW_CALL, when_late=replies.append)
+                except sc.Late as late:
+                    caught.append(late)
+
+            threads = [threading.Thread(target=call) for _ in range(receiver.decisions.THREADS)]
+            for thread in threads:
+                thread.start()
+            wait_until(lambda: len(replies) == len(threads))
+            self.assertIn(b"onHangup", replies[0].body)
+            self.assertIn("has not returned in time; the call goes through undecided. It is at\n", said[0])
+            self.assertIn("go_on.wait(10)", said[0])
+            began = time.monotonic()
+            self.assertIn(b"onHangup", receiver.receive("/new-call", NEW_CALL).body)
+            self.assertLess(time.monotonic() - began, 0.05, "the ninth call waits for none of the eight")
+            self.assertIn("all 8 threads for your code are busy", said[-1])
+            go_on.set()
+            for thread in threads:
+                thread.join()
+        self.assertEqual(len(caught), len(threads))
+        receiver.functions = CallFunctions(on_new_call=lambda event: hang_up())
+        self.assertIn(b"<Hangup />", receiver.receive("/new-call", NEW_CALL).body)
+
+    def test_a_ninth_call_waits_for_a_thread_while_your_code_is_in_time(self):
+        nine, results = threading.Barrier(9), []
+        eight = threading.Barrier(8)
+
+        def slow(event):
+            eight.wait(5)
+            return hang_up()
+
+        receiver = self.receiver(on_new_call=slow)
+
+        def call():
+            nine.wait(5)
+            results.append(b"<Hangup />" in receiver.receive("/new-call", NEW_CALL).body)
+
+        threads = [threading.Thread(target=call) for _ in range(9)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(results) == 8)
+        for _ in range(7):  # so that the ninth finds its seven others
+            threading.Thread(target=receiver.receive, args=("/new-call", NEW_CALL)).start()
+        wait_until(lambda: len(results) == 9)
+        self.assertEqual(results, [True] * 9)
+
+    def test_too_many_events_for_your_slow_code_are_dropped_and_counted(self):
+        begun, go_on = threading.Event(), threading.Event()
+        follow_ups = sc.FollowUps()
+        follow_ups.LIMIT = 2
+        with diagnostics() as said:
+            follow_ups.put(lambda event: (begun.set(), go_on.wait(10)), HangupEvent())
+            begun.wait(10)
+            for _ in range(4):
+                follow_ups.put(raise_system_exit, HangupEvent())
+            self.assertEqual(said, ["raise_system_exit was not run: 2 events wait for your code"])
+            self.assertEqual(follow_ups.finish(0.01), 3)
+            go_on.set()
+            self.assertEqual(follow_ups.finish(5), 0)
+        self.assertEqual(len(said), 3, "the two that waited ran")
+
+    def test_scanners_cannot_flood_the_diagnostics(self):
+        throttle = sc.Throttle(seconds=0.2)
+        with diagnostics() as said:
+            for _ in range(5):
+                throttle.warn("a", "A")
+            throttle.warn("b", "B")
+            wait_until(lambda: throttle.warn("a", "A") or len(said) == 3)
+        self.assertEqual(said[:2], ["A", "B"])
+        self.assertRegex(said[2], r"A \([0-9]+ more since the last message\)")
+
+
+# ------------------------------------------------------------------------------------------
+# HTTP
+# ------------------------------------------------------------------------------------------
+
+def request(body=NEW_CALL, *headers, method="POST", target="/new-call", host="localhost"):
+    """A request as bytes, with Host and Content-Length."""
+    lines = [f"{method} {target} HTTP/1.1", f"Host: {host}", f"Content-Length: {len(body)}", *headers, "", ""]
+    return "\r\n".join(lines).encode("latin-1") + body
+
+
+class Running:
+    """A server on a free port, with a short patience."""
+
+    class Handler(WebhookRequestHandler):
+        head_seconds = body_seconds = 0.3
+        idle_seconds = 0.6
+        linger_seconds = 0.3
+
+    def __init__(self, settings=TRIAL, functions=NO_FUNCTIONS, handler=Handler):
+        self.server = WebhookServer("127.0.0.1", 0, settings.base_path)
+        self.server.RequestHandlerClass = handler
+        self.shown = []
+        self.receiver = self.server.receiver = Receiver(settings, [TEST_KEY], functions, lambda event, at: self.shown.append(event))
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        self.thread.start()
+
+    def stop(self):
+        self.server.stop(1)
+        self.thread.join()
+
+    def connect(self):
+        connection = socket.create_connection(self.server.server_address[:2], 10)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection
+
+    def exchange(self, sent, close=True):
+        """All that comes back to the bytes `sent`."""
+        with self.connect() as connection:
+            connection.sendall(sent)
+            if close:
+                connection.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: connection.recv(65536), b""))
+
+    def statuses(self, sent, close=True):
+        """The status codes that come back to the bytes `sent`."""
+        return [int(code) for code in re.findall(rb"HTTP/1\.1 ([0-9]{3}) ", self.exchange(sent, close))]
+
+
+HOST_LINE = b"Host: localhost\r\n"
+
+
+class HttpTest(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.running = Running()
+        cls.addClassCleanup(cls.running.stop)
+
+    def assert_statuses(self, rows):
+        for label, sent, expected in rows:
+            with self.subTest(label):
+                self.assertEqual(self.running.statuses(sent), expected)
+
+    def test_request_lines(self):
+        self.assert_statuses([(line[:60], line + b"\r\n" + HOST_LINE + b"\r\n", [status] if status else []) for line, status in [
+            (b"GET /healthz HTTP/1.1", 200),
+            (b"GET /healthz HTTP/1.0", 200),
+            (b"GET /healthz?a=b HTTP/1.1", 200),
+            (b"HEAD /healthz HTTP/1.1", 200),
+            (b"\r\nGET /healthz HTTP/1.1", 200),
+            (b"\r\n\r\nGET /healthz HTTP/1.1", 400),
+            (b"POST /new-call HTTP/1.1", 200),
+            (b"POST /new-call?a=/x HTTP/1.1", 200),
+            (b"POST /new%2Dcall HTTP/1.1", 404),
+            (b"POST /%2Fnew-call HTTP/1.1", 404),
+            (b"POST //new-call HTTP/1.1", 404),
+            (b"GET / HTTP/1.1", 405),
+            (b"GET /new-call HTTP/1.1", 405),
+            (b"PUT /new-call HTTP/1.1", 405),
+            (b"POST /healthz HTTP/1.1", 405),
+            (b"BREW /teapot HTTP/1.1", 404),
+            (b"GET  /healthz HTTP/1.1", 400),
+            (b"GET /healthz  HTTP/1.1", 400),
+            (b" GET /healthz HTTP/1.1", 400),
+            (b"GET /healthz HTTP/1.1 ", 400),
+            (b"GET\t/healthz HTTP/1.1", 400),
+            (b"GET /healthz HTTP/1.2", 400),
+            (b"GET /healthz HTTP/2.0", 400),
+            (b"GET /healthz HTTP/01.1", 400),
+            (b"GET /healthz http/1.1", 400),
+            (b"GET /healthz", 400),
+            (b"get /healthz HTTP/1.1", 400),
+            (b"ABCDEFGHIJKLMNOPQ /healthz HTTP/1.1", 400),
+            (b"GET http://localhost/healthz HTTP/1.1", 400),
+            (b"GET healthz HTTP/1.1", 400),
+            (b"OPTIONS * HTTP/1.1", 400),
+            (b"CONNECT localhost:80 HTTP/1.1", 400),
+            (b"GET /health\0z HTTP/1.1", 400),
+            (b"GET /health\xffz HTTP/1.1", 400),
+            (b"GET /" + b"a" * (8192 - 14) + b" HTTP/1.1", 404),
+            (b"GET /" + b"a" * (8192 - 13) + b" HTTP/1.1", 414),
+        ]])
+
+    def test_header_lines(self):
+        many = [b"A: b\r\n" * n for n in (63, 64)]
+        wide = [b"A: " + b"b" * n + b"\r\n" for n in (8189, 8190)]
+        self.assert_statuses([(repr(lines[:60]), b"GET /healthz HTTP/1.1\r\n" + HOST_LINE + lines + b"\r\n", [status])
+                              for lines, status in [
+            (b"", 200),
+            (b"A: \xe4\tb\r\n", 200),
+            (b"A:\r\n", 200),
+            (b"A:b\r\nA: c\r\n", 200),
+            (b"!#$%&'*+-.^_`|~: b\r\n", 200),
+            (b"A" * 64 + b": b\r\n", 200),
+            (b"A" * 65 + b": b\r\n", 400),
+            (b"A: b\n", 400),
+            (b"A: b\rC: d\r\n", 400),
+            (b"A: b\r\r\n", 400),
+            (b" A: b\r\n", 400),
+            (b"A: b\r\n c\r\n", 400),
+            (b"A: b\r\n\tc\r\n", 400),
+            (b"A b\r\n", 400),
+            (b"A : b\r\n", 400),
+            (b": b\r\n", 400),
+            (b"A\xe4: b\r\n", 400),
+            (b"A(: b\r\n", 400),
+            (b"A: b\0\r\n", 400),
+            (b"A: b\x0b\r\n", 400),
+            (b"A: b\x7f\r\n", 400),
+            (b"Content-Length: 0\x0c\r\n", 400),
+            (many[0], 200),
+            (many[1], 431),
+            (wide[0], 200),
+            (wide[1], 431),
+            (wide[0] * 3, 200),
+            (wide[0] * 4, 431),
+            (HOST_LINE, 400),
+            (b"Expect: 100-continue\r\nExpect: 100-continue\r\n", 400),
+            (b"Content-Type: a/b\r\nContent-Type: a/b\r\n", 400),
+            (b"X-Sipgate-Signature: a\r\nX-SIPGATE-Signature: a\r\n", 400),
+            (b"Content-Length: 0\r\nContent-Length: 0\r\n", 400),
+            (b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n", 400),
+            (b"X-Forwarded-For: 1\r\nX-Forwarded-For: 2\r\n", 200),
+        ]])
+
+    def test_the_host(self):
+        self.assert_statuses([(repr(line), b"GET /healthz HTTP/1." + minor + b"\r\n" + line + b"\r\n", [status])
+                              for minor, line, status in [
+            (b"1", b"Host: a\r\n", 200),
+            (b"1", b"Host: a-b.example:8080\r\n", 200),
+            (b"1", b"Host: [::1]:8080\r\n", 200),
+            (b"1", b"", 400),
+            (b"0", b"", 200),
+            (b"1", b"Host:\r\n", 400),
+            (b"0", b"Host:\r\n", 400),
+            (b"1", b"Host: a b\r\n", 400),
+            (b"1", b"Host: a, b\r\n", 400),
+            (b"1", b"Host: a/b\r\n", 400),
+            (b"1", b"Host: me@a\r\n", 400),
+            (b"1", b"Host: a:\r\n", 400),
+            (b"1", b"Host: a:b\r\n", 400),
+            (b"1", b"Host: ::1\r\n", 400),
+        ]])
+
+    def test_body_lengths(self):
+        post, body = b"POST /new-call HTTP/1.1\r\n" + HOST_LINE, b"callId=1"
+        self.assert_statuses([(repr(lines), post + lines + b"\r\n" + rest, status) for lines, rest, status in [
+            (b"Content-Length: 8\r\n", body, [200]),
+            (b"Content-Length:8 \t\r\n", body, [200]),
+            (b"Content-Length: 000000008\r\n", body, [200]),
+            (b"", b"", [200]),
+            (b"Content-Length: 0\r\n", b"", [200]),
+            (b"Content-Length: 0000000008\r\n", body, [400]),
+            (b"Content-Length: +8\r\n", body, [400]),
+            (b"Content-Length: -8\r\n", body, [400]),
+            (b"Content-Length: 8_0\r\n", body, [400]),
+            (b"Content-Length: 8, 8\r\n", body, [400]),
+            (b"Content-Length: 8 8\r\n", body, [400]),
+            (b"Content-Length: 0x8\r\n", body, [400]),
+            (b"Content-Length: \xb2\r\n", body, [400]),
+            (b"Content-Length:\r\n", body, [400]),
+            (b"Content-Length: 8\r\nTransfer-Encoding: chunked\r\n", body, [400]),
+            (b"Transfer-Encoding: gzip\r\n", b"", [501]),
+            (b"Content-Length: 65536\r\n", b"callId=1&a=" + b"b" * 65525, [200]),
+            (b"Content-Length: 65537\r\n", b"callId=1&a=" + b"b" * 65526, [413]),
+            (b"Content-Length: 999999999\r\n", body, [413]),
+            (b"Content-Length: 9\r\n", body, []),
+        ]])
+        self.assert_statuses([(method, request(b"a=b", method=method, target="/healthz"), [400]) for method in ("GET", "HEAD")])
+        self.assertEqual(self.running.statuses(request(b"a=b", method="PUT")), [405])
+
+    def test_a_refusal_finds_nothing_unread(self):
+        for target, status in [("/unknown", 404), ("/healthz", 405)]:
+            self.assertEqual(self.running.statuses(request(b"a=b" * 9000, target=target) + request()), [status, 200])
+
+    def test_a_large_refused_body_still_gets_its_reply(self):
+        body = b"a" * 2_000_000
+        self.assertEqual(self.running.statuses(request(body)), [413])
+
+    def test_pipelined_requests_are_answered_in_order(self):
+        sent = request() + request(target="/none") + request(ANSWER, target="/on-answer") + request(b"x")
+        self.assertEqual(self.running.statuses(sent), [200, 404, 200, 400])
+
+    def test_close_and_http_1_0_end_the_connection(self):
+        for head in (b"POST /new-call HTTP/1.1\r\nConnection: close\r\n", b"POST /new-call HTTP/1.0\r\n",
+                     b"POST /new-call HTTP/1.1\r\nConnection: keep-alive, CLOSE\r\n",
+                     b"POST /new-call HTTP/1.0\r\nConnection: keep-alive\r\n",
+                     b"POST /new-call HTTP/1.1\r\nConnection: keep-alive\r\nConnection: close\r\n"):
+            reply = self.running.exchange(head + HOST_LINE + b"\r\n" + request())
+            self.assertEqual((reply.count(b"HTTP/1.1 200 "), b"Connection: close" in reply), (1, True), head)
+
+    def test_what_is_left_behind_a_refusal_is_not_taken_for_a_request(self):
+        self.assertEqual(self.running.statuses(b"GET / HTTP/1.1\r\n\r\n" + request()), [400])
+
+    def test_a_reply_is_complete_and_names_no_software(self):
+        head, _, body = self.running.exchange(request()).partition(b"\r\n\r\n")
+        lines = head.decode().split("\r\n")
+        self.assertEqual(lines[0], "HTTP/1.1 200 OK")
+        self.assertRegex(lines[1], r"^Date: \w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT$")
+        self.assertEqual(lines[2:], ["Content-Type: application/xml", f"Content-Length: {len(body)}"])
+        reply = self.running.exchange(request(HANGUP, target="/on-hangup"))
+        self.assertIn(b"\r\nContent-Type: text/plain", reply)
+        self.assertTrue(reply.endswith(b"\r\n\r\nThis response will be discarded"))
+
+    def test_the_wrong_method_is_told_the_right_one(self):
+        self.assertRegex(self.running.exchange(request(b"", method="GET")),
+                         rb"(?s)HTTP/1.1 405 .*\r\nAllow: POST\r\n\r\ntakes POST from sipgate\n\Z")
+        self.assertIn(b"\r\nAllow: GET, HEAD\r\n", self.running.exchange(request(target="/healthz")))
+
+    def test_health(self):
+        head, _, body = self.running.exchange(request(b"", method="GET", target="/healthz")).partition(b"\r\n\r\n")
+        self.assertEqual(body, b"ok\n")
+        self.assertIn(f"\r\nX-Instance: {self.running.server.instance}\r\n".encode(), head)
+        before = int(re.search(rb"X-Refused: (\d+)", head)[1])
+        self.assertEqual(self.running.statuses(request(NEW_CALL, "X-Sipgate-Signature: x")), [403])
+        self.assertIn(b"\r\nX-Refused: %d\r\n" % (before + 1), self.running.exchange(request(b"", method="GET", target="/healthz")))
+        self.assertTrue(self.running.exchange(request(b"", method="HEAD", target="/healthz")).endswith(b"\r\n\r\n"))
+
+    def test_no_text_of_the_request_comes_back_in_a_head(self):
+        for sent in (request(method="EVIL"), request(target="/EVIL"), request(b"", "EVIL: EVIL"), b"EVIL\r\n\r\n",
+                     request(b"event=EVIL&EVIL=1&EVIL=2")):
+            self.assertNotIn(b"EVIL", self.running.exchange(sent))
+
+    def test_a_page_of_another_site_cannot_play_sipgate(self):
+        for header in ("Origin: https://evil.example", "X-Forwarded-For: 1.2.3.4", "Via: 1.1 x", "Forwarded: for=1.2.3.4"):
+            self.assertEqual(self.running.statuses(request(NEW_CALL, header)), [403], header)
+        self.assertEqual(self.running.statuses(request(host="abc.lhr.life")), [403])
+        self.assertEqual(self.running.statuses(b"POST /new-call HTTP/1.0\r\n\r\n"), [403])
+
+    def test_a_tunnel_is_answered_if_sipgate_signed(self):
+        with diagnostics() as said:
+            sent = request(NEW_CALL, "X-Sipgate-Signature: " + sign(NEW_CALL), "X-Forwarded-For: 1.2.3.4", host="abc.lhr.life")
+            self.assertTrue(self.running.exchange(sent).endswith(b"<Response />"))
+        self.assertTrue(any("restart with --url https://abc.lhr.life" in line for line in said) or
+                        "outside" in self.running.receiver.throttle._said)
+
+    def test_the_captured_request_of_the_documentation_is_taken(self):
+        head = ("POST / HTTP/1.1\r\nAccept: application/xml, text/plain, text/html\r\nAccept-Charset: utf-8\r\n"
+                "User-Agent: sipgate.io\r\nX-SIPGATE-JOBS: http://www.sipgate.de/jobs\r\nContent-Length: 84\r\n"
+                "Content-Type: application/x-www-form-urlencoded; charset=UTF-8\r\nAccept-Encoding: gzip,deflate\r\n"
+                "Host: gwen.fuglu.net:3000\r\nVia: 1.1 localhost (squid/3.1.20)\r\nX-Forwarded-For: 217.10.77.113\r\n"
+                "Cache-Control: max-age=259200\r\nConnection: keep-alive\r\n")
+        body = b"event=newCall&direction=in&from=anonymous&to=445603000514&callId=4932215337270853042"
+        signed = f"{head}X-Sipgate-Signature: {sign(body)}\r\n\r\n".encode()
+        with self.running.connect() as connection:  # in two segments, as it came
+            connection.sendall(signed)
+            connection.sendall(body)
+            self.assertEqual(connection.recv(12), b"HTTP/1.1 200")
+
+    def test_requests_cut_at_any_byte_get_the_same_verdict(self):
+        heads = [request(b"a=b"), request(b"", method="GET"), b"GET / HTTP/1.1\r\nHost: a\r\nA: b\rc\r\n\r\n",
+                 b"\r\nGET / HTTP/1.0\r\n\r\n", b"GET / HTTP/1.1\nHost: a\n\n", b"GET / HTTP/1.1\r\nA b\r\n\r\n",
+                 b"GET /" + b"a" * 9000 + b"\rb", b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 65 + b"\r\n", b"\r\n\r\n",
+                 b"GET / HTTP/1.1\r\n" + (b"A: " + b"b" * 8000 + b"\r\n") * 5, b"GET / HTTP/1.1\r\nHost: a\r\n\n"]
+
+        def verdict(received):
+            try:
+                return parse_head(received)
+            except WebhookError as error:
+                return error.status, error.reason
+
+        for head in heads:
+            with self.subTest(head[:40]):
+                whole = verdict(head)
+                first = next((found for found in (verdict(head[:n]) for n in range(len(head) + 1)) if found), None)
+                self.assertEqual(first, whole)
+
+    def test_any_head_gives_a_value_or_the_documented_error(self):
+        chance = random.Random(4)
+        good = request(NEW_CALL, "Content-Type: a/b", "X-Forwarded-For: 1", "Connection: close").partition(b"event")[0]
+        for _ in range(5000):
+            head = bytearray(good)
+            for _ in range(chance.randrange(1, 5)):
+                head[chance.randrange(len(head))] = chance.choice(b"\r\n\0 :\t\x7f\xffA1/,")
+            with contextlib.suppress(WebhookError):
+                found = parse_head(bytes(head))
+                if found:
+                    sc.body_length(found)
+                    sc.outside_host(found.headers)
+
+    def test_a_tls_hello_is_closed_with_a_message(self):
+        with diagnostics() as said:
+            self.assertEqual(self.running.exchange(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", close=False), b"")
+        self.assertEqual(said, ["https on the http port: a TLS handshake came in; the tunnel or proxy must speak http to this port"])
+
+    def test_clients_that_go_away_leave_no_trace(self):
+        with diagnostics() as said:
+            for sent in (b"", b"POST", request()[:-5], request()[:40]):
+                self.assertEqual(self.running.exchange(sent), b"")
+            for _ in range(20):
+                with self.running.connect() as connection:
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # a reset
+                    connection.sendall(request() * 3)
+            wait_until(lambda: not self.running.server._connections)
+        self.assertEqual(said, [])
+        self.assertEqual(self.running.statuses(request()), [200])
+
+    def test_a_wrong_content_type_is_taken_with_a_warning(self):
+        with diagnostics() as said:
+            self.running.receiver.throttle._said.clear()
+            self.assertEqual(self.running.statuses(request(NEW_CALL, "Content-Type: text/plain")), [200])
+            self.assertEqual(self.running.statuses(
+                request(NEW_CALL, "content-type: Application/X-www-form-urlencoded;charset=UTF-8")), [200])
+        self.assertEqual(said, ["a webhook came without Content-Type: application/x-www-form-urlencoded; sipgate sends one"])
+
+
+class TimeLimitTest(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.running = Running()
+        cls.addClassCleanup(cls.running.stop)
+
+    def test_a_slow_head_is_told_so(self):
+        self.assertEqual(self.running.statuses(b"POST /new-call HT", close=False), [408])
+
+    def test_a_slow_body_is_told_so_and_recorded_nowhere(self):
+        self.assertEqual(self.running.statuses(request()[:-1], close=False), [408])
+        self.assertEqual(self.running.shown, [])
+
+    def test_a_byte_now_and_then_does_not_stretch_the_limit(self):
+        began = time.monotonic()
+        with self.running.connect() as connection, contextlib.suppress(OSError):
+            for byte in request():
+                connection.sendall(bytes([byte]))
+                threading.Event().wait(0.02)
+        self.assertLess(time.monotonic() - began, 2)
+
+    def test_who_says_nothing_is_closed_without_a_word(self):
+        self.assertEqual(self.running.exchange(b"", close=False), b"")
+
+    def test_an_idle_connection_is_kept_for_a_while(self):
+        with self.running.connect() as connection:
+            connection.sendall(request())
+            self.assertTrue(connection.recv(65536).startswith(b"HTTP/1.1 200"))
+            began = time.monotonic()
+            self.assertEqual(connection.recv(65536), b"")
+            self.assertGreater(time.monotonic() - began, 0.5)
+
+    def test_a_reply_that_nobody_takes_ends_the_connection(self):
+        class Impatient(Running.Handler):
+            reply_seconds = 0.2
+
+        running = Running(handler=Impatient)
+        self.addCleanup(running.stop)
+        with running.connect() as connection:
+            connection.settimeout(0.5)
+            with contextlib.suppress(OSError):
+                for _ in range(10_000):
+                    connection.sendall(request(b"", method="GET", target="/healthz") * 100)
+            wait_until(lambda: not running.server._connections)
+
+
+class YourCodeOverHttpTest(unittest.TestCase):
+    def test_late_code_costs_its_own_caller_the_budget_and_nobody_else_anything(self):
+        go_on = threading.Event()
+        running = Running(functions=CallFunctions(on_new_call=lambda event: event.call_id == "slow" and go_on.wait(10) and None or None))
+        running.receiver.reply_budget_seconds = 0.5
+        self.addCleanup(running.stop)
+        self.addCleanup(go_on.set)
+        with running.connect() as slow:
+            began = time.monotonic()
+            slow.sendall(request(b"callId=slow"))
+            wait_until(lambda: running.shown)
+            self.assertEqual(running.statuses(request()), [200])
+            self.assertLess(time.monotonic() - began, 0.4, "the next call is served at once")
+            reply = b"".join(iter(lambda: slow.recv(65536), b""))
+            self.assertLess(time.monotonic() - began, 0.7)
+        self.assertIn(b"\r\nConnection: close\r\n", reply)
+        self.assertIn(b"<Response onAnswer=", reply)
+        go_on.set()
+        wait_until(lambda: not running.server._connections)
+        self.assertEqual(running.statuses(request()), [200])
+
+    def test_a_signed_call_and_its_unsigned_hangup_go_through_end_to_end(self):
+        seen = []
+        running = Running(LIVE, CallFunctions(on_hangup=seen.append))
+        self.addCleanup(running.stop)
+        self.assertEqual(running.statuses(request(HANGUP, target="/on-hangup")), [403])
+        self.assertEqual(running.statuses(request()), [403])
+        self.assertTrue(running.exchange(request(NEW_CALL, "X-Sipgate-Signature: " + sign(NEW_CALL))).endswith(LIVE_XML))
+        self.assertEqual(running.statuses(request(HANGUP, target="/on-hangup")), [200])
+        wait_until(lambda: seen)
+        self.assertEqual([event.event for event in running.shown], ["newCall", "hangup"])
+
+    def test_at_a_stop_what_is_in_flight_is_answered_and_the_rest_closed(self):
+        go_on = threading.Event()
+        running = Running(functions=CallFunctions(on_new_call=lambda event: go_on.wait(10) and None))
+        with running.connect() as busy, running.connect() as idle, running.connect() as late:
+            busy.sendall(request())
+            wait_until(lambda: running.shown and len(running.server._connections) == 3)
+            stopping = threading.Thread(target=running.server.stop, args=(5,))
+            stopping.start()
+            self.assertEqual(idle.recv(1), b"")
+            wait_until(lambda: running.server.stopping)
+            self.assertEqual(running.statuses(request(b"", method="GET", target="/healthz")), [503])
+            go_on.set()
+            self.assertTrue(busy.recv(65536).startswith(b"HTTP/1.1 200"))
+            self.assertEqual(late.recv(1), b"")
+            stopping.join()
+        running.thread.join()
+
+
+# ------------------------------------------------------------------------------------------
+# Serving and the command line: whole programs
+# ------------------------------------------------------------------------------------------
+
+class OutputTest(unittest.TestCase):
+    def test_sentences_of_the_example(self):
+        for body, default, line in [
+                (NEW_CALL, "", "New call from 492111234567 to 4915791234567 is ringing..."),
+                (ANSWER, "", "John Doe answered call from 492111234567"),
+                (b"answeringNumber=211", "answer", "211 answered call from [unknown]"),
+                (b"user=&from=", "answer", "[unknown] answered call from [unknown]"),
+                (HANGUP, "", "The call has been hung up (normalClearing)"),
+                (b"cause=", "hangup", "The call has been hung up"),
+                (DTMF, "", "[unknown] pressed 1"),
+                (b"", "newCall", "New call from [unknown] to [unknown] is ringing..."),
+                (b"event=pause", "", "Unknown event pause"),
+                ("from=\x1b[2J\u202e&to=a\nb".encode(), "newCall",
+                 "New call from \\x1b[2J\\u202e to a\\nb is ringing...")]:
+            with self.subTest(line):
+                self.assertEqual(sc.event_line(parse_event(body, default)), line)
+
+    def test_json_has_sipgate_s_names(self):
+        entry = json.loads(sc.event_json(parse_event(NEW_CALL + b"&mood=a&mood=b&received_at=0", ""), 1700000000.5))
+        self.assertEqual(entry, {
+            "received_at": "2023-11-14T22:13:20.500Z", "event": "newCall", "from": "492111234567", "to": "4915791234567",
+            "direction": "in", "callId": "123456", "user": ["Alice", "Bob"], "userId": ["w0", "w1"],
+            "fullUserId": ["1234567w0", "1234567w1"], "mood": ["a", "b"]})
+        self.assertEqual(json.loads(sc.event_json(parse_event(ANSWER, ""), 0))["user"], "John Doe")
+        self.assertEqual(json.loads(sc.event_json(parse_event(b"", "newCall"), 0)),
+                         {"received_at": "1970-01-01T00:00:00.000Z", "event": "newCall", "user": [], "userId": [], "fullUserId": []})
+
+    def test_on_a_terminal_the_local_time_stands_first(self):
+        class Terminal(io.StringIO):
+            def isatty(self):
+                return True
+
+        for stream, pattern in [(Terminal(), r"^\d\d:\d\d:\d\d New call"), (io.StringIO(), "^New call")]:
+            sc.show_on(stream, "text")(NewCallEvent(), 0)
+            self.assertRegex(stream.getvalue(), pattern)
+
+    def test_lines_of_several_threads_do_not_mix(self):
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
+            console = sc.Console(file)
+            threads = [threading.Thread(target=lambda n=n: [print(f"<{n}", n, "\x1b>", file=console) for _ in range(50)])
+                       for n in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            print("end", end="", file=console)
+            console.drain(5)
+            file.seek(0)
+            lines = file.read().split("\n")
+        self.assertEqual(sorted(set(lines)), sorted({f"<{n} {n} \\x1b>" for n in range(4)} | {"end"}))
+        self.assertEqual(len(lines), 201)
+
+    def test_a_message_with_text_from_the_network_stays_one_line(self):
+        record = logging.LogRecord("a", logging.WARNING, "", 0, "event %s", ("\x1b[2J\u202e",), None)
+        self.assertEqual(sc.DiagnosticFormatter("%(levelname)s: %(message)s").format(record), "WARNING: event \\x1b[2J\\u202e")
+
+
+class Program:
+    """The script, running in a folder of its own."""
+
+    def __init__(self, *arguments, folder, script=SCRIPT, wait=True, stdout=subprocess.PIPE, **environ):
+        clean = {name: value for name, value in os.environ.items()
+                 if not re.match("WEBHOOK|CALL|VERIFY|SIGNATURE|JOURNAL|NOTIFY", name)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error", script, *arguments], cwd=folder, stdout=stdout, stderr=subprocess.PIPE,
+            env={**clean, "WEBHOOK_PORT": "0", "PYTHONIOENCODING": "utf-8", **environ})
+        self.said = ""
+        while wait and "Ctrl-C stops" not in self.said:
+            line = self.process.stderr.readline().decode()
+            if not line:
+                raise AssertionError(f"did not start: {self.said}")
+            self.said += line
+        if wait:
+            self.port = int(re.search(r"listens on [^ ]+:(\d+)", self.said)[1])
+
+    def post(self, path, body, **headers):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection.request("POST", path, body, {"Content-Type": "application/x-www-form-urlencoded", **headers})
+        reply = connection.getresponse()
+        status, text = reply.status, reply.read().decode()
+        connection.close()
+        return status, text
+
+    def end(self, with_signal=signal.SIGTERM):
+        """Stop it; return exit status, stdout, all of stderr."""
+        if with_signal:
+            self.process.send_signal(with_signal)
+        out, err = self.process.communicate(timeout=10)
+        return self.process.returncode, (out or b"").decode(), self.said + err.decode()
+
+    def kill(self):
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.communicate()
+        for stream in (self.process.stdout, self.process.stderr):
+            if stream:
+                stream.close()
+
+
+@unittest.skipIf(os.name == "nt", "signals")
+class ProgramTest(unittest.TestCase):
+    def setUp(self):
+        self.folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.folder)
+
+    def start(self, *arguments, **options):
+        program = Program(*arguments, **{"folder": self.folder, **options})
+        self.addCleanup(program.kill)
+        return program
+
+    def write(self, name, text):
+        path = os.path.join(self.folder, name)
+        with open(path, "wb") as file:
+            file.write(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    def refused(self, *arguments, **environ):
+        """Exit status and stderr of a start that fails."""
+        status, out, err = self.start(*arguments, wait=False, **environ).end(None)
+        self.assertEqual(out, "")
+        self.assertNotIn("Traceback", err)
+        return status, err
+
+    def test_the_documented_examples_in_an_empty_folder(self):
+        program = self.start()
+        expected = (f'<Response onAnswer="http://localhost:{program.port}/on-answer" '
+                    f'onHangup="http://localhost:{program.port}/on-hangup" />')
+        for _ in range(2):
+            self.assertEqual(program.post("/new-call", NEW_CALL), (200, expected))
+        self.assertEqual(program.post("/on-answer", ANSWER), (200, "This response will be discarded"))
+        self.assertEqual(program.post("/on-hangup", HANGUP), (200, "This response will be discarded"))
+        self.assertEqual(program.post("/on-data", DTMF), (200, expected))
+        self.assertEqual(program.post("/new-call", b""), (200, expected))
+        status, out, err = program.end(signal.SIGINT)
+        self.assertEqual(status, 0)
+        self.assertEqual(out.splitlines(), [
+            "New call from 492111234567 to 4915791234567 is ringing..."] * 2 + [
+            "John Doe answered call from 492111234567",
+            "The call has been hung up (normalClearing)",
+            "[unknown] pressed 1",
+            "New call from [unknown] to [unknown] is ringing..."])
+        self.assertIn("ssh -R 80:127.0.0.1:", err)
+        self.assertLessEqual(max(map(len, err.splitlines())), 80)
+
+    def test_settings_come_from_flag_environment_and_file_in_this_order(self):
+        self.write(".env", "WEBHOOK_URL=https://file.example/p\nCALL_OUTPUT=json\nVERIFY_SIGNATURE=on\n")
+        program = self.start("--url", "https://flag.example/q", CALL_OUTPUT="off", VERIFY_SIGNATURE="")
+        status, out, err = program.end()
+        self.assertEqual(status, 0)
+        self.assertIn("https://flag.example/q/new-call\n", err)
+        self.assertIn("VERIFY_SIGNATURE is empty in the environment, which switches off the one in .env", err)
+        self.assertIn("a newCall that sipgate did not sign is refused", err)
+        self.assertIn(os.path.join(os.path.realpath(self.folder), ".env"), err.replace(self.folder, os.path.realpath(self.folder)))
+
+    def test_a_signed_call_end_to_end_with_a_key_and_functions_of_ones_own(self):
+        self.write("key.pem", TEST_KEY_PEM)
+        self.write("mine.py", "from sipgate_callevents import NewCallEvent, dial\n"
+                   "def on_new_call(event):\n    assert isinstance(event, NewCallEvent)\n"
+                   "    print('deciding', event.from_number)\n    return dial('4921100')\n")
+        self.write("my.env", "WEBHOOK_URL=https://x.example/p\nSIGNATURE_KEY_FILE=key.pem\nCALL_HANDLERS=mine.py\nCALL_OUTPUT=json\n")
+        elsewhere = os.path.join(self.folder, "elsewhere")
+        os.mkdir(elsewhere)
+        renamed = shutil.copy(SCRIPT, os.path.join(elsewhere, "phone.py"))
+        program = self.start("--env-file", os.path.join("..", "my.env"), folder=elsewhere, script=renamed)
+        status, xml = program.post("/p/new-call", NEW_CALL, **{"X-Sipgate-Signature": sign(NEW_CALL)})
+        self.assertEqual((status, ET.fromstring(xml).find("Dial/Number").text), (200, "4921100"))
+        self.assertEqual(program.post("/p/new-call", NEW_CALL)[0], 403)
+        self.assertEqual(program.post("/p/on-hangup", HANGUP)[0], 200)
+        status, out, err = program.end()
+        self.assertEqual([json.loads(line)["event"] for line in out.splitlines()], ["newCall", "hangup"])
+        self.assertIn("deciding 492111234567", err)
+        self.assertIn("X-Sipgate-Signature is missing", err)
+        self.assertEqual(err.count("Traceback"), 0)
+
+    def test_a_call_with_the_real_budget_is_answered_in_time(self):
+        self.write("mine.py", "import time\ndef on_new_call(event):\n    time.sleep(60)\n")
+        program = self.start(CALL_HANDLERS="mine.py")
+        began = time.monotonic()
+        self.assertEqual(program.post("/new-call", NEW_CALL)[0], 200)
+        self.assertLess(time.monotonic() - began, 3.2)
+        status, out, err = program.end()
+        self.assertEqual(status, 0)
+        self.assertIn("mine.py\", line 3, in on_new_call", err)
+
+    def test_a_stuck_reader_of_stdout_delays_no_call(self):
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, reader)
+        program = self.start(stdout=writer)
+        os.close(writer)
+        began = time.monotonic()
+        connection = http.client.HTTPConnection("127.0.0.1", program.port, timeout=10)
+        for _ in range(5000):
+            connection.request("POST", "/new-call", NEW_CALL)
+            self.assertEqual(connection.getresponse().read()[:9], b"<Response")
+        connection.close()
+        status, _, err = program.end()
+        self.assertEqual(status, 0)
+        self.assertLess(time.monotonic() - began, 12)
+
+    def test_a_start_that_cannot_be_says_why_in_one_line(self):
+        self.write("syntax.py", "def on_new_call(event):\n    retrun None\n")
+        self.write("raises.py", "\n\nimport sys\nsys.exit('no')\n")
+        self.write("empty.py", "def on_newcall(event): pass\n")
+        self.write("utf16.env", "WEBHOOK_PORT=1\n".encode("utf-16"))
+        self.write("latin.env", b"A=b\nB=\xe4\n")
+        for environ, status, said in [
+                ({"WEBHOOK_PORT": "x"}, 2, 'WEBHOOK_PORT is "x": expected a whole number from 1 to 65535'),
+                ({"CALL_HANDLERS": "syntax.py"}, 2, "syntax.py\": line 2: SyntaxError"),
+                ({"CALL_HANDLERS": "raises.py"}, 2, "raises.py\": line 4: SystemExit: no"),
+                ({"CALL_HANDLERS": "none.py"}, 2, "none.py\": FileNotFoundError"),
+                ({"CALL_HANDLERS": "none"}, 2, "expected the name of a Python file, ending in .py"),
+                ({"CALL_HANDLERS": "empty.py"}, 2, "expected one of on_new_call, on_answer, on_hangup, on_dtmf in it"),
+                ({"SIGNATURE_KEY_FILE": "syntax.py"}, 2, "expected a PEM file"),
+                ({"SIGNATURE_KEY_FILE": "none.pem"}, 2, "No such file"),
+                ({"WEBHOOK_HOST": "192.0.2.1", "WEBHOOK_URL": "https://x.example/p"}, 1, "this machine has no such address"),
+                ({"WEBHOOK_HOST": "no.such.invalid", "WEBHOOK_URL": "https://x.example/p"}, 1, "this machine has no such address")]:
+            with self.subTest(said):
+                found, err = self.refused(**environ)
+                self.assertEqual(found, status)
+                self.assertIn(said, err)
+                self.assertEqual(len(err.splitlines()), 1, err)
+        for name, said in [("utf16.env", "is in UTF-16, as PowerShell's > writes it: save it as UTF-8"),
+                           ("latin.env", "is not in UTF-8, see line 2"), ("none.env", "cannot be read: No such file")]:
+            status, err = self.refused("--env-file", name)
+            self.assertEqual((status, said in err, len(err.splitlines())), (2, True, 1), err)
+
+    def test_a_port_in_use_ends_the_start_with_the_remedy(self):
+        first = self.start()
+        status, err = self.refused("--port", str(first.port))
+        self.assertEqual(status, 1)
+        self.assertIn(f"cannot listen on 127.0.0.1 port {first.port}: Address already in use", err)
+        self.assertIn("or use --port", err)
+
+    def test_a_name_that_is_no_setting_is_taken_for_a_slip(self):
+        program = self.start(WEBHOOK_PROT="1", CALL_CENTER="x")
+        err = program.end()[2]
+        self.assertIn("there is no setting WEBHOOK_PROT; is WEBHOOK_PORT meant?", err)
+        self.assertIn("there is no setting CALL_CENTER", err)
+
+    def test_systemd_is_told_when_calls_can_come(self):
+        path = os.path.join(self.folder, "notify")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.bind(path)
+            notify.settimeout(10)
+            program = self.start(NOTIFY_SOCKET=path, JOURNAL_STREAM="1:2")
+            self.assertEqual(notify.recv(100), b"READY=1")
+        self.assertEqual(program.end()[0], 0)
+
+    def test_the_second_signal_ends_at_once(self):
+        self.write("mine.py", "import time\ndef on_hangup(event):\n    print('begun', flush=True)\n    time.sleep(60)\n")
+        program = self.start(CALL_HANDLERS="mine.py")
+        program.post("/on-hangup", HANGUP)
+        while program.process.stdout.readline() != b"begun\n":
+            pass
+        program.process.send_signal(signal.SIGTERM)
+        connected = True
+        while connected:  # until the first signal has closed the port
+            try:
+                program.post("/new-call", b"")
+            except OSError:
+                connected = False
+        began = time.monotonic()
+        self.assertEqual(program.end()[0], 128 + signal.SIGTERM)
+        self.assertLess(time.monotonic() - began, 2)
+
+    def test_help_and_version(self):
+        for argument, said in [("--version", "sipgate_callevents 1."), ("-h", "--env-file FILE")]:
+            status, out, _ = self.start(argument, wait=False).end(None)
+            self.assertEqual(status, 0)
+            self.assertIn(said, out)
+        status, _, err = self.start("--nonsense", wait=False).end(None)
+        self.assertEqual(status, 2)
+
+    def test_importing_does_nothing(self):
+        program = subprocess.run([sys.executable, "-W", "error", "-c", "import threading, sipgate_callevents; "
+                                  "print(threading.active_count())"], cwd=HERE, capture_output=True, text=True, check=False)
+        self.assertEqual((program.stdout, program.stderr), ("1\n", ""))
+
+
+# ------------------------------------------------------------------------------------------
+# The README and the other files
+# ------------------------------------------------------------------------------------------
+
+def text_of(name):
+    with open(os.path.join(HERE, name), encoding="utf-8") as file:
+        return file.read()
+
+
+class ReadmeTest(unittest.TestCase):
+    README = text_of("README.md")
+    CODE = tuple(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+
+    def test_its_table_the_example_file_and_the_script_name_the_same_settings(self):
+        table = re.findall(r"^\| `([A-Z_]+)`[^|]*\| ([^|]*?) ?\|", self.README, re.MULTILINE)
+        script = [(setting.name.upper(), str(setting.default)) for setting in sc.fields(Settings)]
+        self.assertEqual(table, script)
+        lines = text_of(".env.example").splitlines()
+        self.assertEqual([tuple(line.split("=")) for line in lines[1::2]], script)
+        for comment in lines[::2]:
+            self.assertRegex(comment, "^# [^#]+$")
+        self.assertEqual(parse_dotenv(text_of(".env.example"), {}), dict(script))
+
+    def test_its_functions_do_what_they_are_there_for(self):
+        self.assertEqual(len(self.CODE), 2)
+        mine = {}
+        exec(self.CODE[0], mine)
+        self.assertEqual(mine["on_new_call"](NewCallEvent(from_number="anonymous")), reject("busy"))
+        self.assertEqual(mine["on_new_call"](NewCallEvent(direction="in")), voicemail())
+        self.assertIsNone(mine["on_new_call"](NewCallEvent(direction="in", users=("Alice",))))
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+                mine["on_hangup"](HangupEvent(cause="cancel", from_number="49211"))
+        self.assertEqual(printed.getvalue(), "please ring back: 49211\n")
+        exec(self.CODE[1], mine)
+        self.assertIn(b"on-data?state=menu", response_xml(mine["on_new_call"](NewCallEvent()), on_data="http://x/on-data"))
+        self.assertEqual(mine["on_dtmf"](DtmfEvent(dtmf="1", state="menu")), dial("4915799912345", "492111234567"))
+        self.assertEqual(mine["on_dtmf"](DtmfEvent(dtmf="", state="menu")), voicemail())
+
+    def test_its_table_of_actions_has_their_signatures(self):
+        for action in (dial, voicemail, play, gather, reject, hang_up):
+            signature = inspect.signature(action)
+            plain = signature.replace(return_annotation=signature.empty, parameters=[
+                parameter.replace(annotation=signature.empty) for parameter in signature.parameters.values()])
+            rows = [line.split("`")[1].replace('"', "'") for line in self.README.splitlines() if line.startswith("| `")]
+            self.assertIn(f"{action.__name__}{plain}", rows)
+
+    def test_its_json_is_what_is_printed(self):
+        shown = json.loads(re.search(r"```json\n(.*?)```", self.README, re.DOTALL)[1])
+        printed = json.loads(sc.event_json(parse_event(NEW_CALL, ""), 0))
+        self.assertEqual({**shown, "received_at": ""}, {**printed, "received_at": ""})
+
+    def test_the_licence_is_the_unlicense(self):
+        self.assertIn("SPDX-License-Identifier: Unlicense", text_of("sipgate_callevents.py"))
+        self.assertTrue(self.README.rstrip().endswith("please refer to <https://unlicense.org/>"))
+
+
+if __name__ == "__main__":
+    unittest.main()
