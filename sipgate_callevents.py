@@ -42,6 +42,7 @@ import contextlib
 import email.utils
 import errno
 import functools
+import glob
 import hashlib
 import http.server
 import importlib.util
@@ -52,11 +53,13 @@ import json
 import logging
 import math
 import os
+import pathlib
 import queue
 import re
 import signal
 import socket
 import socketserver
+import sqlite3
 import sys
 import threading
 import time
@@ -183,6 +186,13 @@ def read_port(text: str) -> int:
     return int(text)
 
 
+def read_days(text: str) -> int:
+    """Return the number of days `text`. ValueError says what was expected."""
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) < 1:
+        raise ValueError("expected a whole number of days from 1 to 99999")
+    return int(text)
+
+
 def one_of(*choices: str) -> Callable[[str], str]:
     def read(text: str) -> str:
         if text not in choices:
@@ -205,6 +215,8 @@ class Settings:
     verify_signature: str = setting("auto", one_of("auto", "on", "off"))
     signature_key_file: str = setting("")
     call_handlers: str = setting("")
+    call_log: str = setting("calls.db")
+    call_log_days: int = setting(30, read_days)
     call_output: str = setting("text", one_of("text", "json", "off"))
 
     @classmethod
@@ -224,10 +236,11 @@ class Settings:
                     found[known.name] = known.metadata["read"](text)
             except ValueError as error:
                 problems.append(f'{name} is "{text}": {error}')
-        for path in ("signature_key_file", "call_handlers"):
-            if path in found:
-                found[path] = os.path.abspath(os.path.join(folder, found[path]))
         settings = cls(**found)
+        paths: dict[str, Any] = {name: os.path.abspath(os.path.join(folder, getattr(settings, name)))
+                                 for name in ("signature_key_file", "call_handlers", "call_log")
+                                 if getattr(settings, name) not in ("", "off")}
+        settings = replace(settings, **paths)
         if settings.trial and "WEBHOOK_URL" not in " ".join(problems) and not is_loopback(settings.webhook_host):
             problems.append(f'WEBHOOK_HOST is "{settings.webhook_host}" but WEBHOOK_URL is not set: '
                             "without it only this machine may be listened to; set WEBHOOK_URL "
@@ -646,6 +659,300 @@ def _append(parent: ET.Element, action: Action, on_data: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------
+# Call log
+# Puts events on disk, in one SQLite file. Knows no HTTP, no XML, and prints nothing.
+#
+# One thread writes, with the only connection that does; whatever has queued up goes into one
+# transaction, so that many webhooks share one fsync. A webhook waits for its commit, but
+# never longer than it is told to: a disk that is slow, full or broken delays no call.
+# ------------------------------------------------------------------------------------------
+
+APPLICATION_ID = 0x73676365  # "sgce": the file is ours
+SCHEMA_VERSION = 1
+SCHEMA = """
+CREATE TABLE events(
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    received_at REAL NOT NULL,  -- Unix time, UTC
+    event TEXT NOT NULL,
+    call_id TEXT NOT NULL,
+    body BLOB NOT NULL,         -- as received
+    digest BLOB UNIQUE          -- NULL where repeats count
+);
+CREATE INDEX events_received_at ON events(received_at);
+"""
+
+
+class _Entry:
+    """An event on its way to disk."""
+
+    def __init__(self, row: tuple[float, str, str, bytes, bytes | None]) -> None:
+        self.row = row
+        self.is_new = True  # not a repeat of a stored one; known once it is stored
+        self.stored = threading.Lock()
+        self.stored.acquire()
+
+
+class CallLog:
+    """The events of the last days, on disk. Safe to use from many threads."""
+
+    QUEUE = 10_000  # events that may wait while the disk does not take any
+    BATCH = 1_000  # events in one transaction
+    RETRY_SECONDS = 0.2
+    LOOK_SECONDS = 1.0  # between two looks at whether the file is still ours
+    LOCK_SECONDS = 0.5  # that another process may hold the lock before we are behind
+    TIDY_SECONDS = 24 * 3600
+    TIDY_ROWS = 500
+
+    def __init__(self, path: str, days: int, clock: Callable[[], float] = time.time) -> None:
+        """Open or create the file at `path` that keeps events for `days`. Raises SettingsError."""
+        self.path, self.days, self.clock = path, days, clock
+        self.behind = ""  # why events wait; "" while they do not
+        self._said_behind = False
+        self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
+        self._pending: collections.deque[_Entry] = collections.deque()
+        self._connection: sqlite3.Connection | None = None
+        self._identity: tuple[int, int] | None = None
+        self._tidying: Iterator[None] | None = None
+        self._tidy_at = 0.0
+        self._closing = threading.Event()
+        try:
+            self._open()
+        except sqlite3.Error as error:
+            # Locked, for instance: calls do not wait for that, and neither does the start.
+            self._recover(error)
+        except OSError as error:
+            raise SettingsError(f'CALL_LOG is "{path}": {error.strerror}; expected a file in a folder that this user '
+                                "may write, or off") from None
+        self._queue.put(None)  # for the first look after what is too old
+        self._thread = threading.Thread(target=self._work, name="call-log", daemon=True)
+        self._thread.start()
+
+    def count(self) -> int:
+        """The number of events in the file."""
+        return sum(row[0] for row in self._read("SELECT count(*) FROM events", ()))
+
+    def signed_calls(self, since: float, most: int) -> list[tuple[str, float]]:
+        """Call id and time of the latest `most` signed newCalls since the Unix time `since`, oldest first."""
+        return self._read("SELECT call_id, received_at FROM events WHERE received_at > ? AND event = 'newCall' AND digest "
+                          "IS NOT NULL ORDER BY received_at DESC LIMIT ?", (since, most))[::-1]
+
+    def _read(self, query: str, values: Sequence[Any]) -> list[Any]:
+        """What `query` finds, on a connection of its own, which never blocks the writer's."""
+        try:
+            url = pathlib.Path(self.path).as_uri() + "?mode=ro"
+            with contextlib.closing(sqlite3.connect(url, uri=True, timeout=self.LOCK_SECONDS)) as connection:
+                return connection.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            logger.error("the call log cannot be read: %s", error)
+            return []
+
+    def record(self, row: tuple[float, str, str, bytes, bytes | None], seconds: float) -> bool | None:
+        """Store an event: received_at, event, call_id, body, digest (None: a repeat counts).
+
+        Waits for the commit up to `seconds`, but not at all while the log is behind. Returns
+        whether the event is new, None if that is not known yet.
+        """
+        if self._queue.qsize() + len(self._pending) >= self.QUEUE:
+            logger.error("the call log has no room: %s of call %s is not stored, since %d events wait for the disk",
+                         row[1], row[2], self.QUEUE)
+            return None
+        entry = _Entry(row)
+        self._queue.put(entry)
+        if self.behind:
+            self._say_behind()
+        elif entry.stored.acquire(timeout=max(seconds, 0)):
+            return entry.is_new
+        else:
+            self._fall_behind("storing takes longer than a call can wait")
+        return None
+
+    def close(self, seconds: float) -> None:
+        """Store what is queued, for up to `seconds`, and close the file."""
+        self._closing.set()
+        self._queue.put(None)
+        connection = self._connection
+        if self._tidying and connection:
+            with contextlib.suppress(sqlite3.Error):
+                connection.interrupt()  # VACUUM can take long
+        self._thread.join(seconds)
+        calls = [entry.row[2] for entry in list(self._pending)]
+        if calls:
+            logger.error("%d events could not be stored before the end, of the calls %s",
+                         len(calls), ", ".join(dict.fromkeys(calls)))
+
+    def _open(self) -> None:
+        """Connect; create the file if there is none. Raises sqlite3.Error, OSError, SettingsError."""
+        # Created here, since SQLite would let others read it; -wal and -shm take after it.
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
+        try:
+            head = os.read(descriptor, 100)
+        finally:
+            os.close(descriptor)
+        # Read here too: SQLite cannot tell a damaged file of ours from another program's.
+        if head and (head[:16] != b"SQLite format 3\0" or int.from_bytes(head[68:72], "big") != APPLICATION_ID):
+            raise SettingsError(f'CALL_LOG is "{self.path}": that file is not a call log of this program, and is left '
+                                "alone; expected another name, or off")
+        with contextlib.suppress(OSError):
+            os.chmod(self.path, 0o600)
+        connection = sqlite3.connect(self.path, timeout=self.LOCK_SECONDS, isolation_level=None, check_same_thread=False)
+        try:
+            self._prepare(connection)
+        except BaseException:
+            connection.close()
+            raise
+        self._connection, self._identity = connection, self._file_identity()
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        for pragma in ("synchronous=FULL", "fullfsync=ON", "secure_delete=ON"):
+            connection.execute("PRAGMA " + pragma)
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA_VERSION:
+            raise SettingsError(f'CALL_LOG is "{self.path}": a newer version of this program wrote it; take that, or '
+                                "another file")
+        if version < SCHEMA_VERSION:
+            # Before WAL mode, so that the mark that it is ours is in the file itself at once.
+            connection.executescript(f"BEGIN IMMEDIATE; PRAGMA application_id={APPLICATION_ID}; {SCHEMA}"
+                                     f"PRAGMA user_version={SCHEMA_VERSION}; COMMIT")
+        with contextlib.suppress(sqlite3.OperationalError):
+            connection.execute("PRAGMA journal_mode=WAL")
+        if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+            # Network file systems do not share the memory that WAL needs.
+            logger.warning("%s cannot have a write-ahead log where it is; it works, but more slowly", self.path)
+        connection.execute("SELECT max(id) FROM events").fetchone()
+
+    def _file_identity(self) -> tuple[int, int] | None:
+        """What tells the file at our path from any other; None if there is none."""
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
+
+    def _say_behind(self) -> None:
+        if not self._said_behind:
+            self._said_behind = True
+            logger.error("the call log is behind (%s): calls are answered, their events wait in memory", self.behind)
+
+    def _fall_behind(self, reason: str) -> None:
+        self.behind = self.behind or reason
+        self._say_behind()
+
+    def _catch_up(self) -> None:
+        self.behind = ""
+        if self._said_behind:
+            self._said_behind = False
+            logger.warning("the call log has caught up: all events are stored")
+
+    def _work(self) -> None:
+        """The writing thread: store, look after the file, tidy up, until told to end."""
+        while True:
+            self._take()
+            try:
+                self._store(self._own_connection())
+                if self._closing.is_set() and not self._pending:
+                    break
+                self._tidy(self._own_connection())
+            except (sqlite3.Error, OSError, SettingsError) as error:
+                self._recover(error)
+                time.sleep(self.RETRY_SECONDS)
+        self._own_connection().close()
+
+    def _take(self) -> None:
+        """Move what has queued up to `_pending`; with nothing to do, wait for it a while."""
+        wait = 0.0 if self._pending or self._closing.is_set() else 0.01 if self._tidying else self.LOOK_SECONDS
+        with contextlib.suppress(queue.Empty):
+            while True:
+                entry = self._queue.get(timeout=wait) if wait else self._queue.get_nowait()
+                wait = 0.0
+                if entry:
+                    self._pending.append(entry)
+
+    def _own_connection(self) -> sqlite3.Connection:
+        """The connection to the file at our path, a new one if that is another file by now."""
+        if self._connection and self._file_identity() != self._identity:
+            logger.error("the call log %s was deleted or replaced; what is there now is used", self.path)
+            self._disconnect()
+        if not self._connection:
+            self._open()
+        assert self._connection is not None
+        return self._connection
+
+    def _disconnect(self) -> None:
+        connection, self._connection, self._tidying = self._connection, None, None
+        if connection:
+            connection.close()
+
+    def _store(self, connection: sqlite3.Connection) -> None:
+        """Commit what is pending, in order, in transactions of a bounded size."""
+        while self._pending:
+            batch = list(itertools.islice(self._pending, self.BATCH))
+            connection.execute("BEGIN IMMEDIATE")
+            for entry in batch:
+                entry.is_new = connection.execute("INSERT OR IGNORE INTO events(received_at, event, call_id, body, digest) "
+                                                  "VALUES (?, ?, ?, ?, ?)", entry.row).rowcount > 0
+            connection.execute("COMMIT")
+            # Deleted meanwhile? Then this went into a file without a name, and goes into the next one again.
+            if self._file_identity() != self._identity:
+                return
+            for entry in batch:
+                self._pending.popleft()
+                entry.stored.release()
+        if self._queue.empty():
+            self._catch_up()
+
+    def _recover(self, error: Exception) -> None:
+        """After a failure: fall behind, put a damaged file aside, and have a new connection made."""
+        if not self._closing.is_set():
+            self._fall_behind(str(error))
+        self._disconnect()
+        # SQLITE_CORRUPT and SQLITE_NOTADB, whose numbers Python tells from 3.11 on. A file that is
+        # locked, cannot be read, or is on a bad disk is not damaged.
+        if type(error) is sqlite3.DatabaseError and re.search("malformed|not a database", str(error)):
+            name = f"{self.path}.damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(self.clock()))}"
+            for suffix in ("", "-wal", "-shm"):
+                with contextlib.suppress(OSError):
+                    os.replace(self.path + suffix, name + suffix)
+            logger.error("the call log was damaged; it is now %s, and a new one is begun", name)
+
+    def _tidy(self, connection: sqlite3.Connection) -> None:
+        """Once a day remove what is too old, one step at a call."""
+        if self._tidying is None and self.clock() >= self._tidy_at:
+            self._tidy_at = self.clock() + self.TIDY_SECONDS
+            self._tidying = self._tidy_steps(connection)
+        try:
+            if self._tidying and next(self._tidying, True):
+                self._tidying = None
+        except (sqlite3.OperationalError, OSError) as error:
+            self._tidying, self._tidy_at = None, self.clock() + 3600
+            logger.warning("old events could not be removed (%s); this is tried again in an hour", error)
+
+    def _tidy_steps(self, connection: sqlite3.Connection) -> Iterator[None]:
+        before = self.clock() - self.days * 86400
+        for path in glob.glob(glob.escape(self.path) + ".damaged-*"):
+            if os.path.getmtime(path) < before:
+                os.remove(path)
+        removed, rows = 0, -1
+        while rows:
+            rows = connection.execute("DELETE FROM events WHERE id IN (SELECT id FROM events WHERE received_at < ? "
+                                      "LIMIT ?)", (before, self.TIDY_ROWS)).rowcount
+            removed += rows
+            yield
+        if removed or connection.execute("PRAGMA freelist_count").fetchone()[0]:
+            yield from self._erase(connection)
+
+    def _erase(self, connection: sqlite3.Connection) -> Iterator[None]:
+        """Have what was deleted leave the files as well as the table."""
+        self.behind = "old events are being removed"  # no webhook waits for that
+        connection.execute("VACUUM")
+        self._store(connection)
+        # The log holds pages as they were before, until it is emptied; a reader can be in the way.
+        connection.execute("PRAGMA busy_timeout=0")
+        while connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+            yield
+        connection.execute(f"PRAGMA busy_timeout={self.LOCK_SECONDS * 1000:.0f}")
+
+
+# ------------------------------------------------------------------------------------------
 # What happens on a call                                                      *** edit here ***
 # Your decisions. Knows events and actions. To keep this script replaceable, put any of the
 # four functions into a file of your own and name it in CALL_HANDLERS.
@@ -692,6 +999,7 @@ def on_dtmf(event: DtmfEvent) -> Action | None:
 
 # sipgate waits 10 s for the reply to a newCall, and until then the phone does not ring.
 REPLY_BUDGET_SECONDS = 3.0
+STORE_SECONDS = 1.0  # of these, for the disk
 
 
 class Throttle:
@@ -903,8 +1211,9 @@ class Receiver:
 
     def __init__(self, settings: Settings, keys: Sequence[PublicKey], functions: CallFunctions,
                  show: Callable[[CallEvent, float], None] = lambda event, received_at: None,
-                 clock: Callable[[], float] = time.time) -> None:
+                 clock: Callable[[], float] = time.time, call_log: CallLog | None = None) -> None:
         """`show` is called with each event and when it came (Unix time, by `clock`)."""
+        self.call_log = call_log
         self.settings, self.keys, self.functions, self.show, self.clock = settings, keys, functions, show, clock
         base = settings.base_path
         self.routes = {base + route: event for route, event in ROUTES.items()}
@@ -918,6 +1227,14 @@ class Receiver:
         self.decisions, self.follow_ups = Decisions(), FollowUps()
         self._lock = threading.Lock()
         self._known: collections.OrderedDict[str, float] = collections.OrderedDict()
+        self._digests: collections.OrderedDict[bytes, None] = collections.OrderedDict()
+        for call_id, received_at in call_log.signed_calls(clock() - self.KNOWN_SECONDS, self.KNOWN_CALLS) if call_log else ():
+            self._known[call_id] = received_at
+
+    def health(self) -> str:
+        """What is wrong, "" if nothing is."""
+        behind = self.call_log.behind if self.call_log else ""
+        return f"the call log is behind: {behind}" if behind else ""
 
     def receive(self, target: str, body: bytes, signature: str | None = None, outside: str = "",
                 when_late: Callable[[Reply], None] = lambda reply: None) -> Reply:
@@ -944,8 +1261,10 @@ class Receiver:
             if self.routes[path] not in ("", event.event):
                 self.throttle.warn("path", f"event {event.event} came in on {path}, "
                                            "the path of another event: check the URLs entered at sipgate")
-            self.show(event, self.clock())
-            return self._respond(event, deadline, outside, when_late)
+            received_at = self.clock()
+            is_new = self._record(event, body, received_at)
+            self.show(event, received_at)
+            return self._respond(event, is_new, deadline, outside, when_late)
         except Late:
             raise
         except Exception:
@@ -1001,14 +1320,31 @@ class Receiver:
         with self._lock:
             return self.clock() - self._known.get(call_id, 0) < self.KNOWN_SECONDS
 
-    def _respond(self, event: CallEvent, deadline: float, outside: str, when_late: Callable[[Reply], None]) -> Reply:
+    def _record(self, event: CallEvent, body: bytes, received_at: float) -> bool:
+        """Have the event stored; whether it is not an exact repeat (where signatures are checked)."""
+        once = (isinstance(event, (NewCallEvent, AnswerEvent, HangupEvent))
+                and self.settings.verify_signature != "off" and not self.settings.trial)
+        digest = hashlib.sha256(b"\0".join((event.event.encode(), event.call_id.encode(), body))).digest() if once else None
+        is_new = None
+        if self.call_log:
+            is_new = self.call_log.record((received_at, event.event, event.call_id, body, digest), STORE_SECONDS)
+        with self._lock:
+            repeat = digest in self._digests
+            if digest:
+                self._digests[digest] = None
+                if len(self._digests) > self.KNOWN_CALLS:
+                    self._digests.popitem(last=False)
+        return is_new is not False and not repeat
+
+    def _respond(self, event: CallEvent, is_new: bool, deadline: float, outside: str,
+                 when_late: Callable[[Reply], None]) -> Reply:
         if isinstance(event, (NewCallEvent, DtmfEvent)):
             function = self.functions.on_new_call if isinstance(event, NewCallEvent) else self.functions.on_dtmf
             action = self.decisions.decide(function, event, deadline, lambda: when_late(self._xml(None, outside)))
             return self._xml(action, outside)
         if isinstance(event, (AnswerEvent, HangupEvent)):
             follow = self.functions.on_answer if isinstance(event, AnswerEvent) else self.functions.on_hangup
-            return Reply(200, DISCARDED, afterwards=lambda: self.follow_ups.put(follow, event))
+            return Reply(200, DISCARDED, afterwards=lambda: self.follow_ups.put(follow, event) if is_new else None)
         return Reply(200, response_xml(), "application/xml")
 
     def _xml(self, action: Action | None, outside: str) -> Reply:
@@ -1277,7 +1613,8 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
         """The health of this process."""
         if head.path not in self.server.health_paths:
             return self.do_other(head, body)
-        return Reply(200, b"ok\n", headers=(("X-Instance", self.server.instance),
+        wrong = self.server.receiver.health()
+        return Reply(503 if wrong else 200, (wrong or "ok").encode() + b"\n", headers=(("X-Instance", self.server.instance),
                                             ("X-Refused", str(self.server.receiver.refused)),
                                             ("Cache-Control", "no-store")))
 
@@ -1392,7 +1729,7 @@ class WebhookServer(http.server.ThreadingHTTPServer):
                 handler.hang_up(socket.SHUT_RDWR if handler.in_flight or handler.cut_off else socket.SHUT_RD)
 
     def stop(self, seconds: float) -> None:
-        """Close what is incomplete, let what is being answered finish for up to `seconds`, stop accepting."""
+        """Close what is incomplete, let what is being answered finish for up to `seconds`, end serve_forever."""
         with self._condition:
             self.stopping = True
             for handler in self._connections:
@@ -1400,7 +1737,6 @@ class WebhookServer(http.server.ThreadingHTTPServer):
                     handler.hang_up()
             self._condition.wait_for(lambda: not any(handler.in_flight for handler in self._connections), seconds)
         self.shutdown()
-        self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         # A client that goes away leaves an OSError, which is no news.
@@ -1626,7 +1962,7 @@ Your first real call:
        https://ADDRESS/new-call
   5. There under Webhooks > Sources, choose the phone lines that send webhooks.
   6. Call your number.
-Waiting for calls. Ctrl-C stops.
+{kept}Waiting for calls. Ctrl-C stops.
 """
 
 LIVE_LINES = """\
@@ -1634,7 +1970,7 @@ sipgate_callevents {version} listens on {host}:{port}
 Enter this URL at https://console.sipgate.com, Webhooks > URLs:
   {url}/new-call
 {signatures}
-Waiting for calls. Ctrl-C stops.
+{kept}Waiting for calls. Ctrl-C stops.
 """
 
 SIGNATURES = {
@@ -1684,12 +2020,16 @@ def wait_for(arrived: queue.SimpleQueue[int]) -> None:
             pass
 
 
-def start_text(settings: Settings) -> str:
+def start_text(settings: Settings, call_log: CallLog | None) -> str:
     """What a person needs next."""
+    kept = "No numbers are kept (CALL_LOG=off).\n"
+    if call_log:
+        kept = (f"Numbers of the last {call_log.days} days are in\n  {call_log.path}\n"
+                f"({call_log.count()} events); CALL_LOG=off keeps nothing.\n")
     host = f"[{settings.webhook_host}]" if ":" in settings.webhook_host else settings.webhook_host
     return (TRIAL_STEPS if settings.trial else LIVE_LINES).format(
         version=__version__, host=host, port=settings.webhook_port, url=settings.webhook_url,
-        script=os.path.basename(__file__), signatures=SIGNATURES[settings.verify_signature])
+        kept=kept, script=os.path.basename(__file__), signatures=SIGNATURES[settings.verify_signature])
 
 
 def serve(settings: Settings) -> int:
@@ -1705,17 +2045,21 @@ def serve(settings: Settings) -> int:
     except OSError as error:
         print(f"sipgate_callevents: {bind_advice(error, settings)}", file=sys.stderr)
         return 1
-    settings = replace(settings, webhook_port=server.server_port)
-    server.receiver = Receiver(settings, keys, functions, show)
-    threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
-    sys.stderr.write(start_text(settings))
-    notify_ready()
-    wait_for(arrived)
-    deadline = time.monotonic() + STOP_SECONDS
-    server.stop(STOP_SECONDS)
+    with server:
+        settings = replace(settings, webhook_port=server.server_port)
+        call_log = None if settings.call_log == "off" else CallLog(settings.call_log, settings.call_log_days)
+        server.receiver = Receiver(settings, keys, functions, show, call_log=call_log)
+        threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
+        sys.stderr.write(start_text(settings, call_log))
+        notify_ready()
+        wait_for(arrived)
+        deadline = time.monotonic() + STOP_SECONDS
+        server.stop(STOP_SECONDS)
     left = server.receiver.follow_ups.finish(max(deadline - time.monotonic(), 0.1))
     if left:
         logger.warning("%d events were not handed to your code before the stop", left)
+    if call_log:
+        call_log.close(max(deadline - time.monotonic(), 0.1))
     return 0
 
 
