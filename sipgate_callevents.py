@@ -46,6 +46,7 @@ import glob
 import hashlib
 import http.server
 import importlib.util
+import inspect
 import io
 import ipaddress
 import itertools
@@ -141,7 +142,7 @@ def parse_dotenv(text: str, environ: Mapping[str, str]) -> dict[str, str]:
             value = take_value() if take(rf"(?:={BLANKS})?") else None
             take(rf"{BLANKS}(?:#[^\r\n]*)?(?:\r\n|\n|\r|\Z)")
         except ValueError:
-            logger.warning(".env: line %d cannot be read and is skipped", line)
+            logger.warning(".env: line %d is skipped: expected NAME=value, with closed quotes if any", line)
             take(r"[^\r\n]*")
         else:
             if key:
@@ -169,14 +170,23 @@ def read_url(text: str) -> str:
     if "?" in text or "#" in text:
         raise ValueError("leave out everything from the ? or # on")
     if not re.fullmatch(r"[A-Za-z0-9.:\[\]_-]+(/[A-Za-z0-9._~!$&'()*+,;=:@%-]*)*", text.split("://", 1)[1]):
-        raise ValueError("expected only letters, digits and punctuation that a URL can hold")
-    if parts.port == 0:
+        raise ValueError("expected a to z, digits, and punctuation that a URL can hold; other letters encoded (xn--, %C3)")
+    port = re.search(r":([0-9]*)\Z", parts.netloc)
+    if port and not 0 < int(port[1] or 80) < 65536:
         raise ValueError("expected a port from 1 to 65535")
     base = text.rstrip("/")
     for route in ROUTES:
         if base.endswith(route):
             raise ValueError(f"leave out {route}, it is added to {base[:-len(route)]}")
     return base
+
+
+def read_host(text: str) -> str:
+    """Return the address or name `text`. ValueError says what was expected."""
+    address = text.strip("[]")
+    if not re.fullmatch(r"[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*|[A-Za-z0-9._-]+", address) or address.count(":") == 1:
+        raise ValueError("expected an address such as 127.0.0.1 or ::1, without a port (see WEBHOOK_PORT)")
+    return address
 
 
 def read_port(text: str) -> int:
@@ -195,9 +205,9 @@ def read_days(text: str) -> int:
 
 def one_of(*choices: str) -> Callable[[str], str]:
     def read(text: str) -> str:
-        if text not in choices:
+        if text.lower() not in choices:
             raise ValueError(f"expected {', '.join(choices[:-1])} or {choices[-1]}")
-        return text
+        return text.lower()
     return read
 
 
@@ -211,7 +221,7 @@ class Settings:
 
     webhook_url: str = setting("", read_url)
     webhook_port: int = setting(8080, read_port)
-    webhook_host: str = setting("127.0.0.1")
+    webhook_host: str = setting("127.0.0.1", read_host)
     verify_signature: str = setting("auto", one_of("auto", "on", "off"))
     signature_key_file: str = setting("")
     call_handlers: str = setting("")
@@ -497,7 +507,7 @@ def parse_event(body: bytes, default_event: str, state: str = "") -> CallEvent:
     # Decoded before parse_qs, which fails on bytes above 127 in Python 3.8 to 3.12.1.
     text = body.decode("utf-8", "replace")
     if body and b"=" not in body:
-        raise WebhookError(400, "the body is no form")
+        raise WebhookError(400, "the body is no form (application/x-www-form-urlencoded)")
     try:
         form = urllib.parse.parse_qs(text, keep_blank_values=True, max_num_fields=MAX_FIELDS)
     except ValueError:
@@ -552,8 +562,8 @@ class Action:
 def _phone_number(argument: str, value: str) -> str:
     digits = re.sub(r"\A\s*\+|[\s()/-]", "", value) if isinstance(value, str) else ""
     # "+49 (0) 211" means 49211; without the brackets it would be a wrong number.
-    if not re.fullmatch(r"[0-9]{1,32}", digits, re.ASCII) or re.search(r"\(\s*0\s*\)", value):
-        raise ValueError(f"{argument} is {value!r}: expected digits with the country code, such as '4915799912345'")
+    if not re.fullmatch("[0-9]{1,32}", digits) or re.search(r"\(\s*0\s*\)", value):
+        raise ValueError(f"{argument} is {value!r}: expected text of digits with the country code, such as '4915799912345'")
     return digits
 
 
@@ -643,7 +653,7 @@ def response_xml(action: Action | None = None, *, on_answer: str = "", on_hangup
     response = ET.Element("Response", {name: url for name, url in follow_ups.items() if url})
     if action is not None:
         _append(response, action, on_data)
-    return ET.tostring(response)
+    return ET.tostring(response) + b"\n"
 
 
 def _append(parent: ET.Element, action: Action, on_data: str) -> None:
@@ -1169,7 +1179,7 @@ class FollowUps:
         """Wait up to `seconds` for what was put; return how many events are left."""
         finished = threading.Event()
         self._jobs.put(_Job(lambda event: finished.set(), None))
-        return 0 if finished.wait(seconds) else self._jobs.qsize()
+        return 0 if finished.wait(seconds) else self._jobs.qsize()  # with the one that runs, less our own
 
     def _work(self) -> None:
         while True:
@@ -1191,7 +1201,8 @@ class Reply(NamedTuple):
 # The three refusals of a signature: reply, and what to do about it.
 MISSING = (
     "signature missing, see VERIFY_SIGNATURE",
-    "a webhook was refused, X-Sipgate-Signature is missing: it is not from sipgate, or a proxy drops that header")
+    "a webhook was refused, X-Sipgate-Signature is missing: it is not from sipgate, or a proxy drops that "
+    + "header (to try it with curl, start without WEBHOOK_URL)")
 MALFORMED = (
     "signature malformed, see SIGNATURE_KEY_FILE",
     "a webhook was refused, X-Sipgate-Signature is malformed: it is not from sipgate, or a proxy changes that header")
@@ -1258,8 +1269,8 @@ class Receiver:
             raise
         # From here on the call is real, and no fault of ours may keep it from going through.
         try:
-            if self.routes[path] not in ("", event.event):
-                self.throttle.warn("path", f"event {event.event} came in on {path}, "
+            if self.routes[path] not in ("", event.event) and event.event in EVENTS:
+                self.throttle.warn(f"{event.event} on {path}", f"event {event.event} came in on {path}, "
                                            "the path of another event: check the URLs entered at sipgate")
             received_at = self.clock()
             is_new = self._record(event, body, received_at)
@@ -1898,6 +1909,12 @@ def show_on(stream: TextIO, form: str) -> Callable[[CallEvent, float], None]:
     return show
 
 
+def likely(name: str, names: Sequence[str]) -> str:
+    """The one of `names` that `name` is a slip of the pen for, "" if it looks like none."""
+    import difflib  # seldom needed, and each import delays the start
+    return "".join(difflib.get_close_matches(name, names, 1, 0.8))
+
+
 def load_functions(path: str) -> CallFunctions:
     """Return the functions of the file CALL_HANDLERS names, ours where it has none.
 
@@ -1915,11 +1932,23 @@ def load_functions(path: str) -> CallFunctions:
     except BaseException as error:  # noqa: BLE001 - sys.exit() in the file included
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        text = error.msg if isinstance(error, SyntaxError) else error.strerror if isinstance(error, OSError) else str(error)
         raise SettingsError(f'CALL_HANDLERS is "{path}": ' + (f"line {line}: " if line else "")
-                            + printable(f"{type(error).__name__}: {error}")) from None
-    found = {name: getattr(module, name) for name in CallFunctions._fields if callable(getattr(module, name, None))}
+                            + printable(f"{type(error).__name__}: {text}")) from None
+    names = CallFunctions._fields
+    for name in vars(module):
+        if name not in names and likely(name, names):
+            logger.warning("%s: %s is never called; is %s meant?", path, name, likely(name, names))
+    found = {name: getattr(module, name) for name in names if hasattr(module, name)}
     if not found:
-        raise SettingsError(f'CALL_HANDLERS is "{path}": expected one of {", ".join(CallFunctions._fields)} in it')
+        raise SettingsError(f'CALL_HANDLERS is "{path}": expected one of {", ".join(names)} in it')
+    for name, function in found.items():
+        try:
+            inspect.signature(function).bind(CallEvent())
+        except (TypeError, ValueError):
+            raise SettingsError(f'CALL_HANDLERS is "{path}": {name} has to be a function of one argument, the event') from None
+        if inspect.iscoroutinefunction(function):
+            raise SettingsError(f'CALL_HANDLERS is "{path}": {name} has to be a plain function, without async')
     return CallFunctions(**found)
 
 
@@ -1956,10 +1985,12 @@ Your first real call:
   1. Book sipgate.io for your account (the smallest package will do).
   2. In a second terminal, open a tunnel:
        ssh -R 80:127.0.0.1:{port} ssh.localhost.run
-  3. Restart this program with the https address that the tunnel prints:
-       python3 {script} --url https://ADDRESS
+  3. Restart this program with the https address that the tunnel prints, and
+     a secret path:
+       python3 {script}{flags} \\
+         --url https://ADDRESS/{secret}
   4. At https://console.sipgate.com, Webhooks > URLs, enter as incoming URL:
-       https://ADDRESS/new-call
+       https://ADDRESS/{secret}/new-call
   5. There under Webhooks > Sources, choose the phone lines that send webhooks.
   6. Call your number.
 {kept}Waiting for calls. Ctrl-C stops.
@@ -2029,7 +2060,8 @@ def start_text(settings: Settings, call_log: CallLog | None) -> str:
     host = f"[{settings.webhook_host}]" if ":" in settings.webhook_host else settings.webhook_host
     return (TRIAL_STEPS if settings.trial else LIVE_LINES).format(
         version=__version__, host=host, port=settings.webhook_port, url=settings.webhook_url,
-        kept=kept, script=os.path.basename(__file__), signatures=SIGNATURES[settings.verify_signature])
+        flags="" if settings.webhook_port == Settings.webhook_port else f" --port {settings.webhook_port}",
+        secret=os.urandom(8).hex(), kept=kept, script=os.path.basename(__file__), signatures=SIGNATURES[settings.verify_signature])
 
 
 def serve(settings: Settings) -> int:
@@ -2057,9 +2089,10 @@ def serve(settings: Settings) -> int:
         server.stop(STOP_SECONDS)
     left = server.receiver.follow_ups.finish(max(deadline - time.monotonic(), 0.1))
     if left:
-        logger.warning("%d events were not handed to your code before the stop", left)
+        logger.warning("events left to your on_answer and on_hangup when they were stopped: %d", left)
     if call_log:
         call_log.close(max(deadline - time.monotonic(), 0.1))
+    print("Stopped.", file=sys.stderr)
     return 0
 
 
@@ -2121,18 +2154,18 @@ def read_settings(options: argparse.Namespace, environ: Mapping[str, str]) -> Se
     for name in known:
         if environ.get(name) == "" and re.search(rf"(?m)^\s*(export\s+)?{name}\s*=\s*\S", text):
             logger.warning("%s is empty in the environment, which switches off the one in .env", name)
-    for name in sorted(values):
-        if re.match("(WEBHOOK|CALL)_", name) and name not in known:
-            import difflib  # seldom needed, and each import delays the start
-            close = difflib.get_close_matches(name, known, 1)
-            logger.warning("there is no setting %s%s", name, f"; is {close[0]} meant?" if close else "")
+    for name in sorted(set(values) - set(known)):
+        close = likely(name.upper(), known)
+        if close or re.match("(WEBHOOK|CALL)_", name):
+            logger.warning("there is no setting %s%s", name, f"; is {close} meant?" if close else "")
     return Settings.from_values(values, os.path.dirname(path))
 
 
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=os.path.basename(__file__), description="Receive the call events of sipgate.io.",
-        epilog="Settings come from the environment and from a .env file: see the README.")
+        epilog="Further settings, in the environment or in a .env file: "
+        + ", ".join(known.name.upper() for known in fields(Settings)[2:]) + ". See the README.", allow_abbrev=False)
     parser.add_argument("--url", metavar="URL", help="public base URL of the webhooks (WEBHOOK_URL)")
     parser.add_argument("--port", metavar="PORT", help="port to listen on (WEBHOOK_PORT, default 8080)")
     parser.add_argument("--env-file", metavar="FILE", help="read this file instead of .env")

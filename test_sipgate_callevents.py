@@ -202,7 +202,7 @@ class DotenvTest(unittest.TestCase):
     def test_a_line_that_cannot_be_read_is_skipped_and_named(self):
         with diagnostics() as said:
             self.assertEqual(parse_dotenv("a=1\r\nb c=2\nd=\"3\" e\nf='4\ng=5", {}), {"a": "1", "g": "5"})
-        self.assertEqual(said, [f".env: line {n} cannot be read and is skipped" for n in (2, 3, 4)])
+        self.assertEqual(said, [f".env: line {n} is skipped: expected NAME=value, with closed quotes if any" for n in (2, 3, 4)])
 
     def test_any_text_is_read_without_an_error(self):
         pieces = ["a", "=", "'", '"', "\\", "\n", "\r", " ", "#", "${a}", "${a:-b}", "export ", "\ufeff", "\0", "ä"]
@@ -238,6 +238,12 @@ class SettingsTest(unittest.TestCase):
                 ("VERIFY_SIGNATURE", "yes", "expected auto, on or off"),
                 ("CALL_LOG_DAYS", "0", "expected a whole number of days from 1 to 99999"),
                 ("CALL_OUTPUT", "xml", "expected text, json or off"),
+                ("WEBHOOK_URL", "https://example.org:99999", "expected a port from 1 to 65535"),
+                ("WEBHOOK_URL", "https://example.org:0", "expected a port from 1 to 65535"),
+                ("WEBHOOK_HOST", "127.0.0.1:80",
+                 "expected an address such as 127.0.0.1 or ::1, without a port (see WEBHOOK_PORT)"),
+                ("WEBHOOK_HOST", "http://localhost",
+                 "expected an address such as 127.0.0.1 or ::1, without a port (see WEBHOOK_PORT)"),
                 ("WEBHOOK_URL", "example.org", "expected a whole address such as https://example.org"),
                 ("WEBHOOK_URL", "ftp://example.org", "expected a whole address such as https://example.org"),
                 ("WEBHOOK_URL", "https:///x", "expected a whole address such as https://example.org"),
@@ -245,7 +251,7 @@ class SettingsTest(unittest.TestCase):
                  "leave out user and password, sipgate's webhooks do not need them"),
                 ("WEBHOOK_URL", "https://example.org?a=b", "leave out everything from the ? or # on"),
                 ("WEBHOOK_URL", "https://example.org/#a", "leave out everything from the ? or # on"),
-                ("WEBHOOK_URL", "https://example.org/ä", "expected only letters, digits and punctuation that a URL can hold"),
+                ("WEBHOOK_URL", "https://example.org/ä", "expected a to z, digits, and punctuation that a URL can hold; other letters encoded (xn--, %C3)"),
                 ("WEBHOOK_URL", "https://example.org/a/new-call",
                  "leave out /new-call, it is added to https://example.org/a"),
                 ("WEBHOOK_URL", "https://example.org/on-hangup/", "leave out /on-hangup, it is added to https://example.org"),
@@ -425,8 +431,8 @@ class EventTest(unittest.TestCase):
 
     def test_what_is_no_event_is_refused(self):
         for body, default, status, reason in [
-                (b"hello", "newCall", 400, "the body is no form"),
-                (b'{"event": 1}', "newCall", 400, "the body is no form"),
+                (b"hello", "newCall", 400, "the body is no form (application/x-www-form-urlencoded)"),
+                (b'{"event": 1}', "newCall", 400, "the body is no form (application/x-www-form-urlencoded)"),
                 (b"callId=1&callId=2", "newCall", 400, "the form has callId more than once"),
                 (b"event=newCall&event=hangup", "newCall", 400, "the form has event more than once"),
                 (b"a=b&" * 201, "newCall", 400, "the form has too many fields"),
@@ -498,7 +504,7 @@ class ActionTest(unittest.TestCase):
         self.assertEqual(dial(" +49 (157) 999-123/45"), dial("4915799912345"))
 
     def test_what_sipgate_would_not_understand_is_refused_when_it_is_built(self):
-        digits = "expected digits with the country code, such as '4915799912345'"
+        digits = "expected text of digits with the country code, such as '4915799912345'"
         url = "expected a URL that begins with http:// or https://"
         whole = "expected a whole number of 1 or more"
         for build, message in [
@@ -510,6 +516,7 @@ class ActionTest(unittest.TestCase):
                 (lambda: dial("٤٩"), f"numbers is '٤٩': {digits}"),
                 (lambda: dial("+49 (0) 211 1"), f"numbers is '+49 (0) 211 1': {digits}"),
                 (lambda: dial(["1", "2"]), f"numbers is ['1', '2']: {digits}"),
+                (lambda: dial(4921100), f"numbers is 4921100: {digits}"),
                 (lambda: dial("1", caller_id="me"), f"caller_id is 'me': {digits}"),
                 (lambda: dial("1", anonymous="yes"), "anonymous is 'yes': expected True or False"),
                 (lambda: play("example.wav"), f"url is 'example.wav': {url}"),
@@ -794,8 +801,8 @@ NO_FUNCTIONS = CallFunctions()
 TRIAL = Settings()
 LIVE = Settings(webhook_url="https://example.localhost.run")
 LIVE_XML = (b'<Response onAnswer="https://example.localhost.run/on-answer" '
-            b'onHangup="https://example.localhost.run/on-hangup" />')
-BARE_XML = b"<Response />"
+            b'onHangup="https://example.localhost.run/on-hangup" />\n')
+BARE_XML = b"<Response />\n"
 
 
 def refusal(function, *arguments):
@@ -883,7 +890,7 @@ class ReceiverTest(unittest.TestCase):
         receiver = self.receiver(TRIAL)
         for _ in range(2):
             self.assertEqual(receiver.receive("/new-call", NEW_CALL).body, (
-                b'<Response onAnswer="http://localhost:8080/on-answer" onHangup="http://localhost:8080/on-hangup" />'))
+                b'<Response onAnswer="http://localhost:8080/on-answer" onHangup="http://localhost:8080/on-hangup" />\n'))
         self.assertEqual(len(self.shown), 2)
         self.assertEqual(refusal(receiver.receive, "/new-call", NEW_CALL, sign(HANGUP))[0], 403)
 
@@ -936,11 +943,11 @@ class ReceiverTest(unittest.TestCase):
     def test_your_decision_is_what_goes_out(self):
         receiver = self.receiver(functions=CallFunctions(
             on_new_call=lambda event: gather(state=event.from_number), on_dtmf=lambda event: dial("4921100")))
-        self.assertEqual(receiver.receive("/new-call", NEW_CALL, sign(NEW_CALL)).body, LIVE_XML[:-3] + (
+        self.assertEqual(receiver.receive("/new-call", NEW_CALL, sign(NEW_CALL)).body, LIVE_XML[:-4] + (
             b'><Gather onData="https://example.localhost.run/on-data?state=492111234567" maxDigits="1" timeout="2000" />'
-            b"</Response>"))
+            b"</Response>\n"))
         self.assertEqual(receiver.receive("/on-data", DTMF, sign(DTMF)).body,
-                         LIVE_XML[:-3] + b"><Dial><Number>4921100</Number></Dial></Response>")
+                         LIVE_XML[:-4] + b"><Dial><Number>4921100</Number></Dial></Response>\n")
 
     def test_your_code_for_answer_and_hangup_runs_after_the_reply_in_order(self):
         seen = []
@@ -1363,7 +1370,7 @@ class HttpTest(unittest.TestCase):
     def test_a_tunnel_is_answered_if_sipgate_signed(self):
         with diagnostics() as said:
             sent = request(NEW_CALL, "X-Sipgate-Signature: " + sign(NEW_CALL), "X-Forwarded-For: 1.2.3.4", host="abc.lhr.life")
-            self.assertTrue(self.running.exchange(sent).endswith(b"<Response />"))
+            self.assertTrue(self.running.exchange(sent).endswith(BARE_XML))
         self.assertTrue(any("restart with --url https://abc.lhr.life" in line for line in said) or
                         "outside" in self.running.receiver.throttle._said)
 
@@ -1655,9 +1662,9 @@ class ProgramTest(unittest.TestCase):
             file.write(text if isinstance(text, bytes) else text.encode())
         return path
 
-    def refused(self, *arguments, **environ):
-        """Exit status and stderr of a start that fails."""
-        status, out, err = self.start(*arguments, wait=False, **environ).end(None)
+    def refused(self, program):
+        """Exit status and stderr of a program that does not start."""
+        status, out, err = program.end(None)
         self.assertEqual(out, "")
         self.assertNotIn("Traceback", err)
         return status, err
@@ -1665,7 +1672,7 @@ class ProgramTest(unittest.TestCase):
     def test_the_documented_examples_in_an_empty_folder(self):
         program = self.start()
         expected = (f'<Response onAnswer="http://localhost:{program.port}/on-answer" '
-                    f'onHangup="http://localhost:{program.port}/on-hangup" />')
+                    f'onHangup="http://localhost:{program.port}/on-hangup" />\n')
         for _ in range(2):
             self.assertEqual(program.post("/new-call", NEW_CALL), (200, expected))
         self.assertEqual(program.post("/on-answer", ANSWER), (200, "This response will be discarded"))
@@ -1809,42 +1816,53 @@ class ProgramTest(unittest.TestCase):
     def test_a_start_that_cannot_be_says_why_in_one_line(self):
         self.write("syntax.py", "def on_new_call(event):\n    retrun None\n")
         self.write("raises.py", "\n\nimport sys\nsys.exit('no')\n")
-        self.write("empty.py", "def on_newcall(event): pass\n")
+        self.write("empty.py", "def decide(event): pass\n")
+        self.write("none_left.py", "def on_answer(): pass\n")
+        self.write("async.py", "async def on_hangup(event): pass\n")
         self.write("utf16.env", "WEBHOOK_PORT=1\n".encode("utf-16"))
         self.write("latin.env", b"A=b\nB=\xe4\n")
-        for environ, status, said in [
+        rows = [
                 ({"WEBHOOK_PORT": "x"}, 2, 'WEBHOOK_PORT is "x": expected a whole number from 1 to 65535'),
                 ({"CALL_HANDLERS": "syntax.py"}, 2, "syntax.py\": line 2: SyntaxError"),
                 ({"CALL_HANDLERS": "raises.py"}, 2, "raises.py\": line 4: SystemExit: no"),
-                ({"CALL_HANDLERS": "none.py"}, 2, "none.py\": FileNotFoundError"),
+                ({"CALL_HANDLERS": "none.py"}, 2, "none.py\": FileNotFoundError: No such file or directory"),
                 ({"CALL_HANDLERS": "none"}, 2, "expected the name of a Python file, ending in .py"),
                 ({"CALL_HANDLERS": "empty.py"}, 2, "expected one of on_new_call, on_answer, on_hangup, on_dtmf in it"),
+                ({"CALL_HANDLERS": "none_left.py"}, 2, "on_answer has to be a function of one argument, the event"),
+                ({"CALL_HANDLERS": "async.py"}, 2, "on_hangup has to be a plain function, without async"),
                 ({"SIGNATURE_KEY_FILE": "syntax.py"}, 2, "expected a PEM file"),
                 ({"SIGNATURE_KEY_FILE": "none.pem"}, 2, "No such file"),
                 ({"CALL_LOG": "latin.env"}, 2, "is not a call log of this program, and is left alone"),
                 ({"CALL_LOG": "none/calls.db"}, 2, "expected a file in a folder that this user may write, or off"),
                 ({"WEBHOOK_HOST": "192.0.2.1", "WEBHOOK_URL": "https://x.example/p"}, 1, "this machine has no such address"),
-                ({"WEBHOOK_HOST": "no.such.invalid", "WEBHOOK_URL": "https://x.example/p"}, 1, "this machine has no such address")]:
+                ({"WEBHOOK_HOST": "no.such.invalid", "WEBHOOK_URL": "https://x.example/p"}, 1, "this machine has no such address")]
+        started = [(self.start(wait=False, **environ), status, said) for environ, status, said in rows]
+        for program, status, said in started:
             with self.subTest(said):
-                found, err = self.refused(**environ)
+                found, err = self.refused(program)
                 self.assertEqual(found, status)
                 self.assertIn(said, err)
                 self.assertEqual(len(err.splitlines()), 1, err)
         for name, said in [("utf16.env", "is in UTF-16, as PowerShell's > writes it: save it as UTF-8"),
                            ("latin.env", "is not in UTF-8, see line 2"), ("none.env", "cannot be read: No such file")]:
-            status, err = self.refused("--env-file", name)
+            status, err = self.refused(self.start("--env-file", name, wait=False))
             self.assertEqual((status, said in err, len(err.splitlines())), (2, True, 1), err)
 
     def test_a_port_in_use_ends_the_start_with_the_remedy(self):
         first = self.start()
-        status, err = self.refused("--port", str(first.port))
+        status, err = self.refused(self.start("--port", str(first.port), wait=False))
         self.assertEqual(status, 1)
         self.assertIn(f"cannot listen on 127.0.0.1 port {first.port}: Address already in use", err)
         self.assertIn("or use --port", err)
 
     def test_a_name_that_is_no_setting_is_taken_for_a_slip(self):
-        program = self.start(WEBHOOK_PROT="1", CALL_CENTER="x")
+        self.write(".env", "VERIFY_SIGNTURE=off\nwebhookurl=x\n")
+        self.write("mine.py", "def on_hangup(event): pass\ndef onAnswer(event): pass\n")
+        program = self.start(WEBHOOK_PROT="1", CALL_CENTER="x", CALL_HANDLERS="mine.py")
         err = program.end()[2]
+        self.assertIn("there is no setting VERIFY_SIGNTURE; is VERIFY_SIGNATURE meant?", err)
+        self.assertIn("there is no setting webhookurl; is WEBHOOK_URL meant?", err)
+        self.assertIn("mine.py: onAnswer is never called; is on_answer meant?", err)
         self.assertIn("there is no setting WEBHOOK_PROT; is WEBHOOK_PORT meant?", err)
         self.assertIn("there is no setting CALL_CENTER", err)
 
@@ -1922,7 +1940,7 @@ class ReadmeTest(unittest.TestCase):
                 mine["on_hangup"](HangupEvent(cause="cancel", from_number="49211"))
         self.assertEqual(printed.getvalue(), "please ring back: 49211\n")
         exec(self.CODE[1], mine)
-        self.assertIn(b"on-data?state=menu", response_xml(mine["on_new_call"](NewCallEvent()), on_data="http://x/on-data"))
+        self.assertIn(b"on-data?state=menu", response_xml(mine["on_new_call"](NewCallEvent(direction="in")), on_data="http://x/on-data"))
         self.assertEqual(mine["on_dtmf"](DtmfEvent(dtmf="1", state="menu")), dial("4915799912345", "492111234567"))
         self.assertEqual(mine["on_dtmf"](DtmfEvent(dtmf="", state="menu")), voicemail())
 
