@@ -19,13 +19,15 @@ How a webhook travels through this file:
           └ Receiver.receive
               ├ is_signed          on the raw bytes, before anything is decoded
               ├ parse_event        NewCallEvent, AnswerEvent, HangupEvent, DtmfEvent, UnknownEvent
+              ├ CallLog.record     on disk before the webhook is acknowledged
               ├ on_new_call ...    your decision, within the time limit
               └ response_xml       bytes
       └ one sendall
 
-Threads: the main thread waits for a signal; one accepts connections, each connection has
-one; up to 8 run on_new_call and on_dtmf, one runs on_answer and on_hangup; one each
-writes stdout and stderr, so that a stuck terminal never holds up a call.
+Threads: the main thread waits for a signal; one accepts connections, and each connection
+has one, which also runs on_new_call and on_dtmf (at most 8 at a time); a watchdog gives the
+reply in place of one that is late; one runs on_answer and on_hangup; one writes the call
+log; one each writes stdout and stderr, so that a stuck terminal never holds up a call.
 
 Words: an *event* is one of sipgate's; the *response* is its XML document, the *reply* the
 HTTP answer that carries it; a *handler* is http.server's class. A *call* is what a person
@@ -62,6 +64,7 @@ import socket
 import socketserver
 import sqlite3
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -162,7 +165,10 @@ def is_loopback(host: str) -> bool:
 
 def read_url(text: str) -> str:
     """Return the base URL `text` without a slash at its end; ValueError says what was expected."""
-    parts = urllib.parse.urlsplit(text)
+    try:
+        parts = urllib.parse.urlsplit(text)
+    except ValueError:  # brackets that hold no IPv6 address
+        raise ValueError("expected a whole address such as https://example.org") from None
     if not re.fullmatch(r"https?://[^/@?#]+", f"{parts.scheme}://{parts.netloc}") or not parts.hostname:
         if "@" in parts.netloc:
             raise ValueError("leave out user and password, sipgate's webhooks do not need them")
@@ -171,8 +177,8 @@ def read_url(text: str) -> str:
         raise ValueError("leave out everything from the ? or # on")
     if not re.fullmatch(r"[A-Za-z0-9.:\[\]_-]+(/[A-Za-z0-9._~!$&'()*+,;=:@%-]*)*", text.split("://", 1)[1]):
         raise ValueError("expected a to z, digits, and punctuation that a URL can hold; other letters encoded (xn--, %C3)")
-    port = re.search(r":([0-9]*)\Z", parts.netloc)
-    if port and not 0 < int(port[1] or 80) < 65536:
+    port = re.search(r":([^:\]]*)\Z", parts.netloc)
+    if port and not (re.fullmatch("[0-9]{1,5}", port[1]) and 0 < int(port[1]) < 65536):
         raise ValueError("expected a port from 1 to 65535")
     base = text.rstrip("/")
     for route in ROUTES:
@@ -192,7 +198,7 @@ def read_host(text: str) -> str:
 def read_port(text: str) -> int:
     """Return the port `text`; 0 lets the system choose one. ValueError says what was expected."""
     if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
-        raise ValueError("expected a whole number from 1 to 65535")
+        raise ValueError("expected a whole number from 1 to 65535, or 0 for any free port")
     return int(text)
 
 
@@ -285,8 +291,8 @@ class Settings:
                 yield ("WEBHOOK_URL has no path, and every sipgate customer's webhooks carry the same signature: "
                        f"a long random path keeps theirs out, such as WEBHOOK_URL={self.webhook_url}/"
                        + os.urandom(8).hex())
-            if url.port == self.webhook_port and is_loopback(self.webhook_host):
-                yield (f"WEBHOOK_URL names port {url.port} of {url.hostname}, but only {self.webhook_host} is listened "
+            if (url.port or (443 if url.scheme == "https" else 80)) == self.webhook_port and is_loopback(self.webhook_host):
+                yield (f"WEBHOOK_URL names port {self.webhook_port} of {url.hostname}, but only {self.webhook_host} is listened "
                        "on: there must be a tunnel or proxy, or WEBHOOK_HOST must be 0.0.0.0")
         if self.verify_signature == "off":
             yield "VERIFY_SIGNATURE=off: anyone who knows the address can invent calls"
@@ -494,7 +500,6 @@ TEXT_FIELDS = {
 LIST_FIELDS = {"user": "users", "userId": "user_ids", "fullUserId": "full_user_ids"}
 # user[] as documented, user[][0] as sipgate's own test sends it.
 LIST_KEY = re.compile(r"(user|userId|fullUserId)\[\](?:\[[0-9]+\])?")
-MAX_FIELDS = 200  # sipgate sends about 12, and three for every user of a group
 
 
 def parse_event(body: bytes, default_event: str, state: str = "") -> CallEvent:
@@ -508,10 +513,7 @@ def parse_event(body: bytes, default_event: str, state: str = "") -> CallEvent:
     text = body.decode("utf-8", "replace")
     if body and b"=" not in body:
         raise WebhookError(400, "the body is no form (application/x-www-form-urlencoded)")
-    try:
-        form = urllib.parse.parse_qs(text, keep_blank_values=True, max_num_fields=MAX_FIELDS)
-    except ValueError:
-        raise WebhookError(400, "the form has too many fields") from None
+    form = urllib.parse.parse_qs(text, keep_blank_values=True)
 
     def single(key: str) -> str:
         values = form.get(key, [""])
@@ -568,7 +570,7 @@ def _phone_number(argument: str, value: str) -> str:
 
 
 def _absolute_url(argument: str, value: str) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"https?://(?![/?#])[!-~]+", value):
+    if not isinstance(value, str) or not re.fullmatch(r"https?://[A-Za-z0-9\[][!\x22$-~]*", value):
         raise ValueError(f"{argument} is {value!r}: expected a URL that begins with http:// or https://")
     return value
 
@@ -690,6 +692,10 @@ CREATE TABLE events(
 );
 CREATE INDEX events_received_at ON events(received_at);
 """
+INSERT = "INSERT OR IGNORE INTO events(received_at, event, call_id, body, digest) SELECT ?1, ?2, ?3, ?4, ?5"
+# A commit that failed on a bad disk may be there all the same when the file is opened again.
+UNLESS_THERE = """ WHERE NOT EXISTS (
+    SELECT 1 FROM events WHERE received_at = ?1 AND event = ?2 AND call_id = ?3 AND body = ?4)"""
 
 
 class _Entry:
@@ -722,6 +728,7 @@ class CallLog:
         self._pending: collections.deque[_Entry] = collections.deque()
         self._connection: sqlite3.Connection | None = None
         self._identity: tuple[int, int] | None = None
+        self._uncertain = False  # whether the last commit that failed did so in part only
         self._tidying: Iterator[None] | None = None
         self._tidy_at = 0.0
         self._closing = threading.Event()
@@ -896,11 +903,13 @@ class CallLog:
         """Commit what is pending, in order, in transactions of a bounded size."""
         while self._pending:
             batch = list(itertools.islice(self._pending, self.BATCH))
+            insert = INSERT + UNLESS_THERE if self._uncertain else INSERT
             connection.execute("BEGIN IMMEDIATE")
             for entry in batch:
-                entry.is_new = connection.execute("INSERT OR IGNORE INTO events(received_at, event, call_id, body, digest) "
-                                                  "VALUES (?, ?, ?, ?, ?)", entry.row).rowcount > 0
+                entry.is_new = connection.execute(insert, entry.row).rowcount > 0
+            self._uncertain = True
             connection.execute("COMMIT")
+            self._uncertain = False
             # Deleted meanwhile? Then this went into a file without a name, and goes into the next one again.
             if self._file_identity() != self._identity:
                 return
@@ -1055,15 +1064,19 @@ class _Job:
     def run(self) -> None:
         try:
             self.result = self.function(self.event)
+            sys.stdout.flush()  # of print(..., end="")
         except BaseException as error:  # noqa: BLE001 - sys.exit() in your code must not end our thread
             self.error = error
 
     def report(self, consequence: str) -> None:
         """Log what your code raised."""
-        if self.error is not None:
-            trace = self.error.__traceback__
-            logger.error("%s raised %s; %s", self.name, type(self.error).__name__, consequence,
-                         exc_info=(type(self.error), self.error, trace and trace.tb_next))
+        if self.error is None:
+            return
+        text, trace = f"{self.name} raised {type(self.error).__name__}; {consequence}", self.error.__traceback__
+        try:
+            logger.error("%s", text, exc_info=(type(self.error), self.error, trace and trace.tb_next))
+        except RecursionError:  # Python 3.8, at the end of a long chain of them
+            logger.error("%s", text)
 
     def where(self) -> str:
         """The lines that your code is at, innermost last."""
@@ -1108,8 +1121,8 @@ class Decisions:
                                         "until one returns, calls go through undecided")
             return None
         job.run()
+        job.report("the call goes through undecided")  # still watched: it runs the exception's own __str__
         self._end(job)
-        job.report("the call goes through undecided")
         if job.result is None or isinstance(job.result, Action):
             return job.result
         logger.error("%s returned a %s, not an action such as dial(...); the call goes through undecided",
@@ -1118,12 +1131,10 @@ class Decisions:
 
     def _begin(self, job: _Job) -> bool:
         """Take one of the threads, waiting for it if need be, but not for the lost ones."""
-        def free() -> bool:
-            return len(self._running) + self._lost < self.THREADS
-
         with self._condition:
-            if not free() and (self._lost == self.THREADS or not self._condition.wait_for(
-                    free, job.deadline - time.monotonic())):
+            self._condition.wait_for(lambda: len(self._running) + self._lost < self.THREADS or self._lost == self.THREADS,
+                                     job.deadline - time.monotonic())
+            if len(self._running) + self._lost >= self.THREADS:
                 return False
             self._running.add(job)
             if self._asleep:
@@ -1149,13 +1160,19 @@ class Decisions:
                 late = [job for job in self._running if job.deadline <= now]
                 self._running.difference_update(late)
                 self._lost += len(late)
+                if self._lost >= self.THREADS:
+                    self._condition.notify_all()
                 for job in late:
                     job.late = True
             for job in late:
-                # In a thread of its own: a reply to a client that does not read must not hold up the others.
-                threading.Thread(target=job.when_late, name="late-reply", daemon=True).start()
-                logger.error("%s has not returned in time; the call goes through undecided. It is at\n%s",
-                             job.name, job.where())
+                try:
+                    # In a thread of its own: a reply to a client that does not read must not hold up the others.
+                    threading.Thread(target=job.when_late, name="late-reply", daemon=True).start()
+                except RuntimeError:  # there can be no more threads
+                    job.when_late()
+            for job in late:
+                logger.error("%s has not returned in time; the call goes through undecided. It is at", job.name,
+                             extra={"where": job.where()})
 
 
 class FollowUps:
@@ -1170,10 +1187,11 @@ class FollowUps:
 
     def put(self, function: Callable[[Any], None], event: CallEvent) -> None:
         """Have `function` called with `event`, soon; never waits."""
+        job = _Job(function, event)
         if self._jobs.qsize() < self.LIMIT:
-            self._jobs.put(_Job(function, event))
+            self._jobs.put(job)
         else:
-            self._throttle.warn("full", f"{function.__name__} was not run: {self.LIMIT} events wait for your code")
+            self._throttle.warn("full", f"{job.name} was not run: {self.LIMIT} events wait for your code")
 
     def finish(self, seconds: float) -> int:
         """Wait up to `seconds` for what was put; return how many events are left."""
@@ -1258,14 +1276,17 @@ class Receiver:
         """
         deadline = time.monotonic() + self.reply_budget_seconds
         path, _, query = target.partition("?")
+        if path in ROUTES and path not in self.routes:
+            self._count_refusal()
+            raise WebhookError(404, "not found", f"a webhook came in at {path} instead of {self.settings.base_path}{path}: the "
+                               "proxy cuts off the path of WEBHOOK_URL; let it pass the path on, or set WEBHOOK_URL without it")
         if path not in self.routes:
-            raise WebhookError(404, "not found", self._cut_off(path))
+            raise WebhookError(404, "not found")
         state = dict(urllib.parse.parse_qsl(query)).get("state", "")
         try:
             event = self._admit(body, signature, outside, self.routes[path], state)
         except WebhookError:
-            with self._lock:
-                self.refused += 1
+            self._count_refusal()
             raise
         # From here on the call is real, and no fault of ours may keep it from going through.
         try:
@@ -1282,11 +1303,9 @@ class Receiver:
             logger.exception("an error in this program; the call goes through undecided")
             return self._xml(None, outside)
 
-    def _cut_off(self, path: str) -> str:
-        if path not in ROUTES:
-            return ""
-        return (f"a webhook came in at {path} instead of {self.settings.base_path}{path}: the proxy cuts off the path "
-                "of WEBHOOK_URL; let it pass the path on, or take the path out of WEBHOOK_URL")
+    def _count_refusal(self) -> None:
+        with self._lock:
+            self.refused += 1
 
     def _admit(self, body: bytes, signature: str | None, outside: str, default_event: str, state: str) -> CallEvent:
         """Verify, then parse. Raises WebhookError for what is not sipgate's, or no event."""
@@ -1306,15 +1325,15 @@ class Receiver:
 
     def _admit_unsigned(self, body: bytes, outside: str, default_event: str, state: str) -> CallEvent:
         """What VERIFY_SIGNATURE=auto lets in: trial mode on this machine, and events of known calls."""
-        auto = self.settings.verify_signature == "auto"
-        if auto and self.settings.trial and not outside:
+        if self.settings.verify_signature == "on" or (self.settings.trial and outside):
+            raise WebhookError(403, *MISSING)
+        if self.settings.trial:
             return parse_event(body, default_event, state)
         try:
             event = parse_event(body, default_event, state)
         except WebhookError:
             raise WebhookError(403, *MISSING) from None
-        follows = isinstance(event, (AnswerEvent, HangupEvent, DtmfEvent)) and self._is_known(event.call_id)
-        if not auto or self.settings.trial or not follows:
+        if not isinstance(event, (AnswerEvent, HangupEvent, DtmfEvent)) or not self._is_known(event.call_id):
             raise WebhookError(403, *MISSING)
         self.throttle.warn("unsigned", "an answer, hangup or dtmf came without a signature and was taken for its "
                                        "call id; VERIFY_SIGNATURE=on would refuse it")
@@ -1329,7 +1348,7 @@ class Receiver:
 
     def _is_known(self, call_id: str) -> bool:
         with self._lock:
-            return self.clock() - self._known.get(call_id, 0) < self.KNOWN_SECONDS
+            return self.clock() - self._known.get(call_id, -math.inf) < self.KNOWN_SECONDS
 
     def _record(self, event: CallEvent, body: bytes, received_at: float) -> bool:
         """Have the event stored; whether it is not an exact repeat (where signatures are checked)."""
@@ -1518,9 +1537,10 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.received = b""
-        self.served = 0  # requests on this connection
-        self.in_flight = False  # a complete request is being answered
-        self.cut_off = False
+        self.is_first = True  # no request has come yet
+        self.in_flight = False  # a complete request is being processed
+        self.is_cut = False
+        self.late_reply = threading.Event()  # one has been sent in place of ours
         self._allow(self.head_seconds)
         self.server.opened(self)
 
@@ -1539,12 +1559,14 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
             self._linger()
         except Late:
             self.close_connection = True
+            self.late_reply.wait(self.reply_seconds)
 
-    def hang_up(self, how: int = socket.SHUT_RDWR) -> None:
-        """Cut the connection off, from another thread."""
-        self.cut_off = True
+    def cut(self, how: int = socket.SHUT_RDWR) -> None:
+        """Wake this connection's thread, from another one, to the end of its input."""
+        self.is_cut = True
+        # Winsock does not promise that SHUT_RD wakes anybody; a 408 cannot be sent there.
         with contextlib.suppress(OSError):  # it may have ended already
-            socket.socket.shutdown(self.connection, how)
+            socket.socket.shutdown(self.connection, socket.SHUT_RDWR if os.name == "nt" else how)
 
     def _allow(self, seconds: float) -> None:
         self.deadline = time.monotonic() + seconds
@@ -1560,7 +1582,7 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
             if not self._receive():
                 return
         body, self.received = self.received[head.size:size], self.received[size:]
-        self.served += 1
+        self.is_first = False
         if not self.server.begin(self):
             self._send(Reply(503, b"stopping\n"))
             return
@@ -1570,7 +1592,7 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
 
     def _read_head(self) -> RequestHead | None:
         """The next request head, None if the client closes, or says nothing for too long."""
-        idle = self.served > 0 and not self.received
+        idle = not self.is_first and not self.received
         self._allow(self.idle_seconds if idle else self.head_seconds)
         head = parse_head(self.received)
         while head is None:
@@ -1589,7 +1611,7 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
     def _receive(self) -> bool:
         """Receive what has come; False at the end. Raises WebhookError (408)."""
         more = self.connection.recv(65536)
-        if not more and self.cut_off and self.received:
+        if not more and self.is_cut and self.received and not self.server.stopping:
             raise WebhookError(408, "request too slow")
         self.received += more
         return bool(more)
@@ -1645,15 +1667,18 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
         try:
             self._send(reply)
         finally:
-            reply.afterwards()
-            self.server.end(self)
+            try:
+                reply.afterwards()
+            finally:
+                self.server.end(self)
 
     def _finish_late(self, reply: Reply) -> None:
         """Give the reply in place of our own thread, which is lost to your code, and so is the connection."""
         self.close_connection = True
         with contextlib.suppress(OSError):
             self._finish(reply)
-        self.hang_up()
+        self.late_reply.set()
+        self.cut()
 
     def _send(self, reply: Reply) -> None:
         """Write `reply` in one piece, so that it is one TCP segment."""
@@ -1718,14 +1743,14 @@ class WebhookServer(http.server.ThreadingHTTPServer):
             self._connections.discard(handler)
 
     def begin(self, handler: WebhookRequestHandler) -> bool:
-        """Whether the complete request of `handler` may be answered."""
+        """Whether the complete request of `handler` may be processed."""
         with self._condition:
             handler.in_flight = not self.stopping
             handler.deadline = math.inf  # your code has a limit of its own
         return handler.in_flight
 
     def end(self, handler: WebhookRequestHandler) -> None:
-        """The request has been answered."""
+        """The request has its reply."""
         with self._condition:
             handler.in_flight = False
             if self.stopping:
@@ -1737,15 +1762,15 @@ class WebhookServer(http.server.ThreadingHTTPServer):
         with self._condition:
             for handler in [handler for handler in self._connections if handler.deadline < now]:
                 # While a request is read, the way for a 408 stays open.
-                handler.hang_up(socket.SHUT_RDWR if handler.in_flight or handler.cut_off else socket.SHUT_RD)
+                handler.cut(socket.SHUT_RDWR if handler.in_flight or handler.is_cut else socket.SHUT_RD)
 
     def stop(self, seconds: float) -> None:
-        """Close what is incomplete, let what is being answered finish for up to `seconds`, end serve_forever."""
+        """Close what is incomplete, let what is in flight finish for up to `seconds`, end serve_forever."""
         with self._condition:
             self.stopping = True
             for handler in self._connections:
                 if not handler.in_flight:
-                    handler.hang_up()
+                    handler.cut(socket.SHUT_RD)  # what has come whole still gets its 503
             self._condition.wait_for(lambda: not any(handler.in_flight for handler in self._connections), seconds)
         self.shutdown()
 
@@ -1807,6 +1832,9 @@ class Console(io.TextIOBase):
         self._queue.put(out)
         out.wait(seconds)
 
+    def reconfigure(self, **options: Any) -> None:
+        """Nothing: the real stream's ways are kept."""
+
     def isatty(self) -> bool:
         return self.stream.isatty()
 
@@ -1858,9 +1886,13 @@ class DiagnosticFormatter(logging.Formatter):
     """One line for a message, whatever text from the network is in it; a traceback below it."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        # Line feeds are ours where the message has no argument from elsewhere: stacks.
-        record.message = printable(record.message, keep="\n")
-        return super().formatMessage(record)
+        record.message = printable(record.message)
+        where: str = getattr(record, "where", "")
+        return super().formatMessage(record) + ("\n" + where.rstrip("\n") if where else "")
+
+    def formatException(self, ei: Any) -> str:
+        # Indented, so that a line feed in an error's text cannot begin what looks like a message.
+        return textwrap.indent(super().formatException(ei), "    ")
 
 
 def rfc3339(moment: float) -> str:
@@ -1891,8 +1923,8 @@ def event_json(event: CallEvent, received_at: float) -> str:
     if isinstance(event, NewCallEvent):
         entry.update((wire, list(getattr(event, python))) for wire, python in LIST_FIELDS.items())
     for key, values in event.fields.items():
-        if not (isinstance(event, NewCallEvent) and _list_name(key)):
-            entry.setdefault(key, values[0] if len(values) == 1 else list(values))
+        if not (isinstance(event, NewCallEvent) and _list_name(key)) and entry.get(key) in (None, []):
+            entry[key] = values[0] if len(values) == 1 else list(values)
     return json.dumps(entry)
 
 
@@ -1931,7 +1963,7 @@ def load_functions(path: str) -> CallFunctions:
         spec.loader.exec_module(module)
     except BaseException as error:  # noqa: BLE001 - sys.exit() in the file included
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        line = error.lineno if isinstance(error, SyntaxError) and error.filename == path else lines[-1] if lines else None
         text = error.msg if isinstance(error, SyntaxError) else error.strerror if isinstance(error, OSError) else str(error)
         raise SettingsError(f'CALL_HANDLERS is "{path}": ' + (f"line {line}: " if line else "")
                             + printable(f"{type(error).__name__}: {text}")) from None
@@ -1965,18 +1997,19 @@ def load_keys(path: str) -> list[PublicKey]:
     return keys
 
 
-def bind_advice(error: OSError, settings: Settings) -> str:
+def bind_advice(error: Exception, settings: Settings) -> str:
     """One line that says why nothing can listen there, and what to do."""
     port, host = settings.webhook_port, settings.webhook_host
-    if error.errno == errno.EADDRINUSE:
+    number = error.errno if isinstance(error, OSError) else None
+    if number == errno.EADDRINUSE:
         advice = f"another program has this port, or another copy of this one; stop it or use --port {port % 65535 + 1}"
-    elif error.errno == errno.EACCES:
+    elif number == errno.EACCES and port < 1024:
         advice = f"ports below 1024 need privileges; use --port 8080 and let a proxy listen on {port}"
-    elif error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
+    elif number == errno.EADDRNOTAVAIL or isinstance(error, (socket.gaierror, UnicodeError)):
         advice = "this machine has no such address; set WEBHOOK_HOST to 127.0.0.1, or to 0.0.0.0 for all of them"
     else:
         advice = "check WEBHOOK_HOST and WEBHOOK_PORT"
-    return f"cannot listen on {host} port {port}: {error.strerror}: {advice}"
+    return f"cannot listen on {host} port {port}: {getattr(error, 'strerror', error)}: {advice}"
 
 
 TRIAL_STEPS = """\
@@ -2053,10 +2086,13 @@ def wait_for(arrived: queue.SimpleQueue[int]) -> None:
 
 def start_text(settings: Settings, call_log: CallLog | None) -> str:
     """What a person needs next."""
-    kept = "No numbers are kept (CALL_LOG=off).\n"
-    if call_log:
-        kept = (f"Numbers of the last {call_log.days} days are in\n  {call_log.path}\n"
-                f"({call_log.count()} events); CALL_LOG=off keeps nothing.\n")
+    kept = "".join(f"{what}\n  {path}\n" for what, path in (
+        ("Calls are decided by", settings.call_handlers), ("A further key is in", settings.signature_key_file)) if path)
+    if not call_log:
+        kept += "No numbers are kept (CALL_LOG=off).\n"
+    else:
+        kept += (f"Numbers of the last {call_log.days} days are in\n  {call_log.path}\n"
+                 f"({call_log.count()} events); CALL_LOG=off keeps nothing.\n")
     host = f"[{settings.webhook_host}]" if ":" in settings.webhook_host else settings.webhook_host
     return (TRIAL_STEPS if settings.trial else LIVE_LINES).format(
         version=__version__, host=host, port=settings.webhook_port, url=settings.webhook_url,
@@ -2066,15 +2102,16 @@ def start_text(settings: Settings, call_log: CallLog | None) -> str:
 
 def serve(settings: Settings) -> int:
     """Receive webhooks until a signal comes; return the exit status. Raises SettingsError."""
-    show, arrived = show_on(sys.stdout, settings.call_output), catch_signals()
+    show = show_on(sys.stdout, settings.call_output)
     if settings.call_output == "json":
         sys.stdout = sys.stderr  # stdout is for events alone; what your code prints goes here
     for warning in settings.warnings():
         logger.warning("%s", warning)
     keys, functions = load_keys(settings.signature_key_file), load_functions(settings.call_handlers)
+    arrived = catch_signals()
     try:
         server = WebhookServer(settings.webhook_host, settings.webhook_port, settings.base_path)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         print(f"sipgate_callevents: {bind_advice(error, settings)}", file=sys.stderr)
         return 1
     with server:
