@@ -878,8 +878,8 @@ class CallLog:
         """Move what has queued up to `_pending`; with nothing to do, wait for it a while."""
         wait = 0.0 if self._pending or self._closing.is_set() else 0.01 if self._tidying else self.LOOK_SECONDS
         with contextlib.suppress(queue.Empty):
-            while True:
-                entry = self._queue.get(timeout=wait) if wait else self._queue.get_nowait()
+            while wait or not self._queue.empty():
+                entry = self._queue.get(timeout=wait)
                 wait = 0.0
                 if entry:
                     self._pending.append(entry)
