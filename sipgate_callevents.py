@@ -63,6 +63,7 @@ import signal
 import socket
 import socketserver
 import sqlite3
+import ssl
 import sys
 import textwrap
 import threading
@@ -228,6 +229,8 @@ class Settings:
     webhook_url: str = setting("", read_url)
     webhook_port: int = setting(8080, read_port)
     webhook_host: str = setting("127.0.0.1", read_host)
+    webhook_tls_cert: str = setting("")
+    webhook_tls_key: str = setting("")
     verify_signature: str = setting("auto", one_of("auto", "on", "off"))
     signature_key_file: str = setting("")
     call_handlers: str = setting("")
@@ -254,13 +257,15 @@ class Settings:
                 problems.append(f'{name} is "{text}": {error}')
         settings = cls(**found)
         paths: dict[str, Any] = {name: os.path.abspath(os.path.join(folder, getattr(settings, name)))
-                                 for name in ("signature_key_file", "call_handlers", "call_log")
+                                 for name in ("webhook_tls_cert", "webhook_tls_key", "signature_key_file", "call_handlers", "call_log")
                                  if getattr(settings, name) not in ("", "off")}
         settings = replace(settings, **paths)
         if settings.trial and "WEBHOOK_URL" not in " ".join(problems) and not is_loopback(settings.webhook_host):
             problems.append(f'WEBHOOK_HOST is "{settings.webhook_host}" but WEBHOOK_URL is not set: '
                             "without it only this machine may be listened to; set WEBHOOK_URL "
                             "or leave WEBHOOK_HOST at 127.0.0.1")
+        if bool(settings.webhook_tls_cert) != bool(settings.webhook_tls_key):
+            problems.append("WEBHOOK_TLS_CERT and WEBHOOK_TLS_KEY are set together or not at all: a certificate needs its key")
         if problems:
             raise SettingsError(*problems)
         return settings
@@ -272,7 +277,8 @@ class Settings:
 
     @property
     def base_url(self) -> str:
-        return self.webhook_url or f"http://localhost:{self.webhook_port}"
+        scheme = "https" if self.webhook_tls_cert else "http"
+        return self.webhook_url or f"{scheme}://localhost:{self.webhook_port}"
 
     @property
     def base_path(self) -> str:
@@ -1408,6 +1414,8 @@ MAX_BODY = 64 * 1024
 
 REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) (/[\x21-\x7e]*) HTTP/1\.([01])\r")
 HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}):([\t\x20-\x7e\x80-\xff]*)\r")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,6})\r\n")
+CHUNK_LINE_BEGUN = re.compile(rb"[0-9A-Fa-f]{0,6}|[0-9A-Fa-f]{1,6}\r")
 HOST = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 # Twice, each of these is a way to make two readers see two different requests.
 SINGLE_HEADERS = {"content-length", "host", "transfer-encoding", "expect", "content-type", "x-sipgate-signature"}
@@ -1479,12 +1487,20 @@ def _headers(matches: Sequence[re.Match[bytes]], minor: bytes) -> dict[str, str]
     return headers
 
 
-def body_length(head: RequestHead) -> int:
-    """Return how many bytes of body follow `head` (RFC 9112 6.3). Raises WebhookError (400, 413, 501)."""
-    length = head.headers.get("content-length")
-    if "transfer-encoding" in head.headers:
-        raise WebhookError(*((501, "transfer coding not supported") if length is None else
-                             (400, "both Transfer-Encoding and Content-Length")))
+def body_length(head: RequestHead) -> int | None:
+    """Return how many bytes of body follow `head`, None if it is chunked (RFC 9112 6.3).
+
+    Raises WebhookError (400, 413, 501).
+    """
+    length, coding = head.headers.get("content-length"), head.headers.get("transfer-encoding")
+    if coding is not None:
+        if length is not None:
+            raise WebhookError(400, "both Transfer-Encoding and Content-Length")
+        if coding.lower() != "chunked":
+            raise WebhookError(501, "transfer coding not supported")
+        if head.method != "POST" or not head.minor:
+            raise WebhookError(400, "a chunked body where none belongs")
+        return None
     if length is None:
         return 0
     if not re.fullmatch("[0-9]{1,9}", length):
@@ -1494,6 +1510,25 @@ def body_length(head: RequestHead) -> int:
     if int(length) > MAX_BODY:
         raise WebhookError(413, "body too large")
     return int(length)
+
+
+def take_chunk(received: bytes, start: int) -> tuple[bytes, int] | None:
+    """Return the chunk at `start` (RFC 9112 7.1; the last is empty) and where the next one begins.
+
+    None if more has to come. Raises WebhookError (400, 413); extensions and trailers are refused.
+    """
+    line = CHUNK_LINE.match(received, start)
+    if line is None:
+        if CHUNK_LINE_BEGUN.fullmatch(received, start):
+            return None
+        raise WebhookError(400, "malformed chunk")
+    size = int(line[1], 16)
+    if size > MAX_BODY:
+        raise WebhookError(413, "body too large")
+    end = line.end() + size
+    if not b"\r\n".startswith(received[end:end + 2]):
+        raise WebhookError(400, "malformed chunk")
+    return (received[line.end():end], end + 2) if len(received) >= end + 2 else None
 
 
 @functools.lru_cache(maxsize=2)
@@ -1517,11 +1552,30 @@ def outside_host(headers: Mapping[str, str]) -> str:
     return host if host and not local else "the-address-of-your-proxy"
 
 
-class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
-    """One connection.
+class Connection:
+    """What the server has to know of a connection; guarded by its lock, but for the deadline."""
 
-    Its socket blocks; the server cuts off what has passed its `deadline`. So every limit is
-    absolute, and no client can stretch it byte by byte.
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.since = time.monotonic()  # waiting for a request, or for the client to go
+        self.deadline = math.inf
+        self.in_flight = False  # a complete request is being processed
+        self.is_cut = False
+        self.is_lost = False  # its thread hangs in your code, though the reply has been given
+
+    def cut(self, how: int = socket.SHUT_RDWR) -> None:
+        """Have the connection's thread find the end of its input."""
+        self.is_cut = True
+        with contextlib.suppress(OSError):  # it may have ended already
+            # Winsock does not promise that SHUT_RD wakes anybody; a 408 cannot be sent there.
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR if os.name == "nt" else how)
+
+
+class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
+    """One connection, in its own thread.
+
+    Its socket blocks; the server cuts what has passed its deadline. So every limit is absolute,
+    and no client can stretch it byte by byte.
     """
 
     protocol_version = "HTTP/1.1"
@@ -1535,18 +1589,27 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
     server: WebhookServer
 
     def setup(self) -> None:
-        super().setup()
+        self.state = self.server.state_of(self.request)
         self.received = b""
         self.is_first = True  # no request has come yet
-        self.in_flight = False  # a complete request is being processed
-        self.is_cut = False
+        self.close_connection, self.command = True, ""
         self.late_reply = threading.Event()  # one has been sent in place of ours
         self._allow(self.head_seconds)
-        self.server.opened(self)
+        if self.server.tls:
+            self._shake_hands(self.server.tls)
+        super().setup()
 
-    def finish(self) -> None:
-        self.server.closed(self)
-        super().finish()
+    def _shake_hands(self, tls: TlsFiles) -> None:
+        """Begin TLS, here and not in the accepting thread, which a silent client would hold up."""
+        plain = self.request.recv(1, socket.MSG_PEEK) not in (b"", b"\x16")
+        if plain:
+            self.server.receiver.throttle.warn("plain", "http on the https port: a plain request came in; the tunnel or "
+                                               "proxy must speak https to this port, or leave out WEBHOOK_TLS_CERT")
+            self.connection = self.request
+            self._send(Reply(400, b"this port speaks https\n"))
+            raise ConnectionAbortedError
+        self.request = self.state.sock = tls.context().wrap_socket(self.request, True, do_handshake_on_connect=False)
+        self.request.do_handshake()
 
     def handle_one_request(self) -> None:
         """Read one request and reply to it."""
@@ -1561,29 +1624,25 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             self.late_reply.wait(self.reply_seconds)
 
-    def cut(self, how: int = socket.SHUT_RDWR) -> None:
-        """Wake this connection's thread, from another one, to the end of its input."""
-        self.is_cut = True
-        # Winsock does not promise that SHUT_RD wakes anybody; a 408 cannot be sent there.
-        with contextlib.suppress(OSError):  # it may have ended already
-            socket.socket.shutdown(self.connection, socket.SHUT_RDWR if os.name == "nt" else how)
-
     def _allow(self, seconds: float) -> None:
-        self.deadline = time.monotonic() + seconds
+        self.state.deadline = time.monotonic() + seconds
 
     def _take_request(self) -> None:
         head = self._read_head()
         if head is None:
             return
         self.command = head.method
-        size = head.size + body_length(head)
+        length = body_length(head)
+        if "expect" in head.headers and not self._meet_expectation(head):
+            return
         self._allow(self.body_seconds)
-        while len(self.received) < size:
-            if not self._receive():
-                return
-        body, self.received = self.received[head.size:size], self.received[size:]
+        body = self._read_chunks(head.size) if length is None else self._read_body(head.size, length)
+        if body is None:
+            return
         self.is_first = False
-        if not self.server.begin(self):
+        if not self.server.begin(self.state):
+            if not self.server.stopping:
+                raise WebhookError(408, "request too slow")
             self._send(Reply(503, b"stopping\n"))
             return
         options = [option.strip().lower() for option in head.headers.get("connection", "").split(",")]
@@ -1608,13 +1667,55 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
             head = parse_head(self.received)
         return head
 
+    def _meet_expectation(self, head: RequestHead) -> bool:
+        """Ask for the body if it will be taken (RFC 9110 10.1.1); reply if not. Raises WebhookError (417)."""
+        if head.headers["expect"].lower() != "100-continue":
+            raise WebhookError(417, "expectation not supported")
+        if head.method not in self._allowed(head):
+            self._send(self._reply(head, b""))
+            self._linger()
+            return False
+        if head.minor:
+            self._allow(self.reply_seconds)
+            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return True
+
+    def _read_body(self, start: int, length: int) -> bytes | None:
+        """The body that begins at `start` of what is received, None if the client closes before its end."""
+        while len(self.received) < start + length:
+            if not self._receive():
+                return None
+        body, self.received = self.received[start:start + length], self.received[start + length:]
+        return body
+
+    def _read_chunks(self, start: int) -> bytes | None:
+        """The same for a chunked body."""
+        body, position, chunk = b"", start, b"-"
+        while chunk:
+            taken = take_chunk(self.received, position)
+            if taken is None and not self._receive():
+                return None
+            chunk, position = taken or (chunk, position)
+            body += chunk if taken else b""
+            # The frames count as well: with a byte in each chunk they are the most of it.
+            if len(body) > MAX_BODY or position - start > 2 * MAX_BODY:
+                raise WebhookError(413, "body too large")
+        self.received = self.received[position:]
+        return body
+
     def _receive(self) -> bool:
         """Receive what has come; False at the end. Raises WebhookError (408)."""
         more = self.connection.recv(65536)
-        if not more and self.is_cut and self.received and not self.server.stopping:
+        if not more and self.state.is_cut and self.received and not self.server.stopping:
             raise WebhookError(408, "request too slow")
         self.received += more
         return bool(more)
+
+    def _allowed(self, head: RequestHead) -> tuple[str, ...]:
+        """The methods that the path of `head` knows; none if there is no such path."""
+        if head.path in self.server.health_paths:
+            return ("GET", "HEAD")
+        return ("POST",) if head.path in self.server.receiver.routes else ()
 
     def _reply(self, head: RequestHead, body: bytes) -> Reply:
         try:
@@ -1644,7 +1745,7 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self, head: RequestHead, body: bytes) -> Reply:
         """The health of this process."""
-        if head.path not in self.server.health_paths:
+        if head.method not in self._allowed(head):
             return self.do_other(head, body)
         wrong = self.server.receiver.health()
         return Reply(503 if wrong else 200, (wrong or "ok").encode() + b"\n", headers=(("X-Instance", self.server.instance),
@@ -1655,11 +1756,11 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
 
     def do_other(self, head: RequestHead, body: bytes) -> Reply:
         """Every method where it does not belong."""
-        if head.path in self.server.health_paths:
-            return Reply(405, b"takes GET\n", headers=(("Allow", "GET, HEAD"),))
-        if head.path in self.server.receiver.routes:
-            return Reply(405, b"takes POST from sipgate\n", headers=(("Allow", "POST"),))
-        raise WebhookError(404, "not found")
+        allowed = self._allowed(head)
+        if not allowed:
+            raise WebhookError(404, "not found")
+        says = b"takes POST from sipgate\n" if allowed == ("POST",) else b"takes GET\n"
+        return Reply(405, says, headers=(("Allow", ", ".join(allowed)),))
 
     def _finish(self, reply: Reply) -> None:
         """Give the reply to a complete request."""
@@ -1670,7 +1771,7 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
             try:
                 reply.afterwards()
             finally:
-                self.server.end(self)
+                self.server.end(self.state)
 
     def _finish_late(self, reply: Reply) -> None:
         """Give the reply in place of our own thread, which is lost to your code, and so is the connection."""
@@ -1678,7 +1779,7 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             self._finish(reply)
         self.late_reply.set()
-        self.cut()
+        self.server.lose(self.state)
 
     def _send(self, reply: Reply) -> None:
         """Write `reply` in one piece, so that it is one TCP segment."""
@@ -1705,77 +1806,167 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
             left -= len(more)
 
 
+class TlsFiles:
+    """The certificate and key of the webhook port; a renewed pair is picked up while it runs."""
+
+    CHECK_SECONDS = 1.0
+
+    def __init__(self, certificate: str, key: str) -> None:
+        """Load the PEM files. Raises SettingsError."""
+        self.certificate, self.key = certificate, key
+        self._lock = threading.Lock()
+        self._checked_at = time.monotonic()
+        try:
+            self._stamp, self._context = self._read_stamp(), self._load()
+        except (OSError, ValueError) as error:
+            raise SettingsError(f'WEBHOOK_TLS_CERT is "{certificate}" and WEBHOOK_TLS_KEY "{key}": {error}; '
+                                "expected a PEM certificate (with its chain) and the key that belongs to it") from None
+
+    def context(self) -> ssl.SSLContext:
+        """The context for a new connection; looks for renewed files at most once a second."""
+        if time.monotonic() - self._checked_at >= self.CHECK_SECONDS and self._lock.acquire(blocking=False):
+            try:
+                self._checked_at = time.monotonic()
+                stamp = self._read_stamp()
+                if stamp != self._stamp:
+                    self._stamp = stamp
+                    self._context = self._load()
+                    logger.warning("the renewed certificate %s is in use", self.certificate)
+            except (OSError, ValueError) as error:
+                logger.error("the renewed certificate %s cannot be used with its key (%s); the old one stays in use",
+                             self.certificate, error)
+            finally:
+                self._lock.release()
+        return self._context
+
+    def _read_stamp(self) -> list[tuple[int, int, int]]:
+        stats = [os.stat(path) for path in (self.certificate, self.key)]
+        return [(stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats]
+
+    def _load(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(self.certificate, self.key, password=lambda: "")  # rather than ask on the terminal
+        return context
+
+
 class WebhookServer(http.server.ThreadingHTTPServer):
     """Listens on the webhook port; a thread for each connection."""
 
     request_queue_size = 128
+    max_connections = 256
     # On Windows it would let a second copy take the same port.
     allow_reuse_address = os.name != "nt"
     allow_reuse_port = False
 
     receiver: Receiver  # to be set before serve_forever()
 
-    def __init__(self, host: str, port: int, base_path: str = "") -> None:
+    def __init__(self, host: str, port: int, base_path: str = "", tls: TlsFiles | None = None) -> None:
         """Bind `host` and `port` (0: any free one). Raises OSError."""
         self.health_paths = {"/healthz", base_path + "/healthz"}
+        self.tls = tls
         self.instance = os.urandom(8).hex()
         self.stopping = False
-        # Guards the connections, and whether each is in flight.
-        self._condition = threading.Condition()
-        self._connections: set[WebhookRequestHandler] = set()
+        self._condition = threading.Condition()  # guards the connections
+        self._connections: dict[socket.socket, Connection] = {}
+        self._throttle = Throttle()
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         self.address_family = family
-        super().__init__(address[:2], WebhookRequestHandler)  # type: ignore[arg-type]
+        super().__init__(address, WebhookRequestHandler)  # type: ignore[arg-type]
 
     def server_bind(self) -> None:
+        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):  # Windows
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         # HTTPServer's own looks up the name of the address, which can take long.
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
 
-    def opened(self, handler: WebhookRequestHandler) -> None:
-        """Know of a connection."""
-        with self._condition:
-            self._connections.add(handler)
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a connection. Raises OSError."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            # No file descriptor is left, mostly: without a pause this would be tried again at once, and forever.
+            self._throttle.warn("accept", f"a connection could not be accepted: {error}; the longest-waiting one is closed")
+            with self._condition:
+                self._evict()
+            time.sleep(0.05)
+            raise
 
-    def closed(self, handler: WebhookRequestHandler) -> None:
-        """Forget a connection."""
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start the connection's thread; at the cap, make room first."""
         with self._condition:
-            self._connections.discard(handler)
+            while not self.stopping:
+                held = [connection for connection in self._connections.values() if not connection.is_lost]
+                if len(held) < self.max_connections:
+                    break
+                if not any(connection.is_cut for connection in held):
+                    self._evict()
+                self._condition.wait(0.05)
+                self.service_actions()
+            self._connections[request] = Connection(request)
+        super().process_request(request, client_address)
 
-    def begin(self, handler: WebhookRequestHandler) -> bool:
-        """Whether the complete request of `handler` may be processed."""
+    def _evict(self) -> None:
+        """Cut the connection that has waited longest; none of which a request is in flight."""
+        waiting = [connection for connection in self._connections.values() if not connection.in_flight and not connection.is_cut]
+        if waiting:
+            min(waiting, key=lambda connection: connection.since).cut()
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection whose thread is done, or could not be started."""
         with self._condition:
-            handler.in_flight = not self.stopping
-            handler.deadline = math.inf  # your code has a limit of its own
-        return handler.in_flight
+            connection = self._connections.pop(request, None)
+            self._condition.notify_all()
+        super().shutdown_request(connection.sock if connection else request)
 
-    def end(self, handler: WebhookRequestHandler) -> None:
+    def state_of(self, request: Any) -> Connection:
+        """What is known of a connection that has been accepted."""
+        with self._condition:
+            return self._connections[request]
+
+    def lose(self, connection: Connection) -> None:
+        """Count a connection no longer, whose thread is lost to your code."""
+        with self._condition:
+            connection.cut()
+            connection.is_lost = True
+            self._condition.notify_all()
+
+    def begin(self, connection: Connection) -> bool:
+        """Whether the complete request may be processed: it is not once the connection has been cut."""
+        with self._condition:
+            connection.in_flight = not (self.stopping or connection.is_cut)
+            connection.deadline = math.inf  # your code has a limit of its own
+            return connection.in_flight
+
+    def end(self, connection: Connection) -> None:
         """The request has its reply."""
         with self._condition:
-            handler.in_flight = False
+            connection.in_flight = False
+            connection.since = time.monotonic()
             if self.stopping:
                 self._condition.notify_all()
 
     def service_actions(self) -> None:
-        """Cut off what is past its deadline; serve_forever calls this between two connections."""
+        """Cut what is past its deadline; serve_forever calls this between two connections."""
         now = time.monotonic()
         with self._condition:
-            for handler in [handler for handler in self._connections if handler.deadline < now]:
+            for connection in [known for known in self._connections.values() if known.deadline < now]:
                 # While a request is read, the way for a 408 stays open.
-                handler.cut(socket.SHUT_RDWR if handler.in_flight or handler.is_cut else socket.SHUT_RD)
+                connection.cut(socket.SHUT_RDWR if connection.in_flight or connection.is_cut else socket.SHUT_RD)
 
     def stop(self, seconds: float) -> None:
         """Close what is incomplete, let what is in flight finish for up to `seconds`, end serve_forever."""
         with self._condition:
             self.stopping = True
-            for handler in self._connections:
-                if not handler.in_flight:
-                    handler.cut(socket.SHUT_RD)  # what has come whole still gets its 503
-            self._condition.wait_for(lambda: not any(handler.in_flight for handler in self._connections), seconds)
+            for connection in self._connections.values():
+                if not connection.in_flight:
+                    connection.cut(socket.SHUT_RD)  # what has come whole still gets its 503
+            self._condition.wait_for(lambda: not any(known.in_flight for known in self._connections.values()), seconds)
         self.shutdown()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        # A client that goes away leaves an OSError, which is no news.
+        # A client that goes away leaves an OSError, which is no news; so does a failed TLS handshake.
         if not isinstance(sys.exc_info()[1], OSError):
             logger.exception("an error in this program; a connection was closed")
 
@@ -2087,7 +2278,8 @@ def wait_for(arrived: queue.SimpleQueue[int]) -> None:
 def start_text(settings: Settings, call_log: CallLog | None) -> str:
     """What a person needs next."""
     kept = "".join(f"{what}\n  {path}\n" for what, path in (
-        ("Calls are decided by", settings.call_handlers), ("A further key is in", settings.signature_key_file)) if path)
+        ("Calls are decided by", settings.call_handlers), ("A further key is in", settings.signature_key_file),
+        ("The certificate is", settings.webhook_tls_cert)) if path)
     if not call_log:
         kept += "No numbers are kept (CALL_LOG=off).\n"
     else:
@@ -2109,8 +2301,9 @@ def serve(settings: Settings) -> int:
         logger.warning("%s", warning)
     keys, functions = load_keys(settings.signature_key_file), load_functions(settings.call_handlers)
     arrived = catch_signals()
+    tls = TlsFiles(settings.webhook_tls_cert, settings.webhook_tls_key) if settings.webhook_tls_cert else None
     try:
-        server = WebhookServer(settings.webhook_host, settings.webhook_port, settings.base_path)
+        server = WebhookServer(settings.webhook_host, settings.webhook_port, settings.base_path, tls)
     except (OSError, UnicodeError) as error:
         print(f"sipgate_callevents: {bind_advice(error, settings)}", file=sys.stderr)
         return 1
