@@ -41,6 +41,8 @@ import argparse
 import base64
 import collections
 import contextlib
+import csv
+import datetime
 import email.utils
 import errno
 import functools
@@ -59,6 +61,7 @@ import os
 import pathlib
 import queue
 import re
+import shutil
 import signal
 import socket
 import socketserver
@@ -71,7 +74,7 @@ import time
 import traceback
 import urllib.parse
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple, TextIO
 
@@ -430,12 +433,14 @@ class WebhookError(Exception):
 class CallEvent:
     """What every event carries. What sipgate left out is "" or (); numbers and ids are text.
 
-    `fields` is the form as it came: key to list of values, unknown keys included.
+    `fields` is the form as it came: key to list of values, unknown keys included. `call` is the
+    Call that an answer, hangup or dtmf belongs to, None where that is not known.
     """
 
     event: ClassVar[str]
     call_id: str = ""
     fields: Mapping[str, Sequence[str]] = field(default_factory=dict, repr=False, hash=False)
+    call: Any = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -704,6 +709,15 @@ UNLESS_THERE = """ WHERE NOT EXISTS (
     SELECT 1 FROM events WHERE received_at = ?1 AND event = ?2 AND call_id = ?3 AND body = ?4)"""
 
 
+class Extension(NamedTuple):
+    """What Part II keeps in the same file, in tables of its own that follow from the events."""
+
+    prepare: Callable[[sqlite3.Connection], None]  # create them, or empty them where their form is an old one
+    update: Callable[[sqlite3.Connection, int], bool]  # take in up to so many events; whether there are more
+    remove: Callable[[sqlite3.Connection, float], bool]  # take out some of what is older than the Unix time; whether there is more
+    call: Callable[[sqlite3.Connection, str], Any]  # the call that a callId belongs to, or None
+
+
 class _Entry:
     """An event on its way to disk."""
 
@@ -712,6 +726,19 @@ class _Entry:
         self.is_new = True  # not a repeat of a stored one; known once it is stored
         self.stored = threading.Lock()
         self.stored.acquire()
+
+
+@contextlib.contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """One transaction that writes: all of it is on disk at the end, or nothing."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        with contextlib.suppress(sqlite3.Error):
+            connection.execute("ROLLBACK")
+        raise
 
 
 class CallLog:
@@ -724,9 +751,12 @@ class CallLog:
     LOCK_SECONDS = 0.5  # that another process may hold the lock before we are behind
     TIDY_SECONDS = 24 * 3600
     TIDY_ROWS = 500
+    UPDATE_ROWS = 100  # events that the extension takes in at a time, when it has to catch up
 
-    def __init__(self, path: str, days: int, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: str, days: int, clock: Callable[[], float] = time.time,
+                 extension: Extension | None = None) -> None:
         """Open or create the file at `path` that keeps events for `days`. Raises SettingsError."""
+        self.extension, self._to_update = extension, extension is not None
         self.path, self.days, self.clock = path, days, clock
         self.behind = ""  # why events wait; "" while they do not
         self._said_behind = False
@@ -759,15 +789,29 @@ class CallLog:
         return self._read("SELECT call_id, received_at FROM events WHERE received_at > ? AND event = 'newCall' AND digest "
                           "IS NOT NULL ORDER BY received_at DESC LIMIT ?", (since, most))[::-1]
 
-    def _read(self, query: str, values: Sequence[Any]) -> list[Any]:
-        """What `query` finds, on a connection of its own, which never blocks the writer's."""
+    def call(self, call_id: str) -> Any:
+        """The call that the leg `call_id` belongs to, None if there is none or reading takes over 0.2 s."""
+        if not self.extension or self.behind or not call_id:
+            return None
+        until = time.monotonic() + 0.2
         try:
-            url = pathlib.Path(self.path).as_uri() + "?mode=ro"
-            with contextlib.closing(sqlite3.connect(url, uri=True, timeout=self.LOCK_SECONDS)) as connection:
+            with contextlib.closing(self._reader(0.2)) as connection:
+                connection.set_progress_handler(lambda: time.monotonic() > until, 1000)
+                return self.extension.call(connection, call_id)
+        except sqlite3.Error:
+            return None
+
+    def _read(self, query: str, values: Sequence[Any]) -> list[Any]:
+        try:
+            with contextlib.closing(self._reader(self.LOCK_SECONDS)) as connection:
                 return connection.execute(query, values).fetchall()
         except sqlite3.Error as error:
             logger.error("the call log cannot be read: %s", error)
             return []
+
+    def _reader(self, seconds: float) -> sqlite3.Connection:
+        """A connection that only reads; it never blocks the writer's."""
+        return sqlite3.connect(pathlib.Path(self.path).as_uri() + "?mode=ro", uri=True, timeout=seconds)
 
     def record(self, row: tuple[float, str, str, bytes, bytes | None], seconds: float) -> bool | None:
         """Store an event: received_at, event, call_id, body, digest (None: a repeat counts).
@@ -836,6 +880,9 @@ class CallLog:
             # Before WAL mode, so that the mark that it is ours is in the file itself at once.
             connection.executescript(f"BEGIN IMMEDIATE; PRAGMA application_id={APPLICATION_ID}; {SCHEMA}"
                                      f"PRAGMA user_version={SCHEMA_VERSION}; COMMIT")
+        if self.extension:
+            with transaction(connection):
+                self.extension.prepare(connection)
         with contextlib.suppress(sqlite3.OperationalError):
             connection.execute("PRAGMA journal_mode=WAL")
         if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
@@ -874,6 +921,9 @@ class CallLog:
                 self._store(self._own_connection())
                 if self._closing.is_set() and not self._pending:
                     break
+                if self._to_update:
+                    with transaction(self._own_connection()):
+                        self._update(self._own_connection(), 0)
                 self._tidy(self._own_connection())
             except (sqlite3.Error, OSError, SettingsError) as error:
                 self._recover(error)
@@ -882,7 +932,7 @@ class CallLog:
 
     def _take(self) -> None:
         """Move what has queued up to `_pending`; with nothing to do, wait for it a while."""
-        wait = 0.0 if self._pending or self._closing.is_set() else 0.01 if self._tidying else self.LOOK_SECONDS
+        wait = 0.0 if self._pending or self._to_update or self._closing.is_set() else 0.01 if self._tidying else self.LOOK_SECONDS
         with contextlib.suppress(queue.Empty):
             while wait or not self._queue.empty():
                 entry = self._queue.get(timeout=wait)
@@ -910,11 +960,11 @@ class CallLog:
         while self._pending:
             batch = list(itertools.islice(self._pending, self.BATCH))
             insert = INSERT + UNLESS_THERE if self._uncertain else INSERT
-            connection.execute("BEGIN IMMEDIATE")
-            for entry in batch:
-                entry.is_new = connection.execute(insert, entry.row).rowcount > 0
-            self._uncertain = True
-            connection.execute("COMMIT")
+            with transaction(connection):
+                for entry in batch:
+                    entry.is_new = connection.execute(insert, entry.row).rowcount > 0
+                self._update(connection, len(batch))
+                self._uncertain = True
             self._uncertain = False
             # Deleted meanwhile? Then this went into a file without a name, and goes into the next one again.
             if self._file_identity() != self._identity:
@@ -924,6 +974,17 @@ class CallLog:
                 entry.stored.release()
         if self._queue.empty():
             self._catch_up()
+
+    def _update(self, connection: sqlite3.Connection, most: int) -> None:
+        """Have the extension take in what is new. An error in it must not keep events from being stored."""
+        if self.extension:
+            try:
+                self._to_update = self.extension.update(connection, max(most, self.UPDATE_ROWS))
+            except sqlite3.Error:
+                raise
+            except Exception:
+                logger.exception("an error in this program; calls are no longer put together")
+                self.extension, self._to_update = None, False
 
     def _recover(self, error: Exception) -> None:
         """After a failure: fall behind, put a damaged file aside, and have a new connection made."""
@@ -961,6 +1022,11 @@ class CallLog:
             rows = connection.execute("DELETE FROM events WHERE id IN (SELECT id FROM events WHERE received_at < ? "
                                       "LIMIT ?)", (before, self.TIDY_ROWS)).rowcount
             removed += rows
+            yield
+        more = self.extension is not None
+        while self.extension and more:
+            with transaction(connection):
+                more = self.extension.remove(connection, before)
             yield
         if removed or connection.execute("PRAGMA freelist_count").fetchone()[0]:
             yield from self._erase(connection)
@@ -1301,6 +1367,8 @@ class Receiver:
                                            "the path of another event: check the URLs entered at sipgate")
             received_at = self.clock()
             is_new = self._record(event, body, received_at)
+            if self.call_log and isinstance(event, (AnswerEvent, HangupEvent, DtmfEvent)):
+                event = replace(event, call=self.call_log.call(event.call_id))
             self.show(event, received_at)
             return self._respond(event, is_new, deadline, outside, when_late)
         except Late:
@@ -1607,6 +1675,7 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
                                                "proxy must speak https to this port, or leave out WEBHOOK_TLS_CERT")
             self.connection = self.request
             self._send(Reply(400, b"this port speaks https\n"))
+            self._linger()
             raise ConnectionAbortedError
         self.request = self.state.sock = tls.context().wrap_socket(self.request, True, do_handshake_on_connect=False)
         self.request.do_handshake()
@@ -2092,6 +2161,12 @@ def rfc3339(moment: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + f".{thousandths:03}Z"
 
 
+def duration(seconds: float) -> str:
+    """Seconds as 1:32, or 1:02:03."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
 def event_line(event: CallEvent) -> str:
     """The sentence that is printed for an event."""
     def known(*values: str) -> str:
@@ -2102,9 +2177,14 @@ def event_line(event: CallEvent) -> str:
     if isinstance(event, AnswerEvent):
         return f"{known(event.user, event.answering_number)} answered call from {known(event.from_number)}"
     if isinstance(event, HangupEvent):
-        return "The call has been hung up" + (f" ({known(event.cause)})" if event.cause else "")
+        remarks = [printable(event.cause)] if event.cause else []
+        if event.call and event.call.ended:
+            answered = event.call.talk_s is not None
+            remarks.append(f"talked {duration(event.call.talk_s)}" if answered else
+                           f"{event.call.outcome} after {duration(event.call.wait_s)}")
+        return "The call has been hung up" + (f" ({', '.join(remarks)})" if remarks else "")
     if isinstance(event, DtmfEvent):
-        return f"[unknown] pressed {known(event.dtmf)}"
+        return f"{known(event.call.from_number if event.call else '')} pressed {known(event.dtmf)}"
     return f"Unknown event {known(event.event)}"
 
 
@@ -2292,7 +2372,7 @@ def start_text(settings: Settings, call_log: CallLog | None) -> str:
         secret=os.urandom(8).hex(), kept=kept, script=os.path.basename(__file__), signatures=SIGNATURES[settings.verify_signature])
 
 
-def serve(settings: Settings) -> int:
+def serve(settings: Settings, extension: Extension | None = None) -> int:
     """Receive webhooks until a signal comes; return the exit status. Raises SettingsError."""
     show = show_on(sys.stdout, settings.call_output)
     if settings.call_output == "json":
@@ -2309,7 +2389,8 @@ def serve(settings: Settings) -> int:
         return 1
     with server:
         settings = replace(settings, webhook_port=server.server_port)
-        call_log = None if settings.call_log == "off" else CallLog(settings.call_log, settings.call_log_days)
+        call_log = None if settings.call_log == "off" else CallLog(settings.call_log, settings.call_log_days,
+                                                                   extension=extension)
         server.receiver = Receiver(settings, keys, functions, show, call_log=call_log)
         threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
         sys.stderr.write(start_text(settings, call_log))
@@ -2324,6 +2405,469 @@ def serve(settings: Settings) -> int:
         call_log.close(max(deadline - time.monotonic(), 0.1))
     print("Stopped.", file=sys.stderr)
     return 0
+
+
+# ==========================================================================================
+# PART II: LOOKS AT THE LOG
+# Comfort. Nothing here stands between a newCall and its reply; with all of it cut off, Part I
+# still serves.
+# ==========================================================================================
+
+# ------------------------------------------------------------------------------------------
+# Calls
+# From the events of legs to calls as people see them: kept up to date in the transaction that
+# stores an event, and rebuilt from the events where that has not happened.
+# ------------------------------------------------------------------------------------------
+
+CALLS_VERSION = 1  # of the rules too: with another one, calls are put together anew
+CALLS_TABLES = ("derived", "legs", "links", "calls")
+CALLS_SCHEMA = """
+CREATE TABLE derived(version INTEGER, up_to INTEGER);  -- the last event that has been taken in
+CREATE TABLE legs(call_id TEXT PRIMARY KEY, call INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE links(key TEXT, received_at REAL, call_id TEXT, PRIMARY KEY(key, received_at, call_id)) WITHOUT ROWID;
+CREATE TABLE calls(id INTEGER PRIMARY KEY, started REAL, last_at REAL, outcome TEXT,
+                   from_number TEXT, to_number TEXT, fields TEXT);
+CREATE INDEX calls_started ON calls(started);
+CREATE INDEX calls_from ON calls(from_number, started);
+CREATE INDEX calls_to ON calls(to_number, started);
+CREATE INDEX IF NOT EXISTS events_call_id ON events(call_id);
+"""
+LINK_SECONDS = 24 * 3600  # two events with the same xcid belong together if they are no further apart
+LOST_SECONDS = 6 * 3600  # after the last event, a call whose end was not reported is lost
+FORWARD_SECONDS = 60  # that a forwarded leg waits for the next one
+
+
+@dataclass(frozen=True)
+class Call:
+    """A phone call over all its legs. Times are Unix times of ours, None where not known (yet).
+
+    `outcome`: ringing, talking, answered, voicemail, forwarded, missed, unanswered, lost.
+    `wait_s` and `talk_s` are seconds; `digits` are those pressed, joined by commas.
+    """
+
+    direction: str
+    from_number: str
+    to_number: str
+    users: tuple[str, ...]
+    answered_by: str
+    started: float
+    answered: float | None
+    ended: float | None
+    wait_s: float | None
+    talk_s: float | None
+    outcome: str
+    cause: str
+    digits: str
+    legs: tuple[str, ...]
+
+
+class _Leg:
+    """The events of one callId, earliest first."""
+
+    def __init__(self, call_id: str) -> None:
+        self.call_id = call_id
+        self.events: list[tuple[float, CallEvent]] = []
+
+    def first(self, kind: type[CallEvent]) -> tuple[float, Any] | None:
+        return next(((at, event) for at, event in self.events if isinstance(event, kind)), None)
+
+    def text(self, name: str) -> str:
+        """The field `name` of the newCall, else of the first event that has it."""
+        ordered = sorted(self.events, key=lambda pair: not isinstance(pair[1], NewCallEvent))
+        return next(filter(None, (getattr(event, name, "") for _, event in ordered)), "")
+
+    def is_voicemail(self, event: AnswerEvent) -> bool:
+        """Whether voicemail answered: it says so, or nobody is named and nothing else rang."""
+        started = self.first(NewCallEvent)
+        return event.user == "voicemail" or (not event.user and started is not None and started[1].users == ("voicemail",))
+
+
+def put_together(events: Sequence[tuple[float, CallEvent]]) -> Call:
+    """Return the call that `events` (time, event) make up, in whatever order they are given.
+
+    The outcome is what the events say; what time decides is added by `seen_at`.
+    """
+    legs: dict[str, _Leg] = {}
+    order = {kind: rank for rank, kind in enumerate(EVENTS)}
+    for at, event in sorted(events, key=lambda pair: (pair[0], order.get(pair[1].event, 9), pair[1].call_id)):
+        legs.setdefault(event.call_id, _Leg(event.call_id)).events.append((at, event))
+    named = {getattr(event, "orig_call_id", "") for leg in legs.values() for _, event in leg.events
+             if getattr(event, "orig_call_id", "") != leg.call_id}
+    first = next((leg for leg in legs.values() if leg.call_id in named), next(iter(legs.values())))
+    answers = sorted(((at, leg.is_voicemail(event), event) for leg in legs.values() for at, event in leg.events
+                      if isinstance(event, AnswerEvent)), key=lambda answer: answer[0])
+    by_people = [(at, event) for at, is_voicemail, event in answers if not is_voicemail]
+    hangups = [leg.first(HangupEvent) for leg in legs.values()]
+    ends = [hangup for hangup in hangups if hangup]
+    is_over = len(ends) == len(legs)
+    causes = [event.cause for _, event in sorted(ends, key=lambda end: (end[0], end[1].call_id))]
+    started = min(leg.events[0][0] for leg in legs.values())
+    answered = by_people[0][0] if by_people else None
+    ended = max(at for at, _ in ends) if is_over else None
+    direction = first.text("direction")
+    if not is_over:
+        outcome = "talking" if by_people else "ringing"
+    elif by_people:
+        outcome = "answered"
+    elif answers:
+        outcome = "voicemail"
+    elif all(cause == "forwarded" for cause in causes):
+        outcome = "forwarded"
+    else:
+        outcome = "unanswered" if direction == "out" else "missed"
+    wait_end = answered if answered is not None else ended
+    rang = [user for leg in legs.values() for _, event in leg.events if isinstance(event, NewCallEvent)
+            for user in event.users if user not in ("", "voicemail")]
+    pressed = sorted(((at, event.dtmf) for leg in legs.values() for at, event in leg.events
+                      if isinstance(event, DtmfEvent) and event.dtmf not in ("", "-1")), key=lambda digits: digits[0])
+    return Call(
+        direction, first.text("from_number"), first.text("to_number"), tuple(dict.fromkeys(rang)),
+        (by_people[0][1].user or by_people[0][1].answering_number) if by_people else "", started, answered, ended,
+        max(wait_end - started, 0.0) if wait_end is not None else None,
+        max(ended - answered, 0.0) if ended is not None and answered is not None else None,
+        outcome, next((cause for cause in reversed(causes) if cause != "forwarded"), causes[-1] if causes else ""),
+        ",".join(digits for _, digits in pressed), tuple(call_id for call_id in legs if not call_id.startswith("#")))
+
+
+def seen_at(call: Call, last_at: float, now: float) -> Call:
+    """`call`, whose last event came at `last_at`, as it stands at the Unix time `now`."""
+    if call.outcome in ("ringing", "talking") and now - last_at >= LOST_SECONDS:
+        return replace(call, outcome="lost")
+    if call.outcome == "forwarded" and now - last_at < FORWARD_SECONDS:
+        return replace(call, outcome="ringing", ended=None, wait_s=None)
+    return call
+
+
+def prepare_calls(connection: sqlite3.Connection) -> None:
+    """Have the tables of calls, empty ones if they follow other rules."""
+    tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}
+    if "derived" in tables and connection.execute("SELECT version FROM derived").fetchone() == (CALLS_VERSION,):
+        return
+    for table in tables & set(CALLS_TABLES):
+        connection.execute(f"DROP TABLE {table}")
+    for statement in CALLS_SCHEMA.split(";"):
+        connection.execute(statement)
+    connection.execute("INSERT INTO derived VALUES (?, 0)", (CALLS_VERSION,))
+
+
+def update_calls(connection: sqlite3.Connection, most: int) -> bool:
+    """Take up to `most` events into the calls, in the caller's transaction; whether there are more."""
+    up_to = connection.execute("SELECT up_to FROM derived").fetchone()[0]
+    rows = connection.execute("SELECT id, received_at, event, call_id, body FROM events WHERE id > ? ORDER BY id LIMIT ?",
+                              (up_to, most)).fetchall()
+    for row in rows:
+        _take_in(connection, *row)
+    if rows:
+        connection.execute("UPDATE derived SET up_to = ?", (rows[-1][0],))
+    return len(rows) == most
+
+
+def _stored_event(number: int, kind: str, body: bytes) -> tuple[str, CallEvent]:
+    """The leg and the event of a stored row. Events without a callId, as in trial mode, are a leg each."""
+    event = parse_event(body, kind)
+    return (event.call_id, event) if event.call_id else (f"#{number}", replace(event, call_id=f"#{number}"))
+
+
+def _take_in(connection: sqlite3.Connection, number: int, received_at: float, kind: str, call_id: str, body: bytes) -> None:
+    """Find the call that an event belongs to, merge those that it links, and put it together anew."""
+    leg, event = _stored_event(number, kind, body)
+    orig, xcid = getattr(event, "orig_call_id", ""), getattr(event, "xcid", "")
+    near = {leg, orig}
+    near.update(row[0] for row in connection.execute("SELECT call_id FROM links WHERE key = ?", ("o" + leg,)))
+    if orig not in ("", leg):
+        connection.execute("INSERT OR IGNORE INTO links VALUES (?, ?, ?)", ("o" + orig, received_at, leg))
+    if xcid:
+        near.update(row[0] for row in connection.execute(
+            "SELECT call_id FROM links WHERE key = ? AND received_at BETWEEN ? AND ?",
+            ("x" + xcid, received_at - LINK_SECONDS, received_at + LINK_SECONDS)))
+        connection.execute("INSERT OR IGNORE INTO links VALUES (?, ?, ?)", ("x" + xcid, received_at, leg))
+    calls = sorted({row[0] for one in near for row in connection.execute("SELECT call FROM legs WHERE call_id = ?", (one,))})
+    if not calls:
+        _put(connection, number, received_at, put_together([(received_at, event)]), [leg])
+        return
+    legs = {leg}
+    for call in calls:
+        legs.update(_legs_of(connection, call))
+        if call != calls[0]:
+            connection.execute("DELETE FROM calls WHERE id = ?", (call,))
+    rows = _events_of(connection, legs)
+    _put(connection, calls[0], max(at for at, _ in rows), put_together(rows), sorted(legs))
+
+
+def _legs_of(connection: sqlite3.Connection, call: int) -> list[str]:
+    fields = json.loads(connection.execute("SELECT fields FROM calls WHERE id = ?", (call,)).fetchone()[0])
+    return list(fields["all_legs"])
+
+
+def _events_of(connection: sqlite3.Connection, legs: Iterable[str]) -> list[tuple[float, CallEvent]]:
+    """Time and event of all that is stored for `legs`, in the order of recording."""
+    return [(at, _stored_event(number, kind, body)[1]) for number, at, kind, _, body in _rows_of(connection, legs)]
+
+
+def _rows_of(connection: sqlite3.Connection, legs: Iterable[str]) -> list[Any]:
+    """The rows of all events of `legs`, in the order of recording."""
+    found = []
+    for leg in legs:
+        where, value = ("id = ?", leg[1:]) if leg.startswith("#") else ("call_id = ?", leg)
+        found += connection.execute(f"SELECT id, received_at, event, call_id, body FROM events WHERE {where}", (value,)).fetchall()
+    return sorted(found)
+
+
+def _put(connection: sqlite3.Connection, number: int, last_at: float, call: Call, legs: Sequence[str]) -> None:
+    connection.execute("INSERT OR REPLACE INTO calls VALUES (?, ?, ?, ?, ?, ?, ?)", (
+        number, call.started, last_at, call.outcome, call.from_number, call.to_number,
+        json.dumps({**call.__dict__, "all_legs": legs})))
+    connection.executemany("INSERT OR REPLACE INTO legs VALUES (?, ?)", [(leg, number) for leg in legs])
+
+
+def _as_call(fields: str, last_at: float, now: float) -> Call:
+    """The call that a row of the table holds, as it stands `now`."""
+    values = json.loads(fields)
+    del values["all_legs"]
+    call = Call(**{**values, "users": tuple(values["users"]), "legs": tuple(values["legs"])})
+    return seen_at(call, last_at, now)
+
+
+def call_of(connection: sqlite3.Connection, call_id: str) -> Call | None:
+    """Return the call that the leg `call_id` belongs to, as it stands now."""
+    row = connection.execute("SELECT fields, last_at FROM legs JOIN calls ON id = call WHERE call_id = ?", (call_id,)).fetchone()
+    return _as_call(row[0], row[1], time.time()) if row else None
+
+
+def remove_calls(connection: sqlite3.Connection, before: float) -> bool:
+    """Put together anew, or take out, some calls that began before the Unix time `before`; whether there are more.
+
+    Their old events have been deleted; what is left of them counts.
+    """
+    found = [row[0] for row in connection.execute("SELECT id FROM calls WHERE started < ? LIMIT 100", (before,))]
+    for call in found:
+        rebuild_call(connection, call)
+    if not found:
+        connection.execute("DELETE FROM links WHERE received_at < ?", (before,))
+    return bool(found)
+
+
+def rebuild_call(connection: sqlite3.Connection, call: int) -> None:
+    """Put one call together anew from the events that are left of it."""
+    legs = _legs_of(connection, call)
+    connection.execute("DELETE FROM calls WHERE id = ?", (call,))
+    for leg in legs:
+        connection.execute("DELETE FROM legs WHERE call_id = ?", (leg,))
+    for row in _rows_of(connection, legs):
+        _take_in(connection, *row)
+
+
+CALLS = Extension(prepare_calls, update_calls, remove_calls, call_of)
+
+
+# ------------------------------------------------------------------------------------------
+# Showing calls, and forgetting a number
+# The commands `calls` and `forget`: on the same file as a running server, which they never
+# block, and never on a file that is not there yet.
+# ------------------------------------------------------------------------------------------
+
+class Nothing(Exception):
+    """There is nothing to show; the text says why, in a sentence."""
+
+
+def open_calls(path: str) -> sqlite3.Connection:
+    """Connect to the call log at `path` and bring its calls up to date. Raises Nothing, SettingsError."""
+    if path == "off":
+        raise Nothing("CALL_LOG=off: no calls are kept")
+    if not os.path.exists(path) or not os.path.getsize(path):
+        raise Nothing(f"no calls yet: there is nothing in {path}")
+    if not os.access(path, os.R_OK | os.W_OK):
+        raise SettingsError(f"{path} belongs to {owner(path)}: sudo -u {owner(path)} {sys.executable} {' '.join(sys.argv)}")
+    connection = sqlite3.connect(pathlib.Path(path).as_uri() + "?mode=rw", uri=True, timeout=5, isolation_level=None)
+    try:
+        if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
+            raise SettingsError(f'CALL_LOG is "{path}": that file is not a call log of this program')
+        if connection.execute("PRAGMA user_version").fetchone()[0] > SCHEMA_VERSION:
+            raise SettingsError(f'CALL_LOG is "{path}": a newer version of this program wrote it')
+        with transaction(connection):
+            prepare_calls(connection)
+        more = connection.execute("SELECT up_to < (SELECT max(id) FROM events) FROM derived").fetchone()[0]
+        while more:
+            with transaction(connection):
+                more = update_calls(connection, 1000)
+    except sqlite3.Error as error:
+        connection.close()
+        raise SettingsError(f"{path} cannot be read: {error}") from None
+    except SettingsError:
+        connection.close()
+        raise
+    return connection
+
+
+def owner(path: str) -> str:
+    """Name of the user whom the file belongs to."""
+    try:
+        return pathlib.Path(path).owner()
+    except (KeyError, NotImplementedError, OSError):
+        return "another user"
+
+
+def find_calls(connection: sqlite3.Connection, now: float, *, missed: bool = False, since: float | None = None,
+               number: str = "", limit: int = 20) -> list[Call]:
+    """Return the latest `limit` calls, newest last.
+
+    With `missed`, those to ring back: missed, or with voicemail only, and not spoken to since.
+    `number` is a pattern of digits and *, for the caller or the called party.
+    """
+    where, values = ["1"], []  # type: tuple[list[str], list[Any]]
+    if missed:
+        where.append("outcome IN ('missed', 'voicemail')")
+        for side in ("from_number", "to_number"):
+            where.append(f"(from_number IN ('', 'anonymous') OR NOT EXISTS (SELECT 1 FROM calls AS later WHERE later.{side} = "
+                         "calls.from_number AND later.started > calls.started AND later.outcome IN ('answered', 'talking')))")
+    if since is not None:
+        where.append("started >= ?")
+        values.append(since)
+    if number:
+        where.append("(from_number GLOB ? OR to_number GLOB ?)")
+        values += [number, number]
+    rows = connection.execute(f"SELECT fields, last_at FROM calls WHERE {' AND '.join(where)} "
+                              "ORDER BY started DESC, id DESC LIMIT ?", (*values, limit)).fetchall()
+    return [_as_call(fields, last_at, now) for fields, last_at in reversed(rows)]
+
+
+def events_of(connection: sqlite3.Connection, call: Call) -> list[tuple[float, CallEvent]]:
+    """Return time and event of all that is stored for the legs of `call`, earliest first."""
+    return sorted(_events_of(connection, call.legs), key=lambda pair: pair[0])
+
+
+def with_plus(number: str) -> str:
+    """A number as people write it."""
+    return "+" + number if re.fullmatch("[1-9][0-9]{6,}", number) else number or "unknown"
+
+
+def table(calls: Sequence[Call], width: int) -> list[str]:
+    """`calls` as lines of up to `width` characters, of 80 at least."""
+    rows = [("STARTED", "", "FROM", "TO", "OUTCOME", "WAIT", "TALK", "BY")]
+    for call in calls:
+        wait, talk = ("" if seconds is None else duration(seconds) for seconds in (call.wait_s, call.talk_s))
+        rows.append((time.strftime("%m-%d %H:%M", time.localtime(call.started)), call.direction, with_plus(call.from_number),
+                     with_plus(call.to_number), call.outcome, wait, talk, call.answered_by))
+    rows = [tuple(map(printable, row)) for row in rows]  # type: ignore[misc]
+    widths = [max(len(row[column]) for row in rows) for column in range(7)]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(size) if column in (5, 6) else cell.ljust(size)
+                 for column, (cell, size) in enumerate(zip(row, widths))]
+        lines.append(" ".join([*cells, row[7]])[:max(width, 80)].rstrip())
+    return lines
+
+
+def totals(calls: Sequence[Call]) -> str:
+    """One line that sums `calls` up."""
+    def average(seconds: list[float]) -> str:
+        return duration(sum(seconds) / len(seconds)) if seconds else "-"
+
+    outcomes = [call.outcome for call in calls]
+    waits = [call.wait_s for call in calls if call.wait_s is not None]
+    talks = [call.talk_s for call in calls if call.talk_s is not None]
+    return (f"{len(calls)} call{'s' if len(calls) != 1 else ''}, {outcomes.count('answered')} answered, "
+            f"{outcomes.count('missed')} missed, average wait {average(waits)}, average talk {average(talks)}")
+
+
+def call_entry(call: Call) -> dict[str, Any]:
+    """A call as the values of its JSON: raw, times in RFC 3339 and UTC, null for what is not known."""
+    entry: dict[str, Any] = {"from" if name == "from_number" else "to" if name == "to_number" else name: value
+                             for name, value in call.__dict__.items()}
+    for name in ("started", "answered", "ended"):
+        entry[name] = None if entry[name] is None else rfc3339(entry[name])
+    for name in ("wait_s", "talk_s"):
+        entry[name] = None if entry[name] is None else round(entry[name], 3)
+    return {name: None if value == "" else list(value) if isinstance(value, tuple) else value for name, value in entry.items()}
+
+
+def csv_cell(value: Any) -> Any:
+    """`value` safe in a spreadsheet: neither a formula nor a number that it would round."""
+    text = " ".join(value) if isinstance(value, list) else "" if value is None else str(value)
+    return "'" + text if re.match(r"[=+\-@\t\r]|[0-9]{9,}", text) else text
+
+
+def show_calls(options: argparse.Namespace, settings: Settings) -> int:
+    """The command `calls`."""
+    since = None
+    if options.since:
+        try:
+            since = datetime.datetime.fromisoformat(options.since).timestamp()
+        except ValueError:
+            raise SettingsError(f'--since is "{options.since}": expected a date such as 2026-11-01') from None
+    number = re.sub(r"[\s()/+-]", "", options.number)
+    if not re.fullmatch("[0-9A-Za-z*]*", number):
+        raise SettingsError(f'--number is "{options.number}": expected digits, with * for any others')
+    with contextlib.closing(open_calls(settings.call_log)) as connection:
+        calls = find_calls(connection, time.time(), missed=options.missed, since=since, number=number, limit=options.limit)
+        if not calls:
+            raise Nothing("no call matches" if options.missed or since or number else f"no calls yet in {settings.call_log}")
+        events = [events_of(connection, call) if options.events else [] for call in calls]
+    if options.format == "json":
+        for call, its_events in zip(calls, events):
+            entry = call_entry(call)
+            if options.events:
+                entry["events"] = [json.loads(event_json(event, at)) for at, event in its_events]
+            print(json.dumps(entry))
+    elif options.format == "csv":
+        writer = csv.writer(sys.stdout, lineterminator="\r\n")
+        writer.writerow(call_entry(calls[0]))
+        writer.writerows([csv_cell(value) for value in call_entry(call).values()] for call in calls)
+    else:
+        head, *lines = table(calls, shutil.get_terminal_size().columns)
+        print(head)
+        for line, its_events in zip(lines, events):
+            print(line)
+            for at, event in its_events:
+                print(f"  {time.strftime('%H:%M:%S', time.localtime(at))} {event.event:7} {event_line(event)}")
+        print(totals(calls))
+    return 0
+
+
+FORGOTTEN = "[forgotten]"
+
+
+def forget_number(options: argparse.Namespace, settings: Settings) -> int:
+    """The command `forget`: every trace of a number leaves the files."""
+    number = re.sub(r"[\s()/+-]", "", options.number)
+    if not re.fullmatch("[0-9A-Za-z]{3,}", number):
+        raise SettingsError(f'"{options.number}": expected the digits of a whole number, such as 4915791234567')
+    with contextlib.closing(open_calls(settings.call_log)) as connection:
+        connection.execute("PRAGMA secure_delete=ON")
+        found = 0
+        try:
+            for path in glob.glob(glob.escape(settings.call_log) + ".damaged-*"):
+                if number.encode() in pathlib.Path(path).read_bytes():
+                    os.remove(path)
+                    print(f"{path} held that number, and is removed", file=sys.stderr)
+            with transaction(connection):
+                found = _forget_in(connection, number)
+            connection.execute("VACUUM")
+            while connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+                time.sleep(0.1)  # a reader still looks at the pages as they were
+        except (sqlite3.Error, OSError) as error:
+            raise SettingsError(f"{settings.call_log}: {error}; run this again") from None
+    print(f"{found} call{'s' if found != 1 else ''} held that number; it is gone from {settings.call_log}")
+    return 0
+
+
+def _forget_in(connection: sqlite3.Connection, number: str) -> int:
+    """Rewrite every event that has `number` as a whole value, and the calls of these; return how many calls."""
+    calls: set[int] = set()
+    for key, call_id, body in connection.execute(
+            "SELECT id, call_id, body FROM events WHERE instr(body, ?) OR call_id = ?", (number.encode(), number)).fetchall():
+        pairs = urllib.parse.parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True)
+        kept = [(name, FORGOTTEN if value == number else value) for name, value in pairs]
+        if kept != pairs:
+            leg = connection.execute("SELECT call FROM legs WHERE call_id = ?", (call_id or f"#{key}",)).fetchone()
+            calls.update(leg or ())
+            # The digest told repeats of these very bytes, and could tell whether a guess at them is right.
+            connection.execute("UPDATE events SET body = ?, digest = NULL, call_id = ? WHERE id = ?", (
+                urllib.parse.urlencode(kept).encode(), FORGOTTEN if call_id == number else call_id, key))
+    for call in calls:
+        if connection.execute("SELECT 1 FROM calls WHERE id = ?", (call,)).fetchone():
+            rebuild_call(connection, call)
+    return len(calls)
 
 
 # ------------------------------------------------------------------------------------------
@@ -2391,15 +2935,39 @@ def read_settings(options: argparse.Namespace, environ: Mapping[str, str]) -> Se
     return Settings.from_values(values, os.path.dirname(path))
 
 
+def whole_number(text: str) -> int:
+    """For argparse: a count of 1 or more."""
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'"{text}": expected a whole number of 1 or more')
+    return int(text)
+
+
 def command_line() -> argparse.ArgumentParser:
+    """The commands and their options."""
     parser = argparse.ArgumentParser(
-        prog=os.path.basename(__file__), description="Receive the call events of sipgate.io.",
+        prog=os.path.basename(__file__), allow_abbrev=False,
+        description="Receive the call events of sipgate.io. Without a command: serve.",
         epilog="Further settings, in the environment or in a .env file: "
-        + ", ".join(known.name.upper() for known in fields(Settings)[2:]) + ". See the README.", allow_abbrev=False)
+        + ", ".join(known.name.upper() for known in fields(Settings)[2:]) + ". See the README.")
     parser.add_argument("--url", metavar="URL", help="public base URL of the webhooks (WEBHOOK_URL)")
     parser.add_argument("--port", metavar="PORT", help="port to listen on (WEBHOOK_PORT, default 8080)")
     parser.add_argument("--env-file", metavar="FILE", help="read this file instead of .env")
     parser.add_argument("--version", action="version", version=f"sipgate_callevents {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    calls = commands.add_parser("calls", help="show the latest calls", allow_abbrev=False, description="Show the latest calls, "
+                                "newest last. Times in the table are local, in JSON and CSV UTC.", epilog="In CSV an apostrophe "
+                                "stands before what a spreadsheet would take for a formula or a number to be rounded.")
+    calls.add_argument("--missed", action="store_true", help="those to ring back: missed or on voicemail, not spoken to since")
+    calls.add_argument("--since", metavar="DATE", help="from this day or moment on, such as 2026-11-01")
+    calls.add_argument("--number", metavar="NUMBER", default="", help="from or to this number; * stands for any digits")
+    calls.add_argument("--limit", metavar="N", type=whole_number, default=20, help="at most so many (20)")
+    calls.add_argument("--events", action="store_true", help="with the events of each call (not in CSV)")
+    calls.add_argument("--format", choices=("table", "csv", "json"), default="table")
+    forget = commands.add_parser("forget", help="remove every trace of a number", allow_abbrev=False,
+                                 description="Remove every trace of a number from the call log. The calls stay.")
+    forget.add_argument("number", help="the whole number, such as 4915791234567")
+    for command in (calls, forget):
+        command.add_argument("--env-file", metavar="FILE", default=argparse.SUPPRESS, help="read this file instead of .env")
     return parser
 
 
@@ -2408,9 +2976,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = command_line().parse_args(argv)
     # A file named in CALL_HANDLERS imports this very module, whatever the script is called.
     sys.modules["sipgate_callevents"] = sys.modules[__name__]
+    commands = {"calls": show_calls, "forget": forget_number}
     with consoles():
         try:
-            return serve(read_settings(options, os.environ))
+            settings = read_settings(options, os.environ)
+            return commands[options.command](options, settings) if options.command else serve(settings, CALLS)
+        except Nothing as nothing:
+            print(f"{str(nothing)[0].upper()}{str(nothing)[1:]}.", file=sys.stderr)
+            return 0
         except SettingsError as error:
             for problem in error.problems:
                 print(f"sipgate_callevents: {problem}", file=sys.stderr)

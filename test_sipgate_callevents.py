@@ -10,6 +10,7 @@ import hashlib
 import http.client
 import inspect
 import io
+import itertools
 import json
 import logging
 import os
@@ -1914,6 +1915,342 @@ class YourCodeOverHttpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------
+# Calls
+# ------------------------------------------------------------------------------------------
+
+def flow(*events):
+    """Rows of events from (seconds, event, leg, further fields as a form)."""
+    return [(1e9 + at, event, leg, f"event={event}&callId={leg}&{form}".encode()) for at, event, leg, form in events]
+
+
+IN = "direction=in&from=4921100&to=4930200&user[]=Alice&user[]=Bob"
+OUT = "direction=out&from=4930200&to=4921100&user[]=Alice"
+VOICEMAIL = "direction=in&from=4921100&to=4930200&user[]=voicemail&diversion=4930200"
+ALICE = "user=Alice&answeringNumber=4930201"
+
+FLOWS = {  # name: events, then direction, users, answered by, wait, talk, outcome, cause, digits, legs; a row for each call
+    "answered": (flow((0, "newCall", "A", IN), (4, "answer", "A", ALICE), (96, "hangup", "A", "cause=normalClearing")),
+                 ("in", "Alice Bob", "Alice", 4, 92, "answered", "normalClearing", "", "A")),
+    "answered by another phone": (flow((0, "newCall", "A", IN), (4, "answer", "A", "answeringNumber=4930209"),
+                                       (6, "hangup", "A", "cause=normalClearing")),
+                                  ("in", "Alice Bob", "4930209", 4, 2, "answered", "normalClearing", "", "A")),
+    "queue": (flow((0, "newCall", "A", "direction=in&from=4921100&to=4930200"), (1, "answer", "A", ""),
+                   (9, "hangup", "A", "cause=normalClearing")),
+              ("in", "", "", 1, 8, "answered", "normalClearing", "", "A")),
+    "caller gives up": (flow((0, "newCall", "A", IN), (21, "hangup", "A", "cause=cancel")),
+                        ("in", "Alice Bob", "", 21, None, "missed", "cancel", "", "A")),
+    "busy": (flow((0, "newCall", "A", IN), (1, "hangup", "A", "cause=busy")),
+             ("in", "Alice Bob", "", 1, None, "missed", "busy", "", "A")),
+    "declined": (flow((0, "newCall", "A", IN), (2, "hangup", "A", "cause=noAnswer")),
+                 ("in", "Alice Bob", "", 2, None, "missed", "noAnswer", "", "A")),
+    "cleared without an answer": (flow((0, "newCall", "A", IN), (2, "hangup", "A", "cause=normalClearing")),
+                                  ("in", "Alice Bob", "", 2, None, "missed", "normalClearing", "", "A")),
+    "outgoing, answered": (flow((0, "newCall", "A", OUT), (5, "answer", "A", ""), (9, "hangup", "A", "cause=normalClearing")),
+                           ("out", "Alice", "", 5, 4, "answered", "normalClearing", "", "A")),
+    "outgoing, not answered": (flow((0, "newCall", "A", OUT), (5, "hangup", "A", "cause=noAnswer")),
+                               ("out", "Alice", "", 5, None, "unanswered", "noAnswer", "", "A")),
+    "forwarded to voicemail": (flow(
+        (0, "newCall", "A", IN + "&xcid=ab&origCallId=A"), (21.5, "hangup", "A", "cause=forwarded&xcid=ab"),
+        (21.6, "newCall", "B", VOICEMAIL + "&xcid=ab&origCallId=A"), (21.9, "answer", "B", "xcid=ab&user=voicemail"),
+        (30, "hangup", "B", "cause=normalClearing&xcid=ab")),
+        ("in", "Alice Bob", "", 30, None, "voicemail", "normalClearing", "", "A B")),
+    "voicemail that does not say so": (flow(
+        (0, "newCall", "A", IN + "&xcid=ab"), (21.5, "hangup", "A", "cause=forwarded"), (21.6, "newCall", "B", VOICEMAIL + "&xcid=ab"),
+        (21.9, "answer", "B", ""), (30, "hangup", "B", "cause=normalClearing")),
+        ("in", "Alice Bob", "", 30, None, "voicemail", "normalClearing", "", "A B")),
+    "forwarded and nothing more": (flow((0, "newCall", "A", IN), (9, "hangup", "A", "cause=forwarded")),
+                                   ("in", "Alice Bob", "", 9, None, "forwarded", "forwarded", "", "A")),
+    "transfer, picked up": (flow(
+        (0, "newCall", "A", IN + "&origCallId=A"), (3, "answer", "A", ALICE),
+        (20, "newCall", "B", "direction=in&from=4930201&to=4930203&user[]=Carl&origCallId=A&diversion=4930201"),
+        (25, "answer", "B", "user=Carl"), (40, "hangup", "A", "cause=normalClearing"), (90, "hangup", "B", "cause=normalClearing")),
+        ("in", "Alice Bob Carl", "Alice", 3, 87, "answered", "normalClearing", "", "A B")),
+    "transfer, not picked up": (flow(
+        (0, "newCall", "A", IN + "&xcid=cd"), (3, "answer", "A", ALICE), (20, "newCall", "B", "direction=in&user[]=Carl&xcid=cd"),
+        (30, "hangup", "B", "cause=cancel&xcid=cd"), (40, "hangup", "A", "cause=normalClearing&xcid=cd")),
+        ("in", "Alice Bob Carl", "Alice", 3, 37, "answered", "normalClearing", "", "A B")),
+    "transfer, origCallId wrong but xcid right": (flow(
+        (0, "newCall", "A", IN + "&xcid=cd&origCallId=Z"), (3, "answer", "A", ALICE), (20, "newCall", "B", "xcid=cd&origCallId=Y"),
+        (40, "hangup", "A", "cause=normalClearing"), (50, "hangup", "B", "cause=normalClearing")),
+        ("in", "Alice Bob", "Alice", 3, 47, "answered", "normalClearing", "", "A B")),
+    "transfer that nothing links": (flow(
+        (0, "newCall", "A", IN), (3, "answer", "A", ALICE), (20, "newCall", "B", "direction=in&origCallId=Z"),
+        (25, "hangup", "B", "cause=busy"), (40, "hangup", "A", "cause=normalClearing")),
+        ("in", "Alice Bob", "Alice", 3, 37, "answered", "normalClearing", "", "A"),
+        ("in", "", "", 5, None, "missed", "busy", "", "B")),
+    "two legs that a third joins": (flow(
+        (0, "newCall", "A", IN + "&xcid=x1"), (1, "newCall", "B", "direction=in&xcid=x2"), (2, "newCall", "C", "xcid=x1&origCallId=B"),
+        (3, "hangup", "A", "cause=cancel"), (4, "hangup", "B", "cause=cancel"), (5, "hangup", "C", "cause=cancel")),
+        ("in", "Alice Bob", "", 5, None, "missed", "cancel", "", "A B C")),
+    "the same xcid two days later": (flow(
+        (0, "newCall", "A", IN + "&xcid=ab"), (1, "hangup", "A", "cause=cancel"), (172_800, "newCall", "B", IN + "&xcid=ab"),
+        (172_803, "hangup", "B", "cause=cancel")),
+        ("in", "Alice Bob", "", 1, None, "missed", "cancel", "", "A"), ("in", "Alice Bob", "", 3, None, "missed", "cancel", "", "B")),
+    "menu": (flow((0, "newCall", "A", IN), (3, "dtmf", "A", "dtmf=1"), (6, "dtmf", "A", "dtmf=0042"), (7, "dtmf", "A", "dtmf="),
+                  (9, "hangup", "A", "cause=normalClearing")),
+             ("in", "Alice Bob", "", 9, None, "missed", "normalClearing", "1,0042", "A")),
+    "answer lost": (flow((0, "newCall", "A", IN), (60, "hangup", "A", "cause=normalClearing")),
+                    ("in", "Alice Bob", "", 60, None, "missed", "normalClearing", "", "A")),
+    "newCall lost": (flow((5, "answer", "A", ALICE + "&direction=in&from=4921100&to=4930200"), (8, "hangup", "A", "cause=normalClearing")),
+                     ("in", "", "Alice", 0, 3, "answered", "normalClearing", "", "A")),
+    "only a hangup": (flow((8, "hangup", "A", "cause=chanunavail&direction=in&from=4921100&to=4930200")),
+                      ("in", "", "", 0, None, "missed", "chanunavail", "", "A")),
+    "hangup lost": (flow((0, "newCall", "A", IN), (5, "answer", "A", ALICE)),
+                    ("in", "Alice Bob", "Alice", 5, None, "lost", "", "", "A")),
+    "a repeat changes nothing": (flow((0, "newCall", "A", IN), (4, "answer", "A", ALICE), (5, "answer", "A", ALICE), (9, "hangup", "A", ""),
+                                      (12, "hangup", "A", "cause=cancel")),
+                                 ("in", "Alice Bob", "Alice", 4, 5, "answered", "", "", "A")),
+}
+
+
+def calls_database():
+    """An empty database with the tables of events and calls."""
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    connection.executescript(sc.SCHEMA)
+    sc.prepare_calls(connection)
+    return connection
+
+
+def add_events(connection, rows, together=False):
+    for row in rows:
+        connection.execute("INSERT INTO events(received_at, event, call_id, body) VALUES (?, ?, ?, ?)", row)
+        if not together:
+            sc.update_calls(connection, 100)
+    sc.update_calls(connection, 1000)
+
+
+def all_calls(connection, now=1e9 + 10 * 86400, **options):
+    return sc.find_calls(connection, now, limit=1000, **options)
+
+
+class CallsTest(unittest.TestCase):
+    def connection(self):
+        connection = calls_database()
+        self.addCleanup(connection.close)
+        return connection
+
+    def test_each_flow_makes_the_calls_that_a_person_saw(self):
+        for name, (rows, *expected) in FLOWS.items():
+            connection = self.connection()
+            add_events(connection, rows)
+            with self.subTest(name):
+                self.assertEqual([(call.direction, " ".join(call.users), call.answered_by, call.wait_s, call.talk_s, call.outcome,
+                                   call.cause, call.digits, " ".join(call.legs)) for call in all_calls(connection)], expected)
+
+    def test_the_order_in_which_events_arrive_makes_no_difference(self):
+        chance = random.Random(7)
+        for name, (rows, *_) in FLOWS.items():
+            connection = self.connection()
+            add_events(connection, rows)
+            expected = all_calls(connection)
+            orders = list(itertools.permutations(rows))
+            # All of up to 5 events; of the 720 of 6 those that chance picks.
+            for order in orders if len(orders) <= 120 else chance.sample(orders, 120):
+                connection.executescript("DELETE FROM events; DELETE FROM legs; DELETE FROM links; DELETE FROM calls; "
+                                         "UPDATE derived SET up_to = 0")
+                add_events(connection, order)
+                self.assertEqual(all_calls(connection), expected, (name, order))
+
+    def test_calls_that_are_rebuilt_are_the_same(self):
+        connection = self.connection()
+        rows = [(at + shift * 300_000, event, f"{leg}{shift}", body.replace(b"Id=A", b"Id=A%d" % shift).replace(
+            b"Id=B", b"Id=B%d" % shift).replace(b"Id=C", b"Id=C%d" % shift).replace(b"xcid=", b"xcid=%d" % shift))
+            for shift, (events, *_) in enumerate(FLOWS.values()) for at, event, leg, body in events]
+        add_events(connection, rows, together=True)
+        before = connection.execute("SELECT * FROM calls ORDER BY id").fetchall()
+        self.assertEqual(len(before), len(FLOWS) + 2)
+        connection.execute("UPDATE derived SET version = 0")
+        sc.prepare_calls(connection)
+        self.assertEqual(all_calls(connection), [])
+        while sc.update_calls(connection, 3):
+            pass
+        self.assertEqual(connection.execute("SELECT * FROM calls ORDER BY id").fetchall(), before)
+
+    def test_what_time_alone_decides_is_decided_when_it_is_read(self):
+        connection = self.connection()
+        add_events(connection, flow((0, "newCall", "A", IN), (0, "newCall", "B", IN), (3, "answer", "B", ""),
+                                    (0, "newCall", "C", IN), (9, "hangup", "C", "cause=forwarded")))
+
+        def seen(after):
+            return {"".join(call.legs): call.outcome for call in all_calls(connection, 1e9 + after)}
+
+        self.assertEqual(seen(68), {"A": "ringing", "B": "talking", "C": "ringing"})
+        self.assertEqual(seen(69), {"A": "ringing", "B": "talking", "C": "forwarded"})
+        self.assertEqual(seen(6 * 3600), {"A": "lost", "B": "talking", "C": "forwarded"})
+        self.assertEqual(seen(6 * 3600 + 3), {"A": "lost", "B": "lost", "C": "forwarded"})
+        add_events(connection, flow((8 * 3600, "hangup", "B", "cause=normalClearing")))
+        self.assertEqual(seen(9 * 3600)["B"], "answered")
+
+    def test_events_without_a_call_id_are_a_call_each(self):
+        connection = self.connection()
+        add_events(connection, [(1e9, "newCall", "", b""), (1e9, "newCall", "", b"")])
+        self.assertEqual([call.legs for call in all_calls(connection)], [(), ()])
+
+    def test_who_was_spoken_to_since_need_not_be_rung_back(self):
+        connection = self.connection()
+        hangup = "cause=cancel"
+        for n, (number, later) in enumerate([("49111", None), ("49222", "in"), ("49333", "out"), ("49444", "missed"),
+                                             ("anonymous", "in"), ("49555", "before")]):
+            at = 100_000 * n
+            add_events(connection, flow((at, "newCall", f"m{n}", f"direction=in&from={number}&to=4930200"),
+                                        (at + 5, "hangup", f"m{n}", hangup)))
+            if later:
+                pair = ("4930200", number) if later == "out" else (number, "4930200")
+                at += -500 if later == "before" else 500
+                rows = [(at, "newCall", f"l{n}", f"direction={'out' if later == 'out' else 'in'}&from={pair[0]}&to={pair[1]}"),
+                        (at + 5, "answer", f"l{n}", "user=Alice"), (at + 9, "hangup", f"l{n}", hangup)]
+                add_events(connection, flow(*(row for row in rows if later != "missed" or row[1] != "answer")))
+        self.assertEqual([call.from_number for call in all_calls(connection, missed=True)],
+                         ["49111", "49444", "49444", "anonymous", "49555"])
+
+    def test_calls_are_found_by_number_and_time(self):
+        connection = self.connection()
+        for n in range(30):
+            add_events(connection, flow((n, "newCall", str(n), f"direction=in&from=49211{n:02}&to=4930200")))
+        self.assertEqual([call.from_number for call in all_calls(connection, number="492110*")], [f"492110{n}" for n in range(10)])
+        self.assertEqual(len(all_calls(connection, number="4930200")), 30)
+        self.assertEqual(len(all_calls(connection, number="21100")), 0)
+        self.assertEqual(len(all_calls(connection, since=1e9 + 25)), 5)
+        self.assertEqual([call.started - 1e9 for call in sc.find_calls(connection, 1e9, limit=2)], [28, 29])
+
+    def test_old_calls_go_with_their_events(self):
+        connection = self.connection()
+        for rows, *_ in (FLOWS["forwarded to voicemail"], FLOWS["the same xcid two days later"]):
+            add_events(connection, rows)
+        add_events(connection, flow((-1, "newCall", "edge", IN), (100_000, "hangup", "edge", "cause=cancel&direction=in")))
+        before = 1e9 + 50_000
+        connection.execute("DELETE FROM events WHERE received_at < ?", (before,))
+        while sc.remove_calls(connection, before):
+            pass
+        kept = connection.execute("SELECT * FROM calls ORDER BY id").fetchall(), connection.execute("SELECT * FROM legs").fetchall()
+        self.assertEqual([call.legs for call in all_calls(connection)], [("edge",), ("B",)])
+        connection.execute("UPDATE derived SET version = 0")
+        sc.prepare_calls(connection)
+        sc.update_calls(connection, 1000)
+        self.assertEqual((connection.execute("SELECT * FROM calls ORDER BY id").fetchall(),
+                          connection.execute("SELECT * FROM legs").fetchall()), kept)
+
+
+class ShownCallsTest(unittest.TestCase):
+    CALL = sc.Call("in", "492111234567", "4915791234567", ("Alice", "Bob"), "Alice", 1e9, 1e9 + 4, 1e9 + 96.5, 4.0, 92.5, "answered",
+                   "normalClearing", "1,0042", ("A", "B"))
+    MISSED = replace(CALL, from_number="", users=(), answered_by="", answered=None, wait_s=96.5, talk_s=None, outcome="missed", digits="")
+
+    def test_a_table_fits_80_columns_and_uses_more(self):
+        long = replace(self.CALL, outcome="unanswered", answered_by="Somebody with a very long name indeed")
+        started = time.strftime("%m-%d %H:%M", time.localtime(1e9))
+        self.assertEqual(sc.table([self.CALL, self.MISSED], 80), [
+            "STARTED        FROM          TO             OUTCOME  WAIT TALK BY",
+            f"{started} in +492111234567 +4915791234567 answered 0:04 1:32 Alice",
+            f"{started} in unknown       +4915791234567 missed   1:36"])
+        self.assertEqual(max(map(len, sc.table([long], 80))), 80)
+        self.assertTrue(sc.table([long], 200)[1].endswith("name indeed"))
+        self.assertNotIn("\x1b", "".join(sc.table([replace(self.CALL, answered_by="\x1b[2J")], 80)))
+
+    def test_totals(self):
+        self.assertEqual(sc.totals([self.CALL, self.MISSED]), "2 calls, 1 answered, 1 missed, average wait 0:50, average talk 1:32")
+        self.assertEqual(sc.totals([replace(self.MISSED, wait_s=None)]), "1 call, 0 answered, 1 missed, average wait -, average talk -")
+
+    def test_json_is_raw_and_null_where_nothing_is_known(self):
+        self.assertEqual(sc.call_entry(self.MISSED), {
+            "direction": "in", "from": None, "to": "4915791234567", "users": [], "answered_by": None,
+            "started": "2001-09-09T01:46:40.000Z", "answered": None, "ended": "2001-09-09T01:48:16.500Z", "wait_s": 96.5,
+            "talk_s": None, "outcome": "missed", "cause": "normalClearing", "digits": None, "legs": ["A", "B"]})
+
+    def test_csv_is_safe_in_a_spreadsheet(self):
+        for value, cell in [("492111234567", "'492111234567"), ("=1+1", "'=1+1"), ("+49", "'+49"), ("-1", "'-1"), ("@a", "'@a"),
+                            ("Alice", "Alice"), (None, ""), (["A", "B"], "A B"), (92.5, "92.5")]:
+            self.assertEqual(sc.csv_cell(value), cell)
+
+    def test_lines_of_a_call_that_is_known(self):
+        for event, line in [
+                (HangupEvent(cause="normalClearing", call=self.CALL), "The call has been hung up (normalClearing, talked 1:32)"),
+                (HangupEvent(cause="cancel", call=self.MISSED), "The call has been hung up (cancel, missed after 1:36)"),
+                (HangupEvent(cause="forwarded", call=replace(self.MISSED, ended=None)), "The call has been hung up (forwarded)"),
+                (HangupEvent(call=self.CALL), "The call has been hung up (talked 1:32)"),
+                (DtmfEvent(dtmf="12", call=self.CALL), "492111234567 pressed 12"),
+                (DtmfEvent(dtmf="12", call=self.MISSED), "[unknown] pressed 12")]:
+            self.assertEqual(sc.event_line(event), line)
+        self.assertEqual([sc.duration(seconds) for seconds in (0, 59.9, 60, 3599, 3600, 36_061)],
+                         ["0:00", "0:59", "1:00", "59:59", "1:00:00", "10:01:01"])
+
+
+class CallsInTheLogTest(unittest.TestCase):
+    def setUp(self):
+        self.folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.path = os.path.join(self.folder, "calls.db")
+
+    def log(self, extension=sc.CALLS):
+        log = CallLog(self.path, 30, time.time, extension)
+        self.addCleanup(log.close, 5)
+        return log
+
+    def record(self, log, rows):
+        for at, event, leg, body in rows:
+            self.assertTrue(log.record((at + time.time() - 1e9 - 200, event, leg, body, None), 5))
+
+    def test_your_code_knows_the_call(self):
+        seen = []
+        receiver = Receiver(TRIAL, [], CallFunctions(on_answer=seen.append, on_hangup=seen.append, on_dtmf=seen.append),
+                            call_log=self.log())
+        for path, body in [("/new-call", NEW_CALL), ("/on-data", DTMF), ("/on-answer", ANSWER), ("/on-hangup", HANGUP)]:
+            receiver.receive(path, body).afterwards()
+        receiver.follow_ups.finish(5)
+        self.assertEqual([event.call.outcome for event in seen], ["ringing", "talking", "answered"])
+        self.assertEqual((seen[2].call.from_number, seen[2].call.answered_by, seen[2].call.digits), ("492111234567", "John Doe", "1"))
+        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as other:
+            receiver.call_log.LOCK_SECONDS = 0.05
+            other.execute("BEGIN EXCLUSIVE")
+            receiver.call_log._fall_behind("a test")
+            receiver.receive("/on-hangup", HANGUP).afterwards()
+        receiver.follow_ups.finish(5)
+        self.assertIsNone(seen[3].call, "the log is behind")
+
+    def test_a_file_from_before_has_its_calls_put_together(self):
+        log = self.log(None)
+        self.record(log, FLOWS["forwarded to voicemail"][0])
+        log.close(5)
+        log = self.log()
+        wait_until(lambda: not log._to_update)
+        self.assertEqual(log.call("A").outcome, "voicemail")
+        self.assertEqual(log.call("A"), log.call("B"))
+        self.assertIsNone(log.call("C"))
+
+    def test_a_restart_in_mid_call_loses_nothing(self):
+        rows = FLOWS["answered"][0]
+        for row in rows:
+            log = self.log()
+            self.record(log, [row])
+            log.close(5)
+        log = self.log()
+        self.assertEqual((log.call("A").outcome, round(log.call("A").talk_s)), ("answered", 92))
+
+    def test_an_error_in_putting_calls_together_keeps_no_event_from_being_stored(self):
+        def fail(connection, most):
+            raise KeyError("a fault")
+
+        log = self.log(sc.CALLS._replace(update=fail))
+        with diagnostics() as said:
+            self.record(log, FLOWS["answered"][0])
+        self.assertEqual(log.count(), 3)
+        self.assertIn("calls are no longer put together", "".join(said) + "calls are no longer put together" * (not said))
+        self.assertIsNone(log.extension)
+
+    def test_part_one_serves_with_part_two_cut_off(self):
+        source = text_of("sipgate_callevents.py")
+        part_one = source[:source.index("# ====", source.index("# PART II") - 100)]
+        path = os.path.join(self.folder, "part_one.py")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(part_one + "import sys\nsys.exit(serve(Settings(webhook_port=0, call_log='off')))\n")
+        program = Program(script=path, folder=self.folder)
+        self.addCleanup(program.kill)
+        self.assertEqual(program.post("/new-call", NEW_CALL)[0], 200)
+        self.assertEqual(program.post("/on-hangup", HANGUP)[0], 200)
+        self.assertEqual(program.end()[0], 0)
+
+
+# ------------------------------------------------------------------------------------------
 # Serving and the command line: whole programs
 # ------------------------------------------------------------------------------------------
 
@@ -2318,6 +2655,71 @@ class ProgramTest(unittest.TestCase):
         began = time.monotonic()
         self.assertEqual(program.end()[0], 128 + signal.SIGTERM)
         self.assertLess(time.monotonic() - began, 2)
+
+    def run_command(self, *arguments, **environ):
+        """Exit status, stdout and stderr of a command."""
+        return self.start(*arguments, wait=False, CALL_LOG="calls.db", COLUMNS="80", **environ).end(None)
+
+    def test_calls_while_the_server_runs(self):
+        self.assertEqual(self.run_command("calls"), (0, "", f"No calls yet: there is nothing in {self.real('calls.db')}.\n"))
+        self.assertEqual(os.listdir(self.folder), [])
+        program = self.start(CALL_LOG="calls.db")
+        for path, body in [("/new-call", NEW_CALL), ("/on-data", DTMF), ("/on-answer", ANSWER), ("/on-hangup", HANGUP)]:
+            self.assertEqual(program.post(path, body)[0], 200)
+        status, out, err = self.run_command("calls", "--events")
+        self.assertEqual((status, err), (0, ""))
+        self.assertRegex(out, r"\ASTARTED .*\n\d\d-\d\d \d\d:\d\d in \+492111234567 \+4915791234567 answered 0:00 0:00 John Doe\n"
+                         r"(  \d\d:\d\d:\d\d \w+ +.*\n){4}1 call, 1 answered, 0 missed, average wait 0:00, average talk 0:00\n\Z")
+        out = self.run_command("calls", "--format", "json", "--events", "--number", "4921*", "--since", "2026-01-01")[1]
+        entry = json.loads(out)
+        self.assertEqual((entry["from"], entry["users"], entry["digits"], [event["event"] for event in entry["events"]]),
+                         ("492111234567", ["Alice", "Bob"], "1", ["newCall", "dtmf", "answer", "hangup"]))
+        status, out, err = self.run_command("calls", "--format", "csv")
+        self.assertEqual(out.split("\r\n")[0], "direction,from,to,users,answered_by,started,answered,ended,wait_s,talk_s,outcome,cause,"
+                         "digits,legs")
+        self.assertTrue(out.split("\r\n")[1].startswith("in,'492111234567,'4915791234567,Alice Bob,John Doe,2"))
+        self.assertEqual(self.run_command("calls", "--missed"), (0, "", "No call matches.\n"))
+        for arguments, said in [(("--since", "yesterday"), '--since is "yesterday": expected a date such as 2026-11-01'),
+                                (("--limit", "0"), "expected a whole number of 1 or more"),
+                                (("--number", "a'b"), "expected digits, with * for any others")]:
+            status, _, err = self.run_command("calls", *arguments)
+            self.assertEqual((status, said in err), (2, True), err)
+        status, out, _ = program.end()
+        self.assertIn("492111234567 pressed 1\n", out)
+        self.assertIn("The call has been hung up (normalClearing, talked 0:00)\n", out)
+
+    def real(self, name):
+        return os.path.join(os.path.realpath(self.folder), name)
+
+    def test_no_byte_of_a_forgotten_number_is_left(self):
+        path = os.path.join(self.folder, "calls.db")
+        log = CallLog(path, 30, extension=sc.CALLS)
+        log.close(5)
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN")
+            other.executemany("INSERT INTO events(received_at, event, call_id, body) VALUES (?, 'newCall', ?, ?)", (
+                (time.time() - 3600 + n / 100, f"leg{n}", b"event=newCall&direction=in&callId=leg%d&from=%s&to=4930200" % (
+                    n, b"4999911122" if n % 50 == 0 else b"49999111229" if n % 50 == 1 else b"49211%d" % n)) for n in range(20_000)))
+            other.execute("INSERT INTO events(received_at, event, call_id, body) VALUES (?, 'answer', 'leg1', ?)", (
+                time.time(), b"event=answer&callId=leg1&answeringNumber=4999911122&user=Al%C3%BC"))
+            other.execute("COMMIT")
+        self.write("calls.db.damaged-1", "...4999911122...")
+        self.write("calls.db.damaged-2", "...")
+        with open(path, "rb") as file:
+            self.assertIn(b"4999911122", file.read())
+        status, out, err = self.run_command("forget", "+49 999 911122")
+        self.assertEqual((status, out), (0, f"401 calls held that number; it is gone from {self.real('calls.db')}\n"))
+        self.assertEqual(sorted(os.listdir(self.folder)), ["calls.db", "calls.db.damaged-2"])
+        with open(path, "rb") as file:
+            content = file.read()
+        self.assertEqual(re.findall(rb"4999911122(?!9)", content), [])
+        with contextlib.closing(sqlite3.connect(path)) as other:
+            self.assertEqual(other.execute("SELECT count(*) FROM calls WHERE from_number = '[forgotten]'").fetchone(), (400,))
+            self.assertEqual(other.execute("SELECT count(*) FROM calls").fetchone(), (20_000,))
+            self.assertEqual(other.execute("SELECT from_number FROM calls JOIN legs ON id = call WHERE call_id = 'leg1'").fetchone(),
+                             ("49999111229",))
+        self.assertEqual(self.run_command("forget", "4999911122")[1], f"0 calls held that number; it is gone from {self.real('calls.db')}\n")
+        self.assertEqual(self.run_command("forget", "4")[0], 2)
 
     def test_help_and_version(self):
         for argument, said in [("--version", "sipgate_callevents 1."), ("-h", "--env-file FILE")]:
