@@ -93,6 +93,31 @@ ROUTES = {"/new-call": "newCall", "/on-answer": "answer", "/on-hangup": "hangup"
 # ==========================================================================================
 
 # ------------------------------------------------------------------------------------------
+# Warnings
+# What keeps the diagnostics readable. Knows nothing of the rest.
+# ------------------------------------------------------------------------------------------
+
+class Throttle:
+    """Warns at most once a minute for each reason, and counts the others: scanners are loud."""
+
+    def __init__(self, seconds: float = 60.0) -> None:
+        self.seconds = seconds
+        self._lock = threading.Lock()
+        self._said: dict[str, tuple[float, int]] = {}
+
+    def warn(self, reason: str, text: str) -> bool:
+        """Log `text`, unless something was logged for `reason` within the last minute; whether it was."""
+        now = time.monotonic()
+        with self._lock:
+            said_at, held_back = self._said.get(reason, (-math.inf, 0))
+            late = now - said_at >= self.seconds
+            self._said[reason] = (now, 0) if late else (said_at, held_back + 1)
+        if late:
+            logger.warning("%s%s", text, f" ({held_back} more since the last message)" if held_back else "")
+        return late
+
+
+# ------------------------------------------------------------------------------------------
 # Settings
 # The .env reader and the checked settings. Text in, values out: no file and no environment
 # is read here.
@@ -723,7 +748,7 @@ class _Entry:
 
     def __init__(self, row: tuple[float, str, str, bytes, bytes | None]) -> None:
         self.row = row
-        self.is_new = True  # not a repeat of a stored one; known once it is stored
+        self.is_new: bool | None = None  # not a repeat of a stored one; None: not tried yet
         self.stored = threading.Lock()
         self.stored.acquire()
 
@@ -750,6 +775,7 @@ class CallLog:
     LOOK_SECONDS = 1.0  # between two looks at whether the file is still ours
     LOCK_SECONDS = 0.5  # that another process may hold the lock before we are behind
     TIDY_SECONDS = 24 * 3600
+    TIDY_RETRY_SECONDS = 600
     TIDY_ROWS = 500
     UPDATE_ROWS = 100  # events that the extension takes in at a time, when it has to catch up
 
@@ -760,10 +786,11 @@ class CallLog:
         self.path, self.days, self.clock = path, days, clock
         self.behind = ""  # why events wait; "" while they do not
         self._said_behind = False
+        self._throttle = Throttle()
         self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
         self._pending: collections.deque[_Entry] = collections.deque()
         self._connection: sqlite3.Connection | None = None
-        self._identity: tuple[int, int] | None = None
+        self._identity: list[tuple[int, int]] = []
         self._uncertain = False  # whether the last commit that failed did so in part only
         self._tidying: Iterator[None] | None = None
         self._tidy_at = 0.0
@@ -782,12 +809,12 @@ class CallLog:
 
     def count(self) -> int:
         """The number of events in the file."""
-        return sum(row[0] for row in self._read("SELECT count(*) FROM events", ()))
+        return sum(row[0] for row in self._read("SELECT count(*) FROM events", ()) or ())
 
-    def signed_calls(self, since: float, most: int) -> list[tuple[str, float]]:
-        """Call id and time of the latest `most` signed newCalls since the Unix time `since`, oldest first."""
+    def signed_calls(self, since: float, most: int) -> list[tuple[str, float]] | None:
+        """Call id and time of the latest `most` signed newCalls since the Unix time `since`; None: not to be read now."""
         return self._read("SELECT call_id, received_at FROM events WHERE received_at > ? AND event = 'newCall' AND digest "
-                          "IS NOT NULL ORDER BY received_at DESC LIMIT ?", (since, most))[::-1]
+                          "IS NOT NULL ORDER BY received_at DESC LIMIT ?", (since, most))
 
     def call(self, call_id: str) -> Any:
         """The call that the leg `call_id` belongs to, None if there is none or reading takes over 0.2 s."""
@@ -801,13 +828,13 @@ class CallLog:
         except sqlite3.Error:
             return None
 
-    def _read(self, query: str, values: Sequence[Any]) -> list[Any]:
+    def _read(self, query: str, values: Sequence[Any]) -> list[Any] | None:
         try:
             with contextlib.closing(self._reader(self.LOCK_SECONDS)) as connection:
                 return connection.execute(query, values).fetchall()
         except sqlite3.Error as error:
-            logger.error("the call log cannot be read: %s", error)
-            return []
+            self._throttle.warn("read", f"the call log cannot be read: {error}")
+            return None
 
     def _reader(self, seconds: float) -> sqlite3.Connection:
         """A connection that only reads; it never blocks the writer's."""
@@ -843,6 +870,9 @@ class CallLog:
                 connection.interrupt()  # VACUUM can take long
         self._thread.join(seconds)
         calls = [entry.row[2] for entry in list(self._pending)]
+        while not self._queue.empty():
+            entry = self._queue.get()
+            calls += [entry.row[2]] if entry else []
         if calls:
             logger.error("%d events could not be stored before the end, of the calls %s",
                          len(calls), ", ".join(dict.fromkeys(calls)))
@@ -890,18 +920,19 @@ class CallLog:
             logger.warning("%s cannot have a write-ahead log where it is; it works, but more slowly", self.path)
         connection.execute("SELECT max(id) FROM events").fetchone()
 
-    def _file_identity(self) -> tuple[int, int] | None:
-        """What tells the file at our path from any other; None if there is none."""
-        try:
-            status = os.stat(self.path)
-        except OSError:
-            return None
-        return status.st_dev, status.st_ino
+    def _file_identity(self) -> list[tuple[int, int]]:
+        """What tells the file at our path and its -wal from any others."""
+        found = []
+        for path in (self.path, self.path + "-wal"):
+            with contextlib.suppress(OSError):
+                status = os.stat(path)
+                found.append((status.st_dev, status.st_ino))
+        return found
 
     def _say_behind(self) -> None:
         if not self._said_behind:
-            self._said_behind = True
-            logger.error("the call log is behind (%s): calls are answered, their events wait in memory", self.behind)
+            self._said_behind = self._throttle.warn(
+                "behind", f"the call log is behind ({self.behind}): calls go through, their events wait in memory")
 
     def _fall_behind(self, reason: str) -> None:
         self.behind = self.behind or reason
@@ -927,8 +958,10 @@ class CallLog:
                 self._tidy(self._own_connection())
             except (sqlite3.Error, OSError, SettingsError) as error:
                 self._recover(error)
+                if self._closing.is_set() and not self._pending:
+                    break
                 time.sleep(self.RETRY_SECONDS)
-        self._own_connection().close()
+        self._disconnect()
 
     def _take(self) -> None:
         """Move what has queued up to `_pending`; with nothing to do, wait for it a while."""
@@ -944,6 +977,9 @@ class CallLog:
         """The connection to the file at our path, a new one if that is another file by now."""
         if self._connection and self._file_identity() != self._identity:
             logger.error("the call log %s was deleted or replaced; what is there now is used", self.path)
+            # What -wal still holds goes into the file that it belongs to, and never into the next one.
+            with contextlib.suppress(sqlite3.Error):
+                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self._disconnect()
         if not self._connection:
             self._open()
@@ -962,7 +998,9 @@ class CallLog:
             insert = INSERT + UNLESS_THERE if self._uncertain else INSERT
             with transaction(connection):
                 for entry in batch:
-                    entry.is_new = connection.execute(insert, entry.row).rowcount > 0
+                    added = connection.execute(insert, entry.row).rowcount > 0
+                    # The first try tells: at the next one, a commit that failed may have made this its own repeat.
+                    entry.is_new = added if entry.is_new is None else entry.is_new
                 self._update(connection, len(batch))
                 self._uncertain = True
             self._uncertain = False
@@ -1003,14 +1041,14 @@ class CallLog:
     def _tidy(self, connection: sqlite3.Connection) -> None:
         """Once a day remove what is too old, one step at a call."""
         if self._tidying is None and self.clock() >= self._tidy_at:
-            self._tidy_at = self.clock() + self.TIDY_SECONDS
             self._tidying = self._tidy_steps(connection)
         try:
             if self._tidying and next(self._tidying, True):
-                self._tidying = None
+                self._tidying, self._tidy_at = None, self.clock() + self.TIDY_SECONDS
         except (sqlite3.OperationalError, OSError) as error:
-            self._tidying, self._tidy_at = None, self.clock() + 3600
-            logger.warning("old events could not be removed (%s); this is tried again in an hour", error)
+            self._tidying, self._tidy_at = None, self.clock() + self.TIDY_RETRY_SECONDS
+            logger.warning("old events could not be removed (%s); this is tried again in %d minutes", error,
+                           self.TIDY_RETRY_SECONDS // 60)
 
     def _tidy_steps(self, connection: sqlite3.Connection) -> Iterator[None]:
         before = self.clock() - self.days * 86400
@@ -1029,18 +1067,20 @@ class CallLog:
                 more = self.extension.remove(connection, before)
             yield
         if removed or connection.execute("PRAGMA freelist_count").fetchone()[0]:
-            yield from self._erase(connection)
-
-    def _erase(self, connection: sqlite3.Connection) -> Iterator[None]:
-        """Have what was deleted leave the files as well as the table."""
-        self.behind = "old events are being removed"  # no webhook waits for that
-        connection.execute("VACUUM")
-        self._store(connection)
-        # The log holds pages as they were before, until it is emptied; a reader can be in the way.
-        connection.execute("PRAGMA busy_timeout=0")
-        while connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+            self.behind = self.behind or "old events are being removed"  # no webhook waits for that
+            connection.execute("VACUUM")
+            self._store(connection)
+        # -wal holds pages as they were before, perhaps since a removal that was cut short.
+        while not self._empty_wal(connection):
             yield
-        connection.execute(f"PRAGMA busy_timeout={self.LOCK_SECONDS * 1000:.0f}")
+
+    def _empty_wal(self, connection: sqlite3.Connection) -> bool:
+        """Whether nothing is left in -wal; a reader can be in the way, and is not waited for."""
+        connection.execute("PRAGMA busy_timeout=0")
+        try:
+            return not connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+        finally:
+            connection.execute(f"PRAGMA busy_timeout={self.LOCK_SECONDS * 1000:.0f}")
 
 
 # ------------------------------------------------------------------------------------------
@@ -1091,25 +1131,6 @@ def on_dtmf(event: DtmfEvent) -> Action | None:
 # sipgate waits 10 s for the reply to a newCall, and until then the phone does not ring.
 REPLY_BUDGET_SECONDS = 3.0
 STORE_SECONDS = 1.0  # of these, for the disk
-
-
-class Throttle:
-    """Warns at most once a minute for each reason, and counts the others: scanners are loud."""
-
-    def __init__(self, seconds: float = 60.0) -> None:
-        self.seconds = seconds
-        self._lock = threading.Lock()
-        self._said: dict[str, tuple[float, int]] = {}
-
-    def warn(self, reason: str, text: str) -> None:
-        """Log `text`, unless something was logged for `reason` within the last minute."""
-        now = time.monotonic()
-        with self._lock:
-            said_at, held_back = self._said.get(reason, (-math.inf, 0))
-            late = now - said_at >= self.seconds
-            self._said[reason] = (now, 0) if late else (said_at, held_back + 1)
-        if late:
-            logger.warning("%s%s", text, f" ({held_back} more since the last message)" if held_back else "")
 
 
 class CallFunctions(NamedTuple):
@@ -1329,8 +1350,8 @@ class Receiver:
         self._lock = threading.Lock()
         self._known: collections.OrderedDict[str, float] = collections.OrderedDict()
         self._digests: collections.OrderedDict[bytes, None] = collections.OrderedDict()
-        for call_id, received_at in call_log.signed_calls(clock() - self.KNOWN_SECONDS, self.KNOWN_CALLS) if call_log else ():
-            self._known[call_id] = received_at
+        self._is_filled = call_log is None  # with the calls from before the start
+        self._fill_known()
 
     def health(self) -> str:
         """What is wrong, "" if nothing is."""
@@ -1420,7 +1441,18 @@ class Receiver:
             if len(self._known) > self.KNOWN_CALLS:
                 self._known.popitem(last=False)
 
+    def _fill_known(self) -> None:
+        """Know the calls from before the start again; later, if the log cannot be read now."""
+        if not self._is_filled and self.call_log:
+            since = self.clock() - self.KNOWN_SECONDS
+            calls = self.call_log.signed_calls(since, self.KNOWN_CALLS)
+            with self._lock:
+                self._is_filled = calls is not None
+                for call_id, received_at in reversed(calls or []):
+                    self._known.setdefault(call_id, received_at)
+
     def _is_known(self, call_id: str) -> bool:
+        self._fill_known()
         with self._lock:
             return self.clock() - self._known.get(call_id, -math.inf) < self.KNOWN_SECONDS
 
@@ -1487,6 +1519,10 @@ CHUNK_LINE_BEGUN = re.compile(rb"[0-9A-Fa-f]{0,6}|[0-9A-Fa-f]{1,6}\r")
 HOST = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 # Twice, each of these is a way to make two readers see two different requests.
 SINGLE_HEADERS = {"content-length", "host", "transfer-encoding", "expect", "content-type", "x-sipgate-signature"}
+
+
+# What tunnels, proxies and browsers add; an Origin or Sec-Fetch-Site is a web page's, from wherever it was loaded.
+PASSED_ON = ("x-forwarded-", "forwarded", "via", "x-real-ip", "x-original-", "cf-", "true-client-ip", "origin", "sec-fetch-")
 
 
 class RequestHead(NamedTuple):
@@ -1608,13 +1644,12 @@ def http_date(moment: int) -> str:
 def outside_host(headers: Mapping[str, str]) -> str:
     """The host that a request from beyond this machine was addressed to; "" for one from here.
 
-    A tunnel or proxy makes every visitor look like 127.0.0.1, so the headers have to tell. An
-    Origin is a web page's, from wherever it was loaded.
+    A tunnel or proxy makes every visitor look like 127.0.0.1, so the headers have to tell.
     """
     host = headers.get("host", "")
     name = HOST.fullmatch(host)
     local = name is not None and is_loopback(name[1].strip("[]"))
-    passed_on = any(key.startswith("x-forwarded-") or key in ("forwarded", "via", "origin") for key in headers)
+    passed_on = any(key.startswith(PASSED_ON) for key in headers)
     if local and not passed_on:
         return ""
     return host if host and not local else "the-address-of-your-proxy"
@@ -1677,7 +1712,9 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
             self._send(Reply(400, b"this port speaks https\n"))
             self._linger()
             raise ConnectionAbortedError
-        self.request = self.state.sock = tls.context().wrap_socket(self.request, True, do_handshake_on_connect=False)
+        self.request = tls.context().wrap_socket(self.request, True, do_handshake_on_connect=False)
+        if not self.server.switch(self.state, self.request):
+            raise ConnectionAbortedError
         self.request.do_handshake()
 
     def handle_one_request(self) -> None:
@@ -1954,12 +1991,8 @@ class WebhookServer(http.server.ThreadingHTTPServer):
         """Accept a connection. Raises OSError."""
         try:
             return super().get_request()
-        except OSError as error:
-            # No file descriptor is left, mostly: without a pause this would be tried again at once, and forever.
-            self._throttle.warn("accept", f"a connection could not be accepted: {error}; the longest-waiting one is closed")
-            with self._condition:
-                self._evict()
-            time.sleep(0.05)
+        except OSError as error:  # no file descriptor is left, mostly
+            self._make_room(str(error))
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -1974,7 +2007,18 @@ class WebhookServer(http.server.ThreadingHTTPServer):
                 self._condition.wait(0.05)
                 self.service_actions()
             self._connections[request] = Connection(request)
-        super().process_request(request, client_address)
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError as error:
+            self._make_room(str(error))
+            self.shutdown_request(request)
+
+    def _make_room(self, reason: str) -> None:
+        """After a failure to accept: close one, and pause, or it would be tried again at once and forever."""
+        self._throttle.warn("accept", f"a connection could not be accepted: {reason}; the longest-waiting one is closed")
+        with self._condition:
+            self._evict()
+        time.sleep(0.05)
 
     def _evict(self) -> None:
         """Cut the connection that has waited longest; none of which a request is in flight."""
@@ -1993,6 +2037,12 @@ class WebhookServer(http.server.ThreadingHTTPServer):
         """What is known of a connection that has been accepted."""
         with self._condition:
             return self._connections[request]
+
+    def switch(self, connection: Connection, sock: socket.socket) -> bool:
+        """Have `sock` stand for the connection from now on; whether it has not been cut yet."""
+        with self._condition:
+            connection.sock = sock
+            return not connection.is_cut
 
     def lose(self, connection: Connection) -> None:
         """Count a connection no longer, whose thread is lost to your code."""
@@ -2031,7 +2081,10 @@ class WebhookServer(http.server.ThreadingHTTPServer):
             for connection in self._connections.values():
                 if not connection.in_flight:
                     connection.cut(socket.SHUT_RD)  # what has come whole still gets its 503
-            self._condition.wait_for(lambda: not any(known.in_flight for known in self._connections.values()), seconds)
+            known = self._connections.values()
+            self._condition.wait_for(lambda: not any(one.in_flight and one.deadline == math.inf for one in known), seconds)
+            # A client that does not take its reply is not waited for.
+            self._condition.wait_for(lambda: not any(one.in_flight for one in known), 0.2)
         self.shutdown()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -2054,7 +2107,7 @@ def printable(text: str, keep: str = "") -> str:
     return UNPRINTABLE.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
 
 
-STOP_SECONDS = 4.0
+STOP_SECONDS = REPLY_BUDGET_SECONDS + 0.1  # for what is in flight; the call log has a second more
 
 
 class Console(io.TextIOBase):
@@ -2402,7 +2455,7 @@ def serve(settings: Settings, extension: Extension | None = None) -> int:
     if left:
         logger.warning("events left to your on_answer and on_hangup when they were stopped: %d", left)
     if call_log:
-        call_log.close(max(deadline - time.monotonic(), 0.1))
+        call_log.close(max(deadline - time.monotonic(), 0) + 1)
     print("Stopped.", file=sys.stderr)
     return 0
 
@@ -2810,7 +2863,7 @@ def show_calls(options: argparse.Namespace, settings: Settings) -> int:
                 entry["events"] = [json.loads(event_json(event, at)) for at, event in its_events]
             print(json.dumps(entry))
     elif options.format == "csv":
-        writer = csv.writer(sys.stdout, lineterminator="\r\n")
+        writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(call_entry(calls[0]))
         writer.writerows([csv_cell(value) for value in call_entry(call).values()] for call in calls)
     else:
@@ -2891,8 +2944,8 @@ def consoles() -> Iterator[None]:
     try:
         yield
     finally:
-        out.drain(0.3)
-        err.drain(0.3)
+        out.drain(0.2)
+        err.drain(0.2)
         logger.removeHandler(diagnostics)
         sys.stdout, sys.stderr = real
 

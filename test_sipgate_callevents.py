@@ -657,7 +657,7 @@ class CallLogTest(unittest.TestCase):
         log = self.open()
         for call_id, digest, age in [("1", b"1", 90_000), ("2", b"2", 50), ("3", None, 40), ("4", b"4", 30), ("5", b"5", 20)]:
             self.record(log, call_id, digest, received_at=self.now - age)
-        self.assertEqual(log.signed_calls(self.now - 86_400, 2), [("4", self.now - 30), ("5", self.now - 20)])
+        self.assertEqual(log.signed_calls(self.now - 86_400, 2), [("5", self.now - 20), ("4", self.now - 30)])
 
     def test_a_file_that_is_not_ours_is_refused_and_left_alone(self):
         foreign = sqlite3.connect(os.path.join(self.folder, "foreign.db"))
@@ -747,7 +747,7 @@ class CallLogTest(unittest.TestCase):
             log = self.open(wait=False)
             self.assertIn("locked", log.behind)
             self.assertIsNone(self.record(log, "1"))
-            self.assertEqual((log.count(), log.signed_calls(0, 1)), (0, []))
+            self.assertEqual((log.count(), log.signed_calls(0, 1)), (0, None))
         wait_until(lambda: not log.behind)
         self.assertEqual(self.rows(), ["1"])
 
@@ -760,6 +760,48 @@ class CallLogTest(unittest.TestCase):
         self.assertEqual(self.rows(), ["2"])
         os.remove(self.path)
         wait_until(lambda: os.path.exists(self.path))  # with no event at all
+
+    def test_a_file_that_is_moved_keeps_what_was_stored_in_it(self):
+        log = self.open()
+        for n in range(20):
+            self.record(log, str(n))
+        os.rename(self.path, self.path + ".old")
+        self.record(log, "new")
+        self.assertEqual(self.rows(path=self.path + ".old"), [str(n) for n in range(20)])
+        self.assertEqual(self.rows(), ["new"])
+        other = os.path.join(self.folder, "other.db")
+        second = self.open(path=other)
+        for n in range(300):
+            self.record(second, f"other{n}")
+        second.close(5)
+        self.record(log, "newer")
+        os.replace(other, self.path)
+        self.record(log, "newest")
+        self.assertEqual(self.rows(), [f"other{n}" for n in range(300)] + ["newest"])
+
+    def test_a_deleted_write_ahead_log_takes_nothing_with_it(self):
+        log = self.open()
+        for n in range(20):
+            self.record(log, str(n))
+            if n == 10:
+                os.remove(self.path + "-wal")
+        self.assertEqual(self.rows(), [str(n) for n in range(20)])
+
+    def test_every_commit_reaches_the_disk(self):
+        log = self.open()
+        self.assertEqual([log._connection.execute("PRAGMA " + name).fetchone()[0]
+                          for name in ("synchronous", "secure_delete", "journal_mode")], [2, 1, "wal"])
+
+    def test_an_event_stored_at_the_second_try_is_no_repeat(self):
+        log = self.open()
+        entry = sc._Entry((self.now, "hangup", "1", b"", b"digest"))
+        other = sqlite3.connect(self.path, isolation_level=None)
+        self.addCleanup(other.close)
+        entry.is_new = True  # as the first try said, whose commit failed and took effect
+        other.execute("INSERT INTO events(received_at, event, call_id, body, digest) VALUES (?, ?, ?, ?, ?)", entry.row)
+        log._queue.put(entry)
+        self.assertTrue(entry.stored.acquire(timeout=5))
+        self.assertEqual((entry.is_new, self.rows()), (True, ["1"]))
 
     def test_without_its_folder_it_is_behind_until_that_is_back(self):
         inner = os.path.join(self.folder, "inner")
@@ -810,7 +852,7 @@ class CallLogTest(unittest.TestCase):
 
     def test_no_byte_of_an_old_number_is_left(self):
         log = self.open(days=30)
-        old = b"event=newCall&callId=OLDCALL%05d&from=4999911122"
+        old = b"event=newCall&callId=OLDCALL%05d&from=49999911122"
         with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as other:
             other.execute("BEGIN")
             other.executemany("INSERT INTO events(received_at, event, call_id, body) VALUES (?, 'newCall', ?, ?)", (
@@ -831,7 +873,7 @@ class CallLogTest(unittest.TestCase):
         for name in names:
             with open(os.path.join(self.folder, name), "rb") as file:
                 content = file.read()
-            self.assertEqual([content.count(b"OLDCALL"), content.count(b"4999911122")], [0, 0], name)
+            self.assertEqual([content.count(b"OLDCALL"), content.count(b"49999911122")], [0, 0], name)
         self.assertEqual(log.count(), 10_001)
 
     def test_what_is_left_of_a_removal_cut_short_goes_the_next_time(self):
@@ -845,6 +887,19 @@ class CallLogTest(unittest.TestCase):
         wait_until(lambda: log._tidy_at and log._tidying is None)
         with contextlib.closing(sqlite3.connect(self.path)) as other:
             self.assertEqual(other.execute("PRAGMA freelist_count").fetchone()[0], 0)
+
+    def test_a_removal_that_a_lock_cuts_short_is_taken_up_again(self):
+        log = self.open(TIDY_RETRY_SECONDS=0)
+        self.record(log, "OLDCALL", received_at=self.now - 86400 * 40)
+        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            log._tidy_at = 0
+            self.assertIsNone(self.record(log, "1", seconds=0.1))
+            other.execute("COMMIT")
+        wait_until(lambda: log._tidy_at > self.now and not log._tidying and not log.behind)
+        for name in os.listdir(self.folder):
+            with open(os.path.join(self.folder, name), "rb") as file:
+                self.assertNotIn(b"OLDCALL", file.read(), name)
 
     def test_damaged_files_put_aside_go_after_the_same_time(self):
         old, young = self.path + ".damaged-1", self.path + ".damaged-2"
@@ -1068,6 +1123,21 @@ class ReceiverTest(unittest.TestCase):
                 receiver.follow_ups.finish(5)
                 log.close(5)
             self.assertEqual(len(seen), 1)
+
+    def test_calls_are_known_again_once_a_log_that_was_locked_can_be_read(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "calls.db")
+            log = CallLog(path, 30)
+            Receiver(LIVE, [TEST_KEY], NO_FUNCTIONS, call_log=log).receive("/new-call", NEW_CALL, sign(NEW_CALL))
+            log.close(5)
+            with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+                other.execute("PRAGMA locking_mode=EXCLUSIVE")
+                other.execute("BEGIN EXCLUSIVE")
+                log = CallLog(path, 30)
+                receiver = Receiver(LIVE, [TEST_KEY], NO_FUNCTIONS, call_log=log)
+                self.assertEqual(refusal(receiver.receive, "/on-hangup", HANGUP)[0], 403)
+            self.assertEqual(receiver.receive("/on-hangup", HANGUP).status, 200)
+            log.close(5)
 
     def test_an_error_of_ours_lets_the_call_go_through(self):
         receiver = self.receiver()
@@ -1533,7 +1603,8 @@ class HttpTest(unittest.TestCase):
             self.assertNotIn(b"EVIL", self.running.exchange(sent))
 
     def test_a_page_of_another_site_cannot_play_sipgate(self):
-        for header in ("Origin: https://evil.example", "X-Forwarded-For: 1.2.3.4", "Via: 1.1 x", "Forwarded: for=1.2.3.4"):
+        for header in ("Origin: https://evil.example", "X-Forwarded-For: 1.2.3.4", "Via: 1.1 x", "Forwarded: for=1.2.3.4",
+                       "X-Real-IP: 1.2.3.4", "Sec-Fetch-Site: cross-site", "CF-Connecting-IP: 1.2.3.4"):
             self.assertEqual(self.running.statuses(request(NEW_CALL, header)), [403], header)
         self.assertEqual(self.running.statuses(request(host="abc.lhr.life")), [403])
         self.assertEqual(self.running.statuses(b"POST /new-call HTTP/1.0\r\n\r\n"), [403])
@@ -1710,6 +1781,16 @@ class CapTest(unittest.TestCase):
         self.assertEqual(first.recv(1), b"")
         second.sendall(request()[9:])
         self.assertTrue(second.recv(65536).startswith(b"HTTP/1.1 200 "))
+
+    def test_a_connection_that_was_cut_is_never_served(self):
+        server = self.running.server
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+        self.addCleanup(theirs.close)
+        connection = sc.Connection(ours)
+        connection.cut()
+        self.assertFalse(server.begin(connection))
+        self.assertFalse(server.switch(connection, ours))
 
     def test_what_is_in_flight_is_never_chosen(self):
         busy = [self.connect(request(b"callId=slow")) for _ in range(4)]
@@ -2675,9 +2756,9 @@ class ProgramTest(unittest.TestCase):
         self.assertEqual((entry["from"], entry["users"], entry["digits"], [event["event"] for event in entry["events"]]),
                          ("492111234567", ["Alice", "Bob"], "1", ["newCall", "dtmf", "answer", "hangup"]))
         status, out, err = self.run_command("calls", "--format", "csv")
-        self.assertEqual(out.split("\r\n")[0], "direction,from,to,users,answered_by,started,answered,ended,wait_s,talk_s,outcome,cause,"
+        self.assertEqual(out.split("\n")[0], "direction,from,to,users,answered_by,started,answered,ended,wait_s,talk_s,outcome,cause,"
                          "digits,legs")
-        self.assertTrue(out.split("\r\n")[1].startswith("in,'492111234567,'4915791234567,Alice Bob,John Doe,2"))
+        self.assertTrue(out.split("\n")[1].startswith("in,'492111234567,'4915791234567,Alice Bob,John Doe,2"))
         self.assertEqual(self.run_command("calls", "--missed"), (0, "", "No call matches.\n"))
         for arguments, said in [(("--since", "yesterday"), '--since is "yesterday": expected a date such as 2026-11-01'),
                                 (("--limit", "0"), "expected a whole number of 1 or more"),
@@ -2699,26 +2780,26 @@ class ProgramTest(unittest.TestCase):
             other.execute("BEGIN")
             other.executemany("INSERT INTO events(received_at, event, call_id, body) VALUES (?, 'newCall', ?, ?)", (
                 (time.time() - 3600 + n / 100, f"leg{n}", b"event=newCall&direction=in&callId=leg%d&from=%s&to=4930200" % (
-                    n, b"4999911122" if n % 50 == 0 else b"49999111229" if n % 50 == 1 else b"49211%d" % n)) for n in range(20_000)))
+                    n, b"49999911122" if n % 50 == 0 else b"499999111229" if n % 50 == 1 else b"49211%d" % n)) for n in range(20_000)))
             other.execute("INSERT INTO events(received_at, event, call_id, body) VALUES (?, 'answer', 'leg1', ?)", (
-                time.time(), b"event=answer&callId=leg1&answeringNumber=4999911122&user=Al%C3%BC"))
+                time.time(), b"event=answer&callId=leg1&answeringNumber=49999911122&user=Al%C3%BC"))
             other.execute("COMMIT")
-        self.write("calls.db.damaged-1", "...4999911122...")
+        self.write("calls.db.damaged-1", "...49999911122...")
         self.write("calls.db.damaged-2", "...")
         with open(path, "rb") as file:
-            self.assertIn(b"4999911122", file.read())
-        status, out, err = self.run_command("forget", "+49 999 911122")
+            self.assertIn(b"49999911122", file.read())
+        status, out, err = self.run_command("forget", "+49 (999) 911-122")
         self.assertEqual((status, out), (0, f"401 calls held that number; it is gone from {self.real('calls.db')}\n"))
         self.assertEqual(sorted(os.listdir(self.folder)), ["calls.db", "calls.db.damaged-2"])
         with open(path, "rb") as file:
             content = file.read()
-        self.assertEqual(re.findall(rb"4999911122(?!9)", content), [])
+        self.assertEqual(re.findall(rb"49999911122(?!9)", content), [])
         with contextlib.closing(sqlite3.connect(path)) as other:
             self.assertEqual(other.execute("SELECT count(*) FROM calls WHERE from_number = '[forgotten]'").fetchone(), (400,))
             self.assertEqual(other.execute("SELECT count(*) FROM calls").fetchone(), (20_000,))
             self.assertEqual(other.execute("SELECT from_number FROM calls JOIN legs ON id = call WHERE call_id = 'leg1'").fetchone(),
-                             ("49999111229",))
-        self.assertEqual(self.run_command("forget", "4999911122")[1], f"0 calls held that number; it is gone from {self.real('calls.db')}\n")
+                             ("499999111229",))
+        self.assertEqual(self.run_command("forget", "49999911122")[1], f"0 calls held that number; it is gone from {self.real('calls.db')}\n")
         self.assertEqual(self.run_command("forget", "4")[0], 2)
 
     def test_help_and_version(self):
