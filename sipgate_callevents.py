@@ -777,12 +777,16 @@ class CallLog:
     TIDY_SECONDS = 24 * 3600
     TIDY_RETRY_SECONDS = 600
     TIDY_ROWS = 500
-    UPDATE_ROWS = 100  # events that the extension takes in at a time, when it has to catch up
+    UPDATE_ROWS = 100  # newCalls that may wait for the extension, and what it takes in at a time to catch up
+    UPDATE_SECONDS = 0.05  # of quiet before it takes in newCalls: no caller is to wait for that
 
     def __init__(self, path: str, days: int, clock: Callable[[], float] = time.time,
                  extension: Extension | None = None) -> None:
         """Open or create the file at `path` that keeps events for `days`. Raises SettingsError."""
-        self.extension, self._to_update = extension, extension is not None
+        self.extension = extension
+        self._to_update = extension is not None  # whether the extension has events to take in
+        self._is_catching_up = self._to_update  # and more than the latest few
+        self._deferred = 0
         self.path, self.days, self.clock = path, days, clock
         self.behind = ""  # why events wait; "" while they do not
         self._said_behind = False
@@ -952,9 +956,9 @@ class CallLog:
                 self._store(self._own_connection())
                 if self._closing.is_set() and not self._pending:
                     break
-                if self._to_update:
+                if self._to_update and self._queue.empty():
                     with transaction(self._own_connection()):
-                        self._update(self._own_connection(), 0)
+                        self._update(self._own_connection())
                 self._tidy(self._own_connection())
             except (sqlite3.Error, OSError, SettingsError) as error:
                 self._recover(error)
@@ -965,7 +969,8 @@ class CallLog:
 
     def _take(self) -> None:
         """Move what has queued up to `_pending`; with nothing to do, wait for it a while."""
-        wait = 0.0 if self._pending or self._to_update or self._closing.is_set() else 0.01 if self._tidying else self.LOOK_SECONDS
+        wait = 0.0 if self._pending or self._is_catching_up or self._closing.is_set() else (
+            0.01 if self._tidying else self.UPDATE_SECONDS if self._to_update else self.LOOK_SECONDS)
         with contextlib.suppress(queue.Empty):
             while wait or not self._queue.empty():
                 entry = self._queue.get(timeout=wait)
@@ -1001,7 +1006,10 @@ class CallLog:
                     added = connection.execute(insert, entry.row).rowcount > 0
                     # The first try tells: at the next one, a commit that failed may have made this its own repeat.
                     entry.is_new = added if entry.is_new is None else entry.is_new
-                self._update(connection, len(batch))
+                self._deferred += len(batch)
+                # A newCall has a caller waiting; what comes later has your code waiting for event.call.
+                if any(entry.row[1] != "newCall" for entry in batch) or self._deferred >= self.UPDATE_ROWS:
+                    self._update(connection)
                 self._uncertain = True
             self._uncertain = False
             # Deleted meanwhile? Then this went into a file without a name, and goes into the next one again.
@@ -1013,16 +1021,18 @@ class CallLog:
         if self._queue.empty():
             self._catch_up()
 
-    def _update(self, connection: sqlite3.Connection, most: int) -> None:
+    def _update(self, connection: sqlite3.Connection) -> None:
         """Have the extension take in what is new. An error in it must not keep events from being stored."""
         if self.extension:
+            most = self.UPDATE_ROWS if self._is_catching_up else self.UPDATE_ROWS + self.BATCH
             try:
-                self._to_update = self.extension.update(connection, max(most, self.UPDATE_ROWS))
+                self._is_catching_up = self._to_update = self.extension.update(connection, most)
             except sqlite3.Error:
                 raise
             except Exception:
                 logger.exception("an error in this program; calls are no longer put together")
-                self.extension, self._to_update = None, False
+                self.extension, self._is_catching_up, self._to_update = None, False, False
+        self._deferred = 0
 
     def _recover(self, error: Exception) -> None:
         """After a failure: fall behind, put a damaged file aside, and have a new connection made."""
@@ -1688,6 +1698,7 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
     reply_seconds = 10.0
     idle_seconds = 75.0  # longer than nginx keeps a connection (60), which does not repeat a POST
     linger_seconds, linger_bytes = 1.0, 4 * 1024 * 1024
+    pipeline_seconds = 0.05
 
     server: WebhookServer
 
@@ -1757,6 +1768,9 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
 
     def _read_head(self) -> RequestHead | None:
         """The next request head, None if the client closes, or says nothing for too long."""
+        if self.received:
+            # Neither sipgate nor a proxy pipelines; who does is not to take the time of a caller.
+            time.sleep(self.pipeline_seconds)
         idle = not self.is_first and not self.received
         self._allow(self.idle_seconds if idle else self.head_seconds)
         head = parse_head(self.received)
@@ -2930,24 +2944,32 @@ def _forget_in(connection: sqlite3.Connection, number: str) -> int:
 
 @contextlib.contextmanager
 def consoles() -> Iterator[None]:
-    """Lead sys.stdout, sys.stderr and our diagnostics through Consoles."""
+    """Lead sys.stdout and sys.stderr through Consoles."""
     real = sys.stdout, sys.stderr
     # pythonw has no streams at all.
     out, err = (Console(stream or open(os.devnull, "w", encoding="utf-8")) for stream in real)  # noqa: SIM115
     sys.stdout, sys.stderr = out, err
-    diagnostics = logging.StreamHandler(err)
-    # journald writes the time itself.
-    moment = "" if os.environ.get("JOURNAL_STREAM") else "%(asctime)s "
-    diagnostics.setFormatter(DiagnosticFormatter(moment + "%(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
-    logger.addHandler(diagnostics)
-    logger.propagate = False
     try:
         yield
     finally:
         out.drain(0.2)
         err.drain(0.2)
-        logger.removeHandler(diagnostics)
         sys.stdout, sys.stderr = real
+
+
+@contextlib.contextmanager
+def diagnostics() -> Iterator[None]:
+    """Lead our messages to sys.stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    # journald writes the time itself.
+    moment = "" if os.environ.get("JOURNAL_STREAM") else "%(asctime)s "
+    handler.setFormatter(DiagnosticFormatter(moment + "%(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def read_env_file(path: str) -> str:
@@ -3030,10 +3052,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A file named in CALL_HANDLERS imports this very module, whatever the script is called.
     sys.modules["sipgate_callevents"] = sys.modules[__name__]
     commands = {"calls": show_calls, "forget": forget_number}
-    with consoles():
+    # A command may wait for whoever reads its output; a server may not.
+    with contextlib.nullcontext() if options.command else consoles(), diagnostics():
         try:
             settings = read_settings(options, os.environ)
             return commands[options.command](options, settings) if options.command else serve(settings, CALLS)
+        except BrokenPipeError:  # such as head, which has seen enough
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - nothing is left to flush
+            return 0
         except Nothing as nothing:
             print(f"{str(nothing)[0].upper()}{str(nothing)[1:]}.", file=sys.stderr)
             return 0

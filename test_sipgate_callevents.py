@@ -1286,6 +1286,7 @@ class Running:
         head_seconds = body_seconds = 0.3
         idle_seconds = 0.4
         linger_seconds = 0.3
+        pipeline_seconds = 0.001
 
     def __init__(self, settings=TRIAL, functions=NO_FUNCTIONS, handler=Handler, tls=None, host="127.0.0.1"):
         self.server = WebhookServer(host, 0, settings.base_path, tls)
