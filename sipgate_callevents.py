@@ -777,7 +777,7 @@ class CallLog:
     TIDY_SECONDS = 24 * 3600
     TIDY_RETRY_SECONDS = 600
     TIDY_ROWS = 500
-    UPDATE_ROWS = 100  # newCalls that may wait for the extension, and what it takes in at a time to catch up
+    UPDATE_ROWS = 500  # events that the extension takes in at a time
     UPDATE_SECONDS = 0.05  # of quiet before it takes in newCalls: no caller is to wait for that
 
     def __init__(self, path: str, days: int, clock: Callable[[], float] = time.time,
@@ -785,8 +785,6 @@ class CallLog:
         """Open or create the file at `path` that keeps events for `days`. Raises SettingsError."""
         self.extension = extension
         self._to_update = extension is not None  # whether the extension has events to take in
-        self._is_catching_up = self._to_update  # and more than the latest few
-        self._deferred = 0
         self.path, self.days, self.clock = path, days, clock
         self.behind = ""  # why events wait; "" while they do not
         self._said_behind = False
@@ -952,11 +950,12 @@ class CallLog:
         """The writing thread: store, look after the file, tidy up, until told to end."""
         while True:
             self._take()
+            is_quiet = not self._pending
             try:
                 self._store(self._own_connection())
                 if self._closing.is_set() and not self._pending:
                     break
-                if self._to_update and self._queue.empty():
+                if is_quiet and self._to_update:
                     with transaction(self._own_connection()):
                         self._update(self._own_connection())
                 self._tidy(self._own_connection())
@@ -969,7 +968,7 @@ class CallLog:
 
     def _take(self) -> None:
         """Move what has queued up to `_pending`; with nothing to do, wait for it a while."""
-        wait = 0.0 if self._pending or self._is_catching_up or self._closing.is_set() else (
+        wait = 0.0 if self._pending or self._closing.is_set() else (
             0.01 if self._tidying else self.UPDATE_SECONDS if self._to_update else self.LOOK_SECONDS)
         with contextlib.suppress(queue.Empty):
             while wait or not self._queue.empty():
@@ -1006,9 +1005,9 @@ class CallLog:
                     added = connection.execute(insert, entry.row).rowcount > 0
                     # The first try tells: at the next one, a commit that failed may have made this its own repeat.
                     entry.is_new = added if entry.is_new is None else entry.is_new
-                self._deferred += len(batch)
-                # A newCall has a caller waiting; what comes later has your code waiting for event.call.
-                if any(entry.row[1] != "newCall" for entry in batch) or self._deferred >= self.UPDATE_ROWS:
+                # A newCall has a caller waiting, who needs no calls; your code for the other events does.
+                self._to_update = True
+                if any(entry.row[1] != "newCall" for entry in batch):
                     self._update(connection)
                 self._uncertain = True
             self._uncertain = False
@@ -1023,16 +1022,13 @@ class CallLog:
 
     def _update(self, connection: sqlite3.Connection) -> None:
         """Have the extension take in what is new. An error in it must not keep events from being stored."""
-        if self.extension:
-            most = self.UPDATE_ROWS if self._is_catching_up else self.UPDATE_ROWS + self.BATCH
-            try:
-                self._is_catching_up = self._to_update = self.extension.update(connection, most)
-            except sqlite3.Error:
-                raise
-            except Exception:
-                logger.exception("an error in this program; calls are no longer put together")
-                self.extension, self._is_catching_up, self._to_update = None, False, False
-        self._deferred = 0
+        try:
+            self._to_update = self.extension is not None and self.extension.update(connection, self.UPDATE_ROWS)
+        except sqlite3.Error:
+            raise
+        except Exception:
+            logger.exception("an error in this program; calls are no longer put together")
+            self.extension, self._to_update = None, False
 
     def _recover(self, error: Exception) -> None:
         """After a failure: fall behind, put a damaged file aside, and have a new connection made."""

@@ -1733,6 +1733,16 @@ class TimeLimitTest(unittest.TestCase):
     def test_who_says_nothing_is_closed_without_a_word(self):
         self.assertEqual(self.running.exchange(b"", close=False), b"")
 
+    def test_who_pipelines_is_made_to_wait(self):
+        class Slow(Running.Handler):
+            pipeline_seconds = 0.1
+
+        running = Running(handler=Slow)
+        self.addCleanup(running.stop)
+        began = time.monotonic()
+        self.assertEqual(running.statuses(request() * 4), [200] * 4)
+        self.assertGreater(time.monotonic() - began, 0.3)
+
     def test_an_idle_connection_is_kept_for_a_while(self):
         with self.running.connect() as connection:
             connection.sendall(request())
@@ -1743,7 +1753,7 @@ class TimeLimitTest(unittest.TestCase):
 
     def test_a_reply_that_nobody_takes_ends_the_connection(self):
         class Impatient(Running.Handler):
-            reply_seconds = 0.2
+            reply_seconds, pipeline_seconds = 0.2, 0
 
         running = Running(handler=Impatient)
         self.addCleanup(running.stop)
