@@ -2493,7 +2493,6 @@ CREATE TABLE calls(id INTEGER PRIMARY KEY, started REAL, last_at REAL, outcome T
 CREATE INDEX calls_started ON calls(started);
 CREATE INDEX calls_from ON calls(from_number, started);
 CREATE INDEX calls_to ON calls(to_number, started);
-CREATE INDEX IF NOT EXISTS events_call_id ON events(call_id);
 """
 LINK_SECONDS = 24 * 3600  # two events with the same xcid belong together if they are no further apart
 LOST_SECONDS = 6 * 3600  # after the last event, a call whose end was not reported is lost
@@ -2645,48 +2644,42 @@ def _take_in(connection: sqlite3.Connection, number: int, received_at: float, ki
             ("x" + xcid, received_at - LINK_SECONDS, received_at + LINK_SECONDS)))
         connection.execute("INSERT OR IGNORE INTO links VALUES (?, ?, ?)", ("x" + xcid, received_at, leg))
     calls = sorted({row[0] for one in near for row in connection.execute("SELECT call FROM legs WHERE call_id = ?", (one,))})
-    if not calls:
-        _put(connection, number, received_at, put_together([(received_at, event)]), [leg])
-        return
-    legs = {leg}
+    legs, numbers = {leg}, {number}
     for call in calls:
-        legs.update(_legs_of(connection, call))
+        its_legs, its_numbers = _parts_of(connection, call)
+        legs.update(its_legs)
+        numbers.update(its_numbers)
         if call != calls[0]:
             connection.execute("DELETE FROM calls WHERE id = ?", (call,))
-    rows = _events_of(connection, legs)
-    _put(connection, calls[0], max(at for at, _ in rows), put_together(rows), sorted(legs))
-
-
-def _legs_of(connection: sqlite3.Connection, call: int) -> list[str]:
-    fields = json.loads(connection.execute("SELECT fields FROM calls WHERE id = ?", (call,)).fetchone()[0])
-    return list(fields["all_legs"])
-
-
-def _events_of(connection: sqlite3.Connection, legs: Iterable[str]) -> list[tuple[float, CallEvent]]:
-    """Time and event of all that is stored for `legs`, in the order of recording."""
-    return [(at, _stored_event(number, kind, body)[1]) for number, at, kind, _, body in _rows_of(connection, legs)]
-
-
-def _rows_of(connection: sqlite3.Connection, legs: Iterable[str]) -> list[Any]:
-    """The rows of all events of `legs`, in the order of recording."""
-    found = []
-    for leg in legs:
-        where, value = ("id = ?", leg[1:]) if leg.startswith("#") else ("call_id = ?", leg)
-        found += connection.execute(f"SELECT id, received_at, event, call_id, body FROM events WHERE {where}", (value,)).fetchall()
-    return sorted(found)
-
-
-def _put(connection: sqlite3.Connection, number: int, last_at: float, call: Call, legs: Sequence[str]) -> None:
+    events = _events_of(connection, numbers) if calls else [(received_at, event)]
+    call, last_at = put_together(events), max(at for at, _ in events)
+    key = calls[0] if calls else number
     connection.execute("INSERT OR REPLACE INTO calls VALUES (?, ?, ?, ?, ?, ?, ?)", (
-        number, call.started, last_at, call.outcome, call.from_number, call.to_number,
-        json.dumps({**call.__dict__, "all_legs": legs})))
-    connection.executemany("INSERT OR REPLACE INTO legs VALUES (?, ?)", [(leg, number) for leg in legs])
+        key, call.started, last_at, call.outcome, call.from_number, call.to_number,
+        json.dumps([call.__dict__, sorted(legs), sorted(numbers)])))
+    connection.executemany("INSERT OR REPLACE INTO legs VALUES (?, ?)", [(one, key) for one in legs])
+
+
+def _parts_of(connection: sqlite3.Connection, call: int) -> tuple[list[str], list[int]]:
+    """The legs of a call, and the numbers of its events."""
+    _, legs, numbers = json.loads(connection.execute("SELECT fields FROM calls WHERE id = ?", (call,)).fetchone()[0])
+    return legs, numbers
+
+
+def _rows_of(connection: sqlite3.Connection, numbers: Iterable[int]) -> list[Any]:
+    """The rows of events that are still there, in the order of recording."""
+    found = (connection.execute("SELECT id, received_at, event, call_id, body FROM events WHERE id = ?", (number,)).fetchone()
+             for number in sorted(numbers))
+    return [row for row in found if row]
+
+
+def _events_of(connection: sqlite3.Connection, numbers: Iterable[int]) -> list[tuple[float, CallEvent]]:
+    return [(at, _stored_event(number, kind, body)[1]) for number, at, kind, _, body in _rows_of(connection, numbers)]
 
 
 def _as_call(fields: str, last_at: float, now: float) -> Call:
     """The call that a row of the table holds, as it stands `now`."""
-    values = json.loads(fields)
-    del values["all_legs"]
+    values, _, _ = json.loads(fields)
     call = Call(**{**values, "users": tuple(values["users"]), "legs": tuple(values["legs"])})
     return seen_at(call, last_at, now)
 
@@ -2712,11 +2705,11 @@ def remove_calls(connection: sqlite3.Connection, before: float) -> bool:
 
 def rebuild_call(connection: sqlite3.Connection, call: int) -> None:
     """Put one call together anew from the events that are left of it."""
-    legs = _legs_of(connection, call)
+    legs, numbers = _parts_of(connection, call)
     connection.execute("DELETE FROM calls WHERE id = ?", (call,))
     for leg in legs:
         connection.execute("DELETE FROM legs WHERE call_id = ?", (leg,))
-    for row in _rows_of(connection, legs):
+    for row in _rows_of(connection, numbers):
         _take_in(connection, *row)
 
 
@@ -2771,8 +2764,8 @@ def owner(path: str) -> str:
 
 
 def find_calls(connection: sqlite3.Connection, now: float, *, missed: bool = False, since: float | None = None,
-               number: str = "", limit: int = 20) -> list[Call]:
-    """Return the latest `limit` calls, newest last.
+               number: str = "", limit: int = 20) -> list[tuple[Call, list[tuple[float, CallEvent]]]]:
+    """Return the latest `limit` calls, newest last, each with time and event of all that is stored for it.
 
     With `missed`, those to ring back: missed, or with voicemail only, and not spoken to since.
     `number` is a pattern of digits and *, for the caller or the called party.
@@ -2791,12 +2784,8 @@ def find_calls(connection: sqlite3.Connection, now: float, *, missed: bool = Fal
         values += [number, number]
     rows = connection.execute(f"SELECT fields, last_at FROM calls WHERE {' AND '.join(where)} "
                               "ORDER BY started DESC, id DESC LIMIT ?", (*values, limit)).fetchall()
-    return [_as_call(fields, last_at, now) for fields, last_at in reversed(rows)]
-
-
-def events_of(connection: sqlite3.Connection, call: Call) -> list[tuple[float, CallEvent]]:
-    """Return time and event of all that is stored for the legs of `call`, earliest first."""
-    return sorted(_events_of(connection, call.legs), key=lambda pair: pair[0])
+    return [(_as_call(fields, last_at, now), sorted(_events_of(connection, json.loads(fields)[2]), key=lambda pair: pair[0]))
+            for fields, last_at in reversed(rows)]
 
 
 def with_plus(number: str) -> str:
@@ -2862,10 +2851,10 @@ def show_calls(options: argparse.Namespace, settings: Settings) -> int:
     if not re.fullmatch("[0-9A-Za-z*]*", number):
         raise SettingsError(f'--number is "{options.number}": expected digits, with * for any others')
     with contextlib.closing(open_calls(settings.call_log)) as connection:
-        calls = find_calls(connection, time.time(), missed=options.missed, since=since, number=number, limit=options.limit)
-        if not calls:
-            raise Nothing("no call matches" if options.missed or since or number else f"no calls yet in {settings.call_log}")
-        events = [events_of(connection, call) if options.events else [] for call in calls]
+        found = find_calls(connection, time.time(), missed=options.missed, since=since, number=number, limit=options.limit)
+    if not found:
+        raise Nothing("no call matches" if options.missed or since or number else f"no calls yet in {settings.call_log}")
+    calls, events = zip(*found)
     if options.format == "json":
         for call, its_events in zip(calls, events):
             entry = call_entry(call)
@@ -2881,7 +2870,7 @@ def show_calls(options: argparse.Namespace, settings: Settings) -> int:
         print(head)
         for line, its_events in zip(lines, events):
             print(line)
-            for at, event in its_events:
+            for at, event in its_events if options.events else ():
                 print(f"  {time.strftime('%H:%M:%S', time.localtime(at))} {event.event:7} {event_line(event)}")
         print(totals(calls))
     return 0

@@ -2112,7 +2112,7 @@ def add_events(connection, rows, together=False):
 
 
 def all_calls(connection, now=1e9 + 10 * 86400, **options):
-    return sc.find_calls(connection, now, limit=1000, **options)
+    return [call for call, _ in sc.find_calls(connection, now, limit=1000, **options)]
 
 
 class CallsTest(unittest.TestCase):
@@ -2203,7 +2203,8 @@ class CallsTest(unittest.TestCase):
         self.assertEqual(len(all_calls(connection, number="4930200")), 30)
         self.assertEqual(len(all_calls(connection, number="21100")), 0)
         self.assertEqual(len(all_calls(connection, since=1e9 + 25)), 5)
-        self.assertEqual([call.started - 1e9 for call in sc.find_calls(connection, 1e9, limit=2)], [28, 29])
+        self.assertEqual([(call.started - 1e9, [event.call_id for _, event in events])
+                          for call, events in sc.find_calls(connection, 1e9, limit=2)], [(28, ["28"]), (29, ["29"])])
 
     def test_old_calls_go_with_their_events(self):
         connection = self.connection()
