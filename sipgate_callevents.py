@@ -6,7 +6,8 @@
 Copy this one file to a server and start it; Python 3.8 or newer is all it needs:
 
     python3 sipgate_callevents.py                             try it on this machine
-    python3 sipgate_callevents.py --url https://example.org/3f9c2a     take real calls
+    python3 sipgate_callevents.py --url https://example.org/SECRET-PATH    take real calls
+    python3 sipgate_callevents.py calls --missed              whom to ring back
 
 sipgate POSTs a newCall when a call starts. The XML reply decides about the call and asks
 for the later events: answer, hangup, and dtmf (the digits of a <Gather>). To decide
@@ -1114,8 +1115,8 @@ def on_answer(event: AnswerEvent) -> None:
 def on_hangup(event: HangupEvent) -> None:
     """A call ended. Runs after the reply, one at a time, and may be slow.
 
-    if event.cause == "cancel":
-        print("missed:", event.from_number)
+    if event.call and event.call.outcome == "missed":
+        print("please ring back:", event.call.from_number)
     """
 
 
