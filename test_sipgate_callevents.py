@@ -2868,7 +2868,7 @@ class ReadmeTest(unittest.TestCase):
         self.assertEqual(mine["on_new_call"](NewCallEvent(direction="in")), voicemail())
         self.assertIsNone(mine["on_new_call"](NewCallEvent(direction="in", users=("Alice",))))
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-                mine["on_hangup"](HangupEvent())
+            mine["on_hangup"](HangupEvent())
             mine["on_hangup"](HangupEvent(call=ShownCallsTest.CALL))
             mine["on_hangup"](HangupEvent(call=replace(ShownCallsTest.CALL, outcome="missed", from_number="49211")))
         self.assertEqual(printed.getvalue(), "please ring back: 49211\n")
