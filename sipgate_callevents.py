@@ -5,9 +5,10 @@
 
 Copy this one file to a server and start it; Python 3.8 or newer is all it needs:
 
-    python3 sipgate_callevents.py                             try it on this machine
-    python3 sipgate_callevents.py --url https://example.org/SECRET-PATH    take real calls
-    python3 sipgate_callevents.py calls --missed              whom to ring back
+    python3 sipgate_callevents.py               take calls; without --url from this machine only
+    python3 sipgate_callevents.py simulate      rehearse a call, without a phone
+    python3 sipgate_callevents.py check         find out why nothing arrives
+    python3 sipgate_callevents.py calls         the latest calls, with their outcome
 
 sipgate POSTs a newCall when a call starts. The XML reply decides about the call and asks
 for the later events: answer, hangup, and dtmf (the digits of a <Gather>). To decide
@@ -49,6 +50,7 @@ import errno
 import functools
 import glob
 import hashlib
+import http.client
 import http.server
 import importlib.util
 import inspect
@@ -60,6 +62,7 @@ import logging
 import math
 import os
 import pathlib
+import platform
 import queue
 import re
 import shutil
@@ -69,6 +72,7 @@ import socketserver
 import sqlite3
 import ssl
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -1138,6 +1142,7 @@ def on_dtmf(event: DtmfEvent) -> Action | None:
 # sipgate waits 10 s for the reply to a newCall, and until then the phone does not ring.
 REPLY_BUDGET_SECONDS = 3.0
 STORE_SECONDS = 1.0  # of these, for the disk
+FOLLOW_UPS_MISSED = 5  # newCalls without any answer or hangup that make a pattern
 
 
 class CallFunctions(NamedTuple):
@@ -1352,6 +1357,7 @@ class Receiver:
                      (("on_answer", "/on-answer"), ("on_hangup", "/on-hangup"), ("on_data", "/on-data"))}
         self._undecided = response_xml(None, **self.urls)  # most replies are this one
         self.refused = 0  # webhooks, since the start
+        self._unfollowed = 0.0  # newCalls, until the first answer or hangup comes
         self.throttle = Throttle()
         self.decisions, self.follow_ups = Decisions(), FollowUps()
         self._lock = threading.Lock()
@@ -1393,6 +1399,7 @@ class Receiver:
             if self.routes[path] not in ("", event.event) and event.event in EVENTS:
                 self.throttle.warn(f"{event.event} on {path}", f"event {event.event} came in on {path}, "
                                            "the path of another event: check the URLs entered at sipgate")
+            self._watch_follow_ups(event)
             received_at = self.clock()
             is_new = self._record(event, body, received_at)
             if self.call_log and isinstance(event, (AnswerEvent, HangupEvent, DtmfEvent)):
@@ -1404,6 +1411,15 @@ class Receiver:
         except Exception:
             logger.exception("an error in this program; the call goes through undecided")
             return self._xml(None, outside)
+
+    def _watch_follow_ups(self, event: CallEvent) -> None:
+        if isinstance(event, NewCallEvent):
+            self._unfollowed += 1
+            if self._unfollowed == FOLLOW_UPS_MISSED:
+                logger.warning("follow-ups do not arrive: %d newCalls, but no answer and no hangup; the URLs in the replies begin "
+                               "with %s, which must be reached from the internet", FOLLOW_UPS_MISSED, self.settings.base_url)
+        elif isinstance(event, (AnswerEvent, HangupEvent)):
+            self._unfollowed = -math.inf
 
     def _count_refusal(self) -> None:
         with self._lock:
@@ -2924,6 +2940,516 @@ def _forget_in(connection: sqlite3.Connection, number: str) -> int:
 
 
 # ------------------------------------------------------------------------------------------
+# Rehearsal
+# The command `simulate`: the script plays sipgate, over real HTTP, and is strict where sipgate
+# is silent. What it knows of the receiver is its address.
+# ------------------------------------------------------------------------------------------
+
+class Step(NamedTuple):
+    """An event of a scenario: of which leg, and its fields beyond those of the call."""
+
+    event: str
+    leg: str
+    fields: Mapping[str, Any] = {}
+
+
+FORWARDED = (Step("newCall", "A"), Step("hangup", "A", {"cause": "forwarded"}),
+             Step("newCall", "B", {"user[]": ["voicemail"], "userId[]": [], "fullUserId[]": []}))
+SCENARIOS: dict[str, tuple[Step, ...]] = {
+    "answered": (Step("newCall", "A"), Step("answer", "A"), Step("hangup", "A")),
+    "missed": (Step("newCall", "A"), Step("hangup", "A", {"cause": "cancel"})),
+    "busy": (Step("newCall", "A"), Step("hangup", "A", {"cause": "busy"})),
+    "declined": (Step("newCall", "A"), Step("hangup", "A", {"cause": "noAnswer"})),
+    "group": (Step("newCall", "A", {"user[]": ["Alice", "Bob", "Carl"], "userId[]": ["w0", "w1", "w2"],
+                                    "fullUserId[]": ["1234567w0", "1234567w1", "1234567w2"]}),
+              Step("answer", "A", {"user": "Bob", "userId": "w1", "fullUserId": "1234567w1"}), Step("hangup", "A")),
+    "anonymous": (Step("newCall", "A", {"from": "anonymous"}), Step("answer", "A", {"from": "anonymous"}),
+                  Step("hangup", "A", {"from": "anonymous"})),
+    "outgoing": (Step("newCall", "A", {"direction": "out"}), Step("answer", "A", {"direction": "out"}),
+                 Step("hangup", "A", {"direction": "out"})),
+    "voicemail": (*FORWARDED, Step("answer", "B", {"user": "voicemail"}), Step("hangup", "B")),
+    "transfer": (Step("newCall", "A"), Step("answer", "A"),
+                 Step("newCall", "B", {"user[]": ["Carl"], "userId[]": ["w2"], "fullUserId[]": ["1234567w2"]}),
+                 Step("answer", "B", {"user": "Carl", "userId": "w2", "fullUserId": "1234567w2"}),
+                 Step("hangup", "A"), Step("hangup", "B")),
+    "menu": (Step("newCall", "A"), Step("hangup", "A")),
+}
+SLOW_SECONDS = 3.0  # sipgate waits 10; a caller hears the silence before that
+
+
+class Asked(NamedTuple):
+    """What a reply asks of sipgate, and what is wrong with it."""
+
+    action: ET.Element | None
+    on_answer: str
+    on_hangup: str
+    complaints: list[str]
+
+
+def understand(status: int, content_type: str, body: bytes, seconds: float) -> Asked:
+    """Read the reply to a newCall or dtmf as sipgate does, and say what it would ignore or misunderstand."""
+    complaints = []
+    if seconds > SLOW_SECONDS:
+        complaints.append(f"the reply took {seconds:.1f} s: the caller hears nothing meanwhile; 3 s is the most that is bearable")
+    if status != 200:
+        return Asked(None, "", "", [*complaints, f"the status is {status}: sipgate takes 200 only, and lets the call go on"])
+    if content_type.partition(";")[0].strip().lower() != "application/xml":
+        complaints.append(f"the Content-Type is {content_type or 'missing'}: expected application/xml")
+    try:
+        response = ET.fromstring(body)
+    except ET.ParseError as error:
+        return Asked(None, "", "", [*complaints, f"the reply is no XML ({error}): sipgate lets the call go on"])
+    if response.tag != "Response":
+        return Asked(None, "", "", [*complaints, f"the root is <{response.tag}>: expected <Response>"])
+    for name in ("onAnswer", "onHangup"):
+        complaints += _url_complaints(name, response.get(name, "http://x/"))
+    for action in response:
+        complaints += _action_complaints(action)
+    if len(response) > 1:
+        complaints.append(f"{len(response)} actions in one <Response>: sipgate documents one")
+    return Asked(response[0] if len(response) else None, response.get("onAnswer", ""), response.get("onHangup", ""), complaints)
+
+
+def _url_complaints(name: str, url: str) -> list[str]:
+    parts = urllib.parse.urlsplit(url.strip())
+    return [] if parts.scheme in ("http", "https") and parts.netloc else [f"{name} is {url!r}: expected a whole URL with http(s)://"]
+
+
+def _action_complaints(action: ET.Element) -> list[str]:
+    known = {"Dial": ("Number", "Voicemail"), "Play": ("Url",), "Gather": ("Play",), "Reject": (), "Hangup": ()}
+    if action.tag not in known:
+        return [f"<{action.tag}> is no action of sipgate's: it is ignored"]
+    complaints = [f"<{child.tag}> does not belong into <{action.tag}>: it is ignored"
+                  for child in action if child.tag not in known[action.tag]]
+    if action.tag == "Dial":
+        numbers = action.findall("Number")
+        if len(numbers) > 5 or (not numbers and action.find("Voicemail") is None):
+            complaints.append(f"<Dial> has {len(numbers)} numbers: expected 1 to 5, or <Voicemail/>")
+        complaints += [f"<Number> is {number.text!r}: expected digits without +" for number in numbers
+                       if not re.fullmatch("[0-9]+", (number.text or "").strip())]
+    if action.tag == "Reject" and action.get("reason", "rejected") not in ("rejected", "busy"):
+        complaints.append(f"reason is {action.get('reason')!r}: expected rejected or busy")
+    for url in action.iter("Url"):
+        complaints += _url_complaints("<Url>", url.text or "")
+    if action.tag == "Play" and action.find("Url") is None:
+        complaints.append("<Play> has no <Url>: nothing is played")
+    if action.tag == "Gather":
+        complaints += _gather_complaints(action)
+    return complaints
+
+
+def _gather_complaints(gather: ET.Element) -> list[str]:
+    complaints = _url_complaints("onData", gather.get("onData", "")) if "onData" in gather.attrib else [
+        "<Gather> has no onData: the digits go nowhere"]
+    for name in ("maxDigits", "timeout"):
+        value = gather.get(name, "1000")
+        if not re.fullmatch("[0-9]+", value) or int(value) < 1:
+            complaints.append(f"{name} is {value!r}: expected a whole number of 1 or more")
+        elif name == "timeout" and int(value) < 100:
+            complaints.append(f"timeout is {value}: it counts in milliseconds; is {int(value) * 1000} meant?")
+    return complaints
+
+
+def described(action: ET.Element | None) -> str:
+    """An action in a few words."""
+    if action is None:
+        return "no action"
+    words = [action.tag, *(number.text or "" for number in action.findall("Number")), *(url.text or "" for url in action.iter("Url"))]
+    if action.find("Voicemail") is not None:
+        words.append("voicemail")
+    if action.tag == "Gather":
+        words.append(f"up to {action.get('maxDigits', '1')} digits")
+    return printable(" ".join(words + [action.get("reason", "")]).strip())
+
+
+class ThrowAwayKey:
+    """An RSA key for one rehearsal, known to its receiver alone. 1024 bits are enough for a few seconds."""
+
+    def __init__(self) -> None:
+        p, q = self._prime(), self._prime()
+        self.public = PublicKey(p * q, 65537)
+        self._secret = pow(65537, -1, (p - 1) * (q - 1))
+
+    @staticmethod
+    def _prime() -> int:
+        while True:
+            number = int.from_bytes(os.urandom(64), "big") | 3 << 510 | 1
+            if number % 65537 != 1 and all(pow(base, number - 1, number) == 1 for base in (2, 3, 5, 7)):
+                return number
+
+    def sign(self, body: bytes) -> str:
+        """The X-Sipgate-Signature of `body` (RFC 8017 8.2.1)."""
+        digest = SHA256_PREFIX + hashlib.sha256(body).digest()
+        block = b"\x00\x01" + b"\xff" * (self.public.size - len(digest) - 3) + b"\x00" + digest
+        number = pow(int.from_bytes(block, "big"), self._secret, self.public.modulus)
+        return base64.b64encode(number.to_bytes(self.public.size, "big")).decode()
+
+
+class Sipgate:
+    """Plays sipgate towards one server, and tells `say` what is said."""
+
+    def __init__(self, url: str, options: argparse.Namespace, say: Callable[[str], None], key: ThrowAwayKey | None = None) -> None:
+        self.url, self.options, self.say, self.key = urllib.parse.urlsplit(url), options, say, key
+        self.digits = options.digits.split(",")
+        self.complaints = 0
+        run = os.urandom(32).hex().upper()
+        self.call_ids = {leg: run[:-1] + leg for leg in "AB"}
+        self.xcid = os.urandom(8).hex()
+
+    def play(self, steps: Sequence[Step]) -> None:
+        """Play a scenario, and do what the replies say."""
+        follow_ups: dict[str, Asked] = {}
+        over, by = "", {}  # type: tuple[str, dict[str, Any]]
+        for step in steps:
+            if step.event == "newCall" and not over:
+                asked = self._converse(self.url.geturl(), "newCall", step.leg, self._fields(step))
+                follow_ups[step.leg], over, by = asked, *self._course(asked)
+            elif step.event == "hangup" and step.leg in follow_ups and follow_ups[step.leg].on_hangup:
+                self._post_follow_up(follow_ups[step.leg].on_hangup, step, {"cause": over} if over else {})
+            elif step.event == "answer" and not over and follow_ups[step.leg].on_answer:
+                self._post_follow_up(follow_ups[step.leg].on_answer, step, by)
+
+    def _course(self, asked: Asked) -> tuple[str, dict[str, Any]]:
+        """Why the call is over at once ("" if it is not), and who answers it instead."""
+        action = asked.action
+        if action is None or action.tag == "Play":
+            return "", {}
+        if action.tag == "Reject":
+            return "busy" if action.get("reason") == "busy" else "noAnswer", {}
+        if action.tag == "Hangup":
+            return "normalClearing", {}
+        if action.find("Voicemail") is not None:
+            return "", {"user": "voicemail", "userId": "", "fullUserId": ""}
+        numbers = [number.text or "" for number in action.findall("Number")]
+        return "", {"user": "", "userId": "", "fullUserId": "", "answeringNumber": numbers[0]} if numbers else {}
+
+    def _fields(self, step: Step) -> dict[str, Any]:
+        options, users = self.options, self.options.user or ["Alice", "Bob"]
+        fields: dict[str, Any] = {"event": step.event, "direction": "in", "from": options.sender, "to": options.to,
+                                  "callId": self.call_ids[step.leg], "origCallId": self.call_ids["A"], "xcid": self.xcid}
+        if step.event == "newCall":
+            fields.update({"user[]": users, "userId[]": [f"w{n}" for n in range(len(users))],
+                           "fullUserId[]": [f"1234567w{n}" for n in range(len(users))]})
+        elif step.event == "answer":
+            fields.update({"user": users[0], "userId": "w0", "fullUserId": "1234567w0", "answeringNumber": options.to})
+        else:
+            fields["cause"] = "normalClearing"
+        if step.leg == "B":
+            fields["diversion"] = options.to
+        fields.update(step.fields)
+        if fields["direction"] == "out":
+            fields.update({"from": options.to, "to": options.sender})
+        return fields
+
+    def _post_follow_up(self, url: str, step: Step, changed: Mapping[str, Any]) -> None:
+        fields = {**self._fields(step), **changed}
+        status, _, _, _ = self._post(url, fields, fields["cause"] if step.event == "hangup" else
+                                     fields["user"] or fields.get("answeringNumber", ""))
+        if status not in (200, 0):
+            self._complain(f"the status is {status}: expected 200")
+
+    def _converse(self, url: str, event: str, leg: str, fields: Mapping[str, Any]) -> Asked:
+        """Send a newCall, follow each Gather with digits; return what the last reply asked for."""
+        users = f" ({', '.join(fields.get('user[]', []))})" if fields.get("user[]") else ""
+        asked = self._ask(url, fields, f"{fields['from']} to {fields['to']}{users}")
+        on_answer, on_hangup = asked.on_answer, asked.on_hangup
+        for _ in range(20):
+            if asked.action is None or asked.action.tag != "Gather" or not asked.action.get("onData"):
+                break
+            digits = self.digits.pop(0) if self.digits else ""
+            fields = {"event": "dtmf", "dtmf": digits, "callId": self.call_ids[leg]}
+            asked = self._ask(asked.action.get("onData", ""), fields, digits or "(no key pressed)")
+            on_answer, on_hangup = asked.on_answer or on_answer, asked.on_hangup or on_hangup
+        else:
+            self._complain("20 times <Gather> in a row: the menu never ends")
+        return asked._replace(on_answer=on_answer, on_hangup=on_hangup)
+
+    def _ask(self, url: str, fields: Mapping[str, Any], words: str) -> Asked:
+        status, content_type, body, seconds = self._post(url, fields, words, quiet=True)
+        if not status:
+            return Asked(None, "", "", [])
+        asked = understand(status, content_type, body, seconds)
+        paths = [urllib.parse.urlsplit(follow).path for follow in (asked.on_answer, asked.on_hangup) if follow]
+        self.say(f"<-- {status} in {seconds * 1000:.0f} ms  {described(asked.action)}"
+                 + (f", follow-ups to {printable(' and '.join(paths))}" if paths else ", no follow-ups"))
+        for complaint in asked.complaints:
+            self._complain(complaint)
+        if status == 403:
+            self.say("    (403: that server checks signatures, and a rehearsal against --url is not signed by sipgate)")
+        return asked
+
+    def _complain(self, text: str) -> None:
+        self.complaints += 1
+        self.say(f"!!! {printable(text)}")
+
+    def _post(self, url: str, fields: Mapping[str, Any], words: str, quiet: bool = False) -> tuple[int, str, bytes, float]:
+        """POST an event as sipgate does; return status (0: nothing came), Content-Type, body and seconds."""
+        time.sleep(self.options.pause)
+        self.say(f"--> {fields['event']:8} {printable(words)}")
+        target = urllib.parse.urlsplit(url)
+        if self.key is None and target.netloc != self.url.netloc:
+            self._complain(f"{url} is on another host: it is not followed")
+            return 0, "", b"", 0.0
+        body = urllib.parse.urlencode(fields, doseq=True).encode()
+        headers = {"Accept": "application/xml, text/plain, text/html", "Accept-Charset": "utf-8", "User-Agent": "sipgate.io",
+                   "X-SIPGATE-JOBS": "http://www.sipgate.de/jobs",
+                   "Content-Type": "application/x-www-form-urlencoded; charset=UTF-8", "Accept-Encoding": "gzip,deflate"}
+        if self.key:
+            headers["X-Sipgate-Signature"] = self.key.sign(body)
+        kind = http.client.HTTPSConnection if self.url.scheme == "https" else http.client.HTTPConnection
+        began = time.monotonic()
+        try:
+            with contextlib.closing(kind(self.url.netloc, timeout=10)) as connection:
+                connection.request("POST", (target.path or "/") + (f"?{target.query}" if target.query else ""), body, headers)
+                reply = connection.getresponse()
+                content, seconds = reply.read(), time.monotonic() - began
+        except (OSError, http.client.HTTPException) as error:
+            self._complain(f"no reply: {error or type(error).__name__}")
+            return 0, "", b"", 0.0
+        if not quiet:
+            self.say(f"<-- {reply.status} in {seconds * 1000:.0f} ms")
+        return reply.status, reply.headers.get("Content-Type", ""), content, seconds
+
+
+def check_sound(path: str) -> str:
+    """What keeps sipgate from playing the file, "" if nothing does. Raises SettingsError if it cannot be read."""
+    import wave
+    try:
+        with wave.open(path, "rb") as sound:
+            found = (sound.getnchannels(), sound.getsampwidth() * 8, sound.getframerate())
+    except (wave.Error, EOFError) as error:
+        return f"it is no PCM WAV file ({error})"
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read: {error.strerror}") from None
+    return "" if found == (1, 16, 8000) else "it has {} channels, {} bit, {} Hz".format(*found)
+
+
+def simulate(options: argparse.Namespace, settings: Settings) -> int:
+    """The command `simulate`."""
+    if options.sound:
+        fault = check_sound(options.sound)
+        print(f"{options.sound}: " + (f"sipgate skips it: {fault}; expected mono, 16 bit, 8000 Hz" if fault else "sipgate plays it"))
+        return 1 if fault else 0
+    names = list(SCENARIOS) if options.all else [options.scenario]
+    if options.target:
+        if _url_complaints("--url", options.target):
+            raise SettingsError(_url_complaints("--url", options.target)[0])
+        return min(1, sum(_rehearse(name, Sipgate(options.target, options, print)) for name in names))
+    print("Rehearsal: nothing leaves this machine, but your functions really run"
+          + (f" ({settings.call_handlers})" if settings.call_handlers else "") + ".")
+    functions, key = load_functions(settings.call_handlers), ThrowAwayKey()
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as at_the_end:
+        server = at_the_end.enter_context(WebhookServer("127.0.0.1", 0, settings.base_path))
+        log = CallLog(os.path.join(folder, "calls.db"), 1, extension=CALLS)
+        at_the_end.callback(log.close, 5)
+        server.receiver = Receiver(replace(settings, webhook_port=server.server_port), [key.public], functions, call_log=log)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        at_the_end.callback(server.stop, 1)
+        faults = 0
+        for name in names:
+            player = Sipgate(f"http://127.0.0.1:{server.server_port}{settings.base_path}/new-call", options, print, key)
+            faults += _rehearse(name, player)
+            server.receiver.follow_ups.finish(10)
+            print("\n".join(table([log.call(player.call_ids["A"])], shutil.get_terminal_size().columns)))
+    return 1 if faults else 0
+
+
+def _rehearse(name: str, player: Sipgate) -> int:
+    player.say(f"\n{name}")
+    player.play(SCENARIOS[name])
+    return player.complaints
+
+
+# ------------------------------------------------------------------------------------------
+# Check
+# The command `check`: all that stands between a call and its line on the screen, one line each.
+# It runs nothing of yours and creates no file. A finding is a pair: "ok", "warning" or
+# "problem", and a sentence.
+# ------------------------------------------------------------------------------------------
+
+# Signed by sipgate, from the tests of its Node SDK (MIT). It is no event: its callId is empty.
+VECTOR_BODY = (b"callId=&direction=in&event=newCall&from=4912354678&fullUserId%5B%5D%5B0%5D=123456789&originalCallId="
+               b"&to=49999999&user%5B%5D%5B0%5D=TestUser&userId%5B%5D%5B0%5D=123456789&xcid=")
+VECTOR_SIGNATURE = (
+    "hlY7r9Vad0NP/7xJxf+vcDqjWaGWHOcIrj+rcP5aqQQcHtbSLsElp2kRNRPBL5unWbq6bExVPZB49HHM+Y/fWSVL19q7KSJhYPHfikcME0r0mCYB"
+    "4S/VnJwnIvpiqz6s7Dpnk3wDCy65B3WQLwBVWA9oh6ojNM/g+87YnoMTKRx1KoFqosKNfBp1c1I8XjXusGOW/VlGnMb6wHhUVdwi9K7FfUgxj2pn"
+    "V+M1Xv9rYs6RAi4V1OcUPqdT5geHsxWa09sk+AEHSUm1EFnAvx7PhIkugpNwST7yPKHf0+iyei4qUQCBZtfQVOI4mLZTRfQuyVo3YuJfvHaNPYY3"
+    "4/1ZCZGCKeu+HS6WHs1vGUyKxSi8v4JJqog2VOlWruf8pMGg+syuAFwuxiCnWsSXgaaUfe9JrBAFjBxUmNP9DzR1bbkwxkJnthacu7jALXjGsubj"
+    "SSSl955QgenV/ZpODHgWDPg0fe6qGILtk+kXLjyfSsoR/qgzE5W5OAyZq8W64h01KAt9Q283N7/2nogy6keiIWL3qjPolWnrchSP7iJUatM2YiTc"
+    "pkNKnJ70UE05cdw3swuNe7zqD51MdOX3rAioEOFgOIFMSrxMVX+V4XK7sa5o43smN8lHoa+0AogQMuIrC7k2axdRbulSSNfyqVAZIT4qS0cItiv3"
+    "aPXsdDKkkA0=")
+LITTLE_ROOM = 100 * 1024 * 1024  # bytes
+
+
+class Health(NamedTuple):
+    """What GET /healthz of some address gave: a status, and the instance id if it was a copy of this script."""
+
+    status: int
+    instance: str
+    refused: str
+
+
+def get_health(url: str, seconds: float = 5.0) -> Health:
+    """GET `url`/healthz. Raises OSError, http.client.HTTPException."""
+    parts = urllib.parse.urlsplit(url)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    with contextlib.closing(kind(parts.netloc, timeout=seconds)) as connection:
+        connection.request("GET", parts.path + "/healthz")
+        reply = connection.getresponse()
+        reply.read(1000)
+    return Health(reply.status, reply.headers.get("X-Instance", ""), reply.headers.get("X-Refused", "0"))
+
+
+def check_basics(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Versions, signature arithmetic, and the files that the settings name."""
+    yield "ok", f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}"
+    is_right = is_signed(VECTOR_BODY, VECTOR_SIGNATURE, [PublicKey.from_pem(SIPGATE_PUBLIC_KEY)])
+    yield ("ok", "signatures: sipgate's own example is verified") if is_right else (
+        "problem", "signatures: sipgate's own example is not verified: get a fresh copy of this script")
+    for warning in settings.warnings():
+        yield "warning", warning
+    try:
+        load_keys(settings.signature_key_file)
+        if settings.webhook_tls_cert:
+            TlsFiles(settings.webhook_tls_cert, settings.webhook_tls_key)
+    except SettingsError as error:
+        yield "problem", str(error)
+    if settings.call_handlers:
+        try:
+            compile(pathlib.Path(settings.call_handlers).read_bytes(), settings.call_handlers, "exec")
+            yield "ok", f"your code: {settings.call_handlers} compiles"
+        except (OSError, SyntaxError, ValueError) as error:
+            yield "problem", f'CALL_HANDLERS is "{settings.call_handlers}": {error}'
+
+
+def check_log(path: str) -> Iterator[tuple[str, str]]:
+    """The call log: whether it can be written, is healthy, private, and has room; and what it tells."""
+    if path == "off":
+        yield "ok", "call log: off, nothing is kept"
+        return
+    folder = os.path.dirname(path)
+    if not os.access(path if os.path.exists(path) else folder, os.R_OK | os.W_OK):
+        yield "problem", f"call log: {path} cannot be written by this user: set CALL_LOG to a file in a folder that can, or to off"
+        return
+    if shutil.disk_usage(folder).free < LITTLE_ROOM:
+        yield "warning", f"call log: less than {LITTLE_ROOM // 1024 // 1024} MB are free for {path}"
+    if not os.path.exists(path) or not os.path.getsize(path):
+        yield "ok", f"call log: {path} will be created"
+        return
+    if os.name != "nt" and os.stat(path).st_mode & 0o077:
+        yield "warning", f"call log: {path} can be read by others: chmod 600 {path}"
+    try:
+        with contextlib.closing(open_calls(path)) as connection:
+            fault = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if fault != "ok":
+                raise SettingsError(fault)
+            yield "ok", f"call log: {path} is healthy"
+            yield from check_story(connection, time.time())
+    except (SettingsError, sqlite3.Error) as error:
+        yield "problem", f"call log: {error}: at its next start the server puts a damaged file aside and begins a new one"
+
+
+def check_story(connection: sqlite3.Connection, now: float) -> Iterator[tuple[str, str]]:
+    """What the stored events tell of the way that they took."""
+    last = connection.execute("SELECT received_at FROM events ORDER BY id DESC LIMIT 1").fetchone()
+    if not last:
+        yield "warning", "events: none yet; enter the URL in sipgate's console, choose the sources, and call"
+        return
+    yield "ok", f"events: the last one came {duration(max(now - last[0], 0))} ago"
+    recent = dict(connection.execute("SELECT event, count(*) FROM (SELECT event FROM events ORDER BY id DESC LIMIT 1000) GROUP BY event"))
+    if recent.get("newCall", 0) >= FOLLOW_UPS_MISSED and not recent.get("answer") and not recent.get("hangup"):
+        yield "problem", ("follow-ups do not arrive: there are newCalls, but never an answer or a hangup; the URLs in the "
+                          "replies begin with WEBHOOK_URL, which must be reached from the internet")
+
+
+def check_port(settings: Settings) -> tuple[tuple[str, str], str]:
+    """Whether the port is free or held, and the instance id if it is held by a copy of this script."""
+    scheme = "https" if settings.webhook_tls_cert else "http"
+    host = "127.0.0.1" if settings.webhook_host in ("0.0.0.0", "::", "localhost") else settings.webhook_host
+    place = f"port {settings.webhook_port} of {host}"
+    try:
+        with socket.create_connection((host, settings.webhook_port), 5):
+            pass
+    except OSError:
+        try:
+            with WebhookServer(settings.webhook_host, settings.webhook_port):
+                return ("ok", f"{place} is free"), ""
+        except (OSError, UnicodeError) as error:
+            return ("problem", bind_advice(error, settings)), ""
+    try:
+        kind = ssl._create_unverified_context() if scheme == "https" else None  # our own, on this machine
+        connection = (http.client.HTTPSConnection(host, settings.webhook_port, timeout=5, context=kind) if kind else
+                      http.client.HTTPConnection(host, settings.webhook_port, timeout=5))
+        with contextlib.closing(connection):
+            connection.request("GET", "/healthz")
+            reply = connection.getresponse()
+            said = reply.read(1000).decode("utf-8", "replace").strip()
+    except (OSError, http.client.HTTPException):
+        return ("problem", f"{place} is held by another program: stop it, or choose another port"), ""
+    instance, refused = reply.headers.get("X-Instance", ""), reply.headers.get("X-Refused", "0")
+    if reply.status == 503 and (instance or said == "stopping"):
+        return ("problem", f"{place}: the running copy says: {printable(said)}"), instance
+    if not instance:
+        return ("problem", f"{place} is held by another program: stop it, or choose another port"), ""
+    if refused != "0":
+        return ("warning", f"{place} is held by a running copy, which has refused {printable(refused)} webhooks: its stderr says why"), instance
+    return ("ok", f"{place} is held by a running copy of this script"), instance
+
+
+def check_way_in(settings: Settings, instance: str) -> tuple[str, str]:
+    """Whether WEBHOOK_URL leads, through the internet, to the process with this instance id."""
+    url = settings.webhook_url
+    try:
+        health = get_health(url)
+    except ssl.SSLCertVerificationError as error:
+        return "problem", f"{url}: sipgate will not accept the certificate: {error.verify_message}; get one from Let's Encrypt, for instance"
+    except ssl.SSLError as error:
+        return "problem", f"{url} does not speak https there: {error.reason or error}"
+    except socket.timeout:
+        return "warning", f"{url} does not answer in time; from inside, that may be a router that cannot reach its own public address"
+    except (OSError, http.client.HTTPException) as error:
+        return "problem", f"{url} cannot be reached ({error or type(error).__name__}): is the tunnel or proxy running?"
+    if health.instance == instance:
+        return "ok", f"{url} leads to this script"
+    if health.instance:
+        return "problem", f"{url} leads to another copy of this script: check the port that the tunnel or proxy leads to"
+    parts = urllib.parse.urlsplit(url)
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        if parts.path and get_health(f"{parts.scheme}://{parts.netloc}").instance == instance:
+            return "problem", f"{url}: the proxy does not pass on the path {parts.path}: let it, or take the path out of WEBHOOK_URL"
+    if health.status == 404:
+        return "problem", f"{url}/healthz is not found there (404): the path or the address is another one"
+    return "problem", f"{url} leads to another server (status {health.status}): check where the tunnel or proxy leads"
+
+
+def check_network(settings: Settings) -> Iterator[tuple[str, str]]:
+    """The port, and the way to it; if nobody listens, this listens itself for a moment."""
+    finding, instance = check_port(settings)
+    yield finding
+    if settings.trial:
+        yield "warning", "no WEBHOOK_URL: trial mode, sipgate cannot reach this machine"
+    elif instance or finding[0] == "problem":
+        yield check_way_in(settings, instance)
+    else:
+        tls = TlsFiles(settings.webhook_tls_cert, settings.webhook_tls_key) if settings.webhook_tls_cert else None
+        with WebhookServer(settings.webhook_host, settings.webhook_port, settings.base_path, tls) as server:
+            server.receiver = Receiver(settings, [], CallFunctions())
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+            yield check_way_in(settings, server.instance)
+            server.stop(1)
+
+
+def check(options: argparse.Namespace, settings: Settings) -> int:
+    """The command `check`."""
+    findings: list[Iterator[tuple[str, str]]] = [check_basics(settings), check_log(settings.call_log), check_network(settings)]
+    worst = 0
+    for kind, text in itertools.chain.from_iterable(findings):
+        print(f"{kind:8} {text}")
+        worst |= kind == "problem"
+    return worst
+
+
+# ------------------------------------------------------------------------------------------
 # Command line
 # The only place that reads files, the environment and arguments.
 # ------------------------------------------------------------------------------------------
@@ -3027,7 +3553,21 @@ def command_line() -> argparse.ArgumentParser:
     forget = commands.add_parser("forget", help="remove every trace of a number", allow_abbrev=False,
                                  description="Remove every trace of a number from the call log. The calls stay.")
     forget.add_argument("number", help="the whole number, such as 4915791234567")
-    for command in (calls, forget):
+    simulate = commands.add_parser("simulate", help="rehearse calls without a phone", allow_abbrev=False, description="Rehearse a "
+                                   "call: play sipgate towards this script with your settings and your functions.")
+    simulate.add_argument("scenario", nargs="?", choices=list(SCENARIOS), default="answered", metavar="SCENARIO",
+                          help=f"{', '.join(SCENARIOS)} (default: answered)")
+    simulate.add_argument("--all", action="store_true", help="every scenario in turn")
+    simulate.add_argument("--from", dest="sender", metavar="NUMBER", default="492111234567", help="the caller")
+    simulate.add_argument("--to", metavar="NUMBER", default="4915791234567", help="the number called")
+    simulate.add_argument("--user", metavar="NAME", action="append", help="who rings (repeatable)")
+    simulate.add_argument("--digits", metavar="1,0042", default="1", help="what the caller presses, menu by menu; empty: nothing")
+    simulate.add_argument("--pause", metavar="SECONDS", type=float, default=0.05, help="between the events (0.05)")
+    simulate.add_argument("--url", dest="target", metavar="URL", help="play against another server: its full newCall address")
+    simulate.add_argument("--sound", metavar="FILE", help="only check whether sipgate would play this file")
+    check = commands.add_parser("check", help="find out why nothing arrives", allow_abbrev=False,
+                                description="Go through all that stands between a call and its line on the screen.")
+    for command in (calls, forget, simulate, check):
         command.add_argument("--env-file", metavar="FILE", default=argparse.SUPPRESS, help="read this file instead of .env")
     return parser
 
@@ -3037,7 +3577,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = command_line().parse_args(argv)
     # A file named in CALL_HANDLERS imports this very module, whatever the script is called.
     sys.modules["sipgate_callevents"] = sys.modules[__name__]
-    commands = {"calls": show_calls, "forget": forget_number}
+    commands = {"calls": show_calls, "forget": forget_number, "simulate": simulate, "check": check}
     # A command may wait for whoever reads its output; a server may not.
     with contextlib.nullcontext() if options.command else consoles(), diagnostics():
         try:
@@ -3051,8 +3591,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         except SettingsError as error:
             for problem in error.problems:
-                print(f"sipgate_callevents: {problem}", file=sys.stderr)
-            return 2
+                if options.command == "check":
+                    print(f"problem  {problem}")
+                else:
+                    print(f"sipgate_callevents: {problem}", file=sys.stderr)
+            return 1 if options.command == "check" else 2
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ In the order of its sections. Plain functions are called; what only exists on a 
 (status codes, headers, limits) is tried over loopback, and whole programs are started where
 start and stop matter. Nothing is mocked, no port is fixed.
 """
+import argparse
 import base64
 import contextlib
 import hashlib
 import http.client
+import http.server
 import inspect
 import io
 import itertools
@@ -27,6 +29,7 @@ import tempfile
 import threading
 import time
 import unittest
+import wave
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 
@@ -105,7 +108,7 @@ TEST_KEY_SECRET = int(
     "6f0d850f7f0f", 16)
 
 
-# Two certificates for localhost with their keys, made for these tests alone, valid for 100 years.
+# Certificates for localhost with their keys, made for these tests alone: two for 100 years, one expired.
 CERTIFICATES = (("""\
 -----BEGIN CERTIFICATE-----
 MIIBlDCCATugAwIBAgIUbgfYovY85lXaNCYBfiK471zT2SgwCgYIKoZIzj0EAwIw
@@ -141,6 +144,22 @@ a2xtDzEQC4OU1z/kkBxTEpBWDZo8xQECQkI=
 MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgJVhaNrJZt9ZJ8ZQ3
 YjFSgqStrViGT9Y+EM6KTQwvSWihRANCAARMCE6Lkc2D8T+jjmvrDx1NrSiNhI5l
 6D6oC0Qaq+uaIB3JUibqTc9NCn/jEXcrHrKUBxY/6leco1sy2B/1tKdy
+-----END PRIVATE KEY-----
+"""), ("""\
+-----BEGIN CERTIFICATE-----
+MIIBPjCB5qADAgECAgEHMAoGCCqGSM49BAMCMBQxEjAQBgNVBAMMCWxvY2FsaG9z
+dDAeFw0yMDAxMDEwMDAwMDBaFw0yMDAyMDEwMDAwMDBaMBQxEjAQBgNVBAMMCWxv
+Y2FsaG9zdDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABLsGubKxc/XHC248lt8Q
+1CBbavjSObRUQdrMUpJoh/0Rhtv37zVtXl8jpLJooGYRC5nyqiFJX0CojloXRc2m
+sWmjKTAnMBQGA1UdEQQNMAuCCWxvY2FsaG9zdDAPBgNVHRMBAf8EBTADAQH/MAoG
+CCqGSM49BAMCA0cAMEQCIFSfW9ogmD7D/m8faWx4285EYm7lKEu6GAQOTZl9dlJR
+AiBc/dOCA4seb4NDBwvQtTmh/cUGTcv8Hbkc/fYsmOWWew==
+-----END CERTIFICATE-----
+""", """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQggzQjLv7GGUKnxZUv
+fPKU7vIFtMpPXgltWW3/YAns796hRANCAAS7BrmysXP1xwtuPJbfENQgW2r40jm0
+VEHazFKSaIf9EYbb9+81bV5fI6SyaKBmEQuZ8qohSV9AqI5aF0XNprFp
 -----END PRIVATE KEY-----
 """))
 
@@ -1141,6 +1160,17 @@ class ReceiverTest(unittest.TestCase):
                 self.assertEqual(refusal(receiver.receive, "/on-hangup", HANGUP)[0], 403)
             self.assertEqual(receiver.receive("/on-hangup", HANGUP).status, 200)
             log.close(5)
+
+    def test_newcalls_that_nothing_follows_are_spoken_of_once(self):
+        for followed in (False, True):
+            receiver = self.receiver()
+            with diagnostics() as said:
+                if followed:
+                    receiver.receive("/on-hangup", HANGUP, sign(HANGUP))
+                for n in range(sc.FOLLOW_UPS_MISSED + 1):
+                    body = b"callId=%d" % n
+                    receiver.receive("/new-call", body, sign(body))
+            self.assertEqual([line.partition(":")[0] for line in said], [] if followed else ["follow-ups do not arrive"])
 
     def test_an_error_of_ours_lets_the_call_go_through(self):
         receiver = self.receiver()
@@ -2353,6 +2383,366 @@ class CallsInTheLogTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------
+# Rehearsal
+# ------------------------------------------------------------------------------------------
+
+def rehearse(url, name="answered", key=None, **changed):
+    """What is said in a rehearsal, and the player."""
+    said = []
+    options = argparse.Namespace(**{"sender": "492111234567", "to": "4915791234567", "user": None, "digits": "1", "pause": 0, **changed})
+    player = sc.Sipgate(url, options, said.append, key)
+    player.play(sc.SCENARIOS[name])
+    return said, player
+
+
+class RehearsalTest(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = tempfile.mkdtemp()
+        cls.addClassCleanup(shutil.rmtree, cls.folder)
+        cls.key = sc.ThrowAwayKey()
+        cls.running = Running(LIVE)
+        cls.running.receiver.keys = [cls.key.public]
+        cls.log = cls.running.receiver.call_log = CallLog(os.path.join(cls.folder, "calls.db"), 30, extension=sc.CALLS)
+        cls.addClassCleanup(cls.log.close, 5)
+        cls.addClassCleanup(cls.running.stop)
+
+    def rehearse(self, name="answered", functions=NO_FUNCTIONS, **changed):
+        """What is said, the call that the log holds then, and what the server was sent."""
+        self.running.receiver.functions = functions
+        self.running.shown.clear()
+        said, player = rehearse(f"http://127.0.0.1:{self.running.server.server_port}/new-call", name, self.key, **changed)
+        self.assertEqual(player.complaints, 0, said)
+        return said, self.log.call(player.call_ids["A"]), list(self.running.shown)
+
+    def test_each_scenario_leaves_its_call_in_the_log(self):
+        for name, users, by, outcome, cause, direction in [
+                ("answered", "Alice Bob", "Alice", "answered", "normalClearing", "in"),
+                ("missed", "Alice Bob", "", "missed", "cancel", "in"),
+                ("busy", "Alice Bob", "", "missed", "busy", "in"),
+                ("declined", "Alice Bob", "", "missed", "noAnswer", "in"),
+                ("group", "Alice Bob Carl", "Bob", "answered", "normalClearing", "in"),
+                ("anonymous", "Alice Bob", "Alice", "answered", "normalClearing", "in"),
+                ("outgoing", "Alice Bob", "Alice", "answered", "normalClearing", "out"),
+                ("voicemail", "Alice Bob", "", "voicemail", "normalClearing", "in"),
+                ("transfer", "Alice Bob Carl", "Alice", "answered", "normalClearing", "in"),
+                ("menu", "Alice Bob", "", "missed", "normalClearing", "in")]:
+            with self.subTest(name):
+                _, call, _ = self.rehearse(name)
+                self.assertEqual((" ".join(call.users), call.answered_by, call.outcome, call.cause, call.direction),
+                                 (users, by, outcome, cause, direction))
+        self.assertEqual(len(sc.SCENARIOS), 10)
+
+    def test_the_conversation_is_shown_in_both_directions(self):
+        said, _, _ = self.rehearse()
+        self.assertEqual([re.sub(r"in \d+ ms", "in N ms", line) for line in said], [
+            "--> newCall  492111234567 to 4915791234567 (Alice, Bob)",
+            "<-- 200 in N ms  no action, follow-ups to /on-answer and /on-hangup",
+            "--> answer   Alice", "<-- 200 in N ms", "--> hangup   normalClearing", "<-- 200 in N ms"])
+
+    def test_what_your_code_decides_is_done(self):
+        for action, said_of_it, outcome, by in [
+                (reject("busy"), "Reject busy", "missed", ""), (hang_up(), "Hangup", "missed", ""),
+                (dial("4921100", "4921200"), "Dial 4921100 4921200", "answered", "4921100"),
+                (voicemail(), "Dial voicemail", "voicemail", ""), (play("http://x/a.wav"), "Play http://x/a.wav", "answered", "Alice")]:
+            with self.subTest(said_of_it):
+                said, call, events = self.rehearse(functions=CallFunctions(on_new_call=lambda event, action=action: action))
+                self.assertIn(f"ms  {said_of_it}, follow-ups", said[1])
+                self.assertEqual((call.outcome, call.answered_by), (outcome, by))
+                self.assertEqual([event.event for event in events],
+                                 ["newCall", "answer", "hangup"] if by or outcome == "voicemail" else ["newCall", "hangup"])
+
+    def test_a_menu_gets_its_digits(self):
+        functions = CallFunctions(
+            on_new_call=lambda event: gather(state="first"),
+            on_dtmf=lambda event: gather(max_digits=4, state="second") if event.state == "first" else hang_up())
+        said, call, events = self.rehearse("menu", functions, digits="1,0042")
+        self.assertEqual([(event.dtmf, event.state) for event in events if isinstance(event, DtmfEvent)],
+                         [("1", "first"), ("0042", "second")])
+        self.assertEqual(call.digits, "1,0042")
+        self.assertIn("--> dtmf     0042", said)
+        said, call, events = self.rehearse("menu", functions, digits="")
+        self.assertEqual([event.dtmf for event in events if isinstance(event, DtmfEvent)], ["", ""])
+        self.assertIn("--> dtmf     (no key pressed)", said)
+
+    def test_its_requests_look_like_sipgate_s(self):
+        received = []
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            def take():
+                connection, _ = listener.accept()
+                with connection:
+                    connection.settimeout(5)
+                    received.append(connection.recv(65536))
+                    while b"&" not in b"".join(received):
+                        received.append(connection.recv(65536))
+                    connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Type: application/xml\r\n\r\n<Response/>")
+
+            thread = threading.Thread(target=take)
+            thread.start()
+            rehearse(f"http://127.0.0.1:{listener.getsockname()[1]}/new-call", key=self.key)
+            thread.join()
+        head, _, body = b"".join(received).partition(b"\r\n\r\n")
+        for line in (b"User-Agent: sipgate.io", b"X-SIPGATE-JOBS: http://www.sipgate.de/jobs", b"Accept-Charset: utf-8",
+                     b"Content-Type: application/x-www-form-urlencoded; charset=UTF-8", b"Content-Length: %d" % len(body)):
+            self.assertIn(line, head)
+        self.assertTrue(received[0].endswith(b"\r\n\r\n"), "the body has a segment of its own")
+        self.assertIn(b"&user%5B%5D=Alice&user%5B%5D=Bob&", body)
+        self.assertRegex(body, rb"&callId=[0-9A-F]{64}&origCallId=[0-9A-F]{64}&xcid=[0-9a-f]{16}&")
+        self.assertTrue(is_signed(body, re.search(rb"X-Sipgate-Signature: (.*)", head)[1].decode().strip(), [self.key.public]))
+
+
+class WrongServer(http.server.BaseHTTPRequestHandler):
+    """Replies with what the test has put into `replies`, by path."""
+
+    replies = {}  # noqa: RUF012 - the tests set it
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        status, content_type, body, headers = self.replies.get(self.path, (404, "text/plain", b"", {}))
+        self.send_response(status)
+        for name, value in {"Content-Type": content_type, "Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST
+
+    def log_message(self, *args):
+        pass
+
+
+class ComplaintTest(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), WrongServer)
+        cls.url = f"http://127.0.0.1:{cls.server.server_port}"
+        thread = threading.Thread(target=cls.server.serve_forever, args=(0.01,))
+        thread.start()
+        cls.addClassCleanup(cls.server.server_close)
+        cls.addClassCleanup(thread.join)
+        cls.addClassCleanup(cls.server.shutdown)
+
+    def complaints(self, body, content_type="application/xml", status=200, **options):
+        WrongServer.replies = {"/new-call": (status, content_type, body.encode(), {})}
+        said, player = rehearse(self.url + "/new-call", **options)
+        found = [line[4:] for line in said if line.startswith("!!! ")]
+        self.assertEqual(len(found), player.complaints)
+        return found
+
+    def test_what_sipgate_would_ignore_or_misunderstand_is_named(self):
+        whole = "expected a whole URL with http(s)://"
+        for body, *complaints in [
+                ("<Response />",),
+                ("hello", "the reply is no XML (syntax error: line 1, column 0): sipgate lets the call go on"),
+                ("<Answer />", "the root is <Answer>: expected <Response>"),
+                ("<Response><Say /></Response>", "<Say> is no action of sipgate's: it is ignored"),
+                ("<Response><Hangup /><Reject /></Response>", "2 actions in one <Response>: sipgate documents one"),
+                ("<Response><Dial>" + "<Number>4921</Number>" * 6 + "</Dial></Response>",
+                 "<Dial> has 6 numbers: expected 1 to 5, or <Voicemail/>"),
+                ("<Response><Dial /></Response>", "<Dial> has 0 numbers: expected 1 to 5, or <Voicemail/>"),
+                ("<Response><Dial><Number>+4921</Number></Dial></Response>", "<Number> is '+4921': expected digits without +"),
+                ("<Response><Gather /></Response>", "<Gather> has no onData: the digits go nowhere"),
+                ("<Response><Gather onData='/x' /></Response>", f"onData is '/x': {whole}",
+                 "/x is on another host: it is not followed"),
+                ("<Response><Gather onData='http://y.example/' timeout='10' /></Response>",
+                 "timeout is 10: it counts in milliseconds; is 10000 meant?", "http://y.example/ is on another host: it is not followed"),
+                ("<Response><Gather onData='http://y.example/' maxDigits='0' /></Response>",
+                 "maxDigits is '0': expected a whole number of 1 or more", "http://y.example/ is on another host: it is not followed"),
+                ("<Response><Play>http://x/a.wav</Play></Response>", "<Play> has no <Url>: nothing is played"),
+                ("<Response><Play><Url>a.wav</Url></Play></Response>", f"<Url> is 'a.wav': {whole}"),
+                ("<Response><Reject reason='later' /></Response>", "reason is 'later': expected rejected or busy"),
+                ("<Response><Reject><Number>1</Number></Reject></Response>", "<Number> does not belong into <Reject>: it is ignored"),
+                ("<Response onHangup='http://y.example/h' />", "http://y.example/h is on another host: it is not followed")]:
+            with self.subTest(body):
+                self.assertEqual(self.complaints(body), complaints)
+        self.assertEqual(self.complaints("<Response />", "text/html"), ["the Content-Type is text/html: expected application/xml"])
+        self.assertEqual(self.complaints("", status=500), ["the status is 500: sipgate takes 200 only, and lets the call go on"])
+        self.assertEqual(self.complaints(f"<Response onHangup='{self.url}/none' />"), ["the status is 404: expected 200"])
+
+    def test_a_menu_without_an_end_is_named(self):
+        WrongServer.replies = {}
+        again = f"<Response><Gather onData='{self.url}/new-call' /></Response>"
+        self.assertEqual(self.complaints(again), ["20 times <Gather> in a row: the menu never ends"])
+
+    def test_a_late_reply_is_named(self):
+        self.assertEqual(sc.understand(200, "application/xml", b"<Response />", 3.21).complaints,
+                         ["the reply took 3.2 s: the caller hears nothing meanwhile; 3 s is the most that is bearable"])
+
+    def test_a_server_that_is_not_there_is_named(self):
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            port = closed.getsockname()[1]
+        said, player = rehearse(f"http://127.0.0.1:{port}/new-call")
+        self.assertEqual(player.complaints, 1)
+        self.assertIn("!!! no reply: [Errno", said[1])
+
+    def test_a_403_is_explained(self):
+        WrongServer.replies = {"/new-call": (403, "text/plain", b"", {})}
+        said, _ = rehearse(self.url + "/new-call")
+        self.assertIn("    (403: that server checks signatures, and a rehearsal against --url is not signed by sipgate)", said)
+
+    def test_a_sound_that_sipgate_would_skip_is_named(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "a.wav")
+            for channels, bits, rate, fault in [(1, 16, 8000, ""), (2, 16, 8000, "it has 2 channels, 16 bit, 8000 Hz"),
+                                                (1, 8, 8000, "it has 1 channels, 8 bit, 8000 Hz"),
+                                                (1, 16, 44100, "it has 1 channels, 16 bit, 44100 Hz")]:
+                with wave.open(path, "wb") as sound:
+                    sound.setnchannels(channels)
+                    sound.setsampwidth(bits // 8)
+                    sound.setframerate(rate)
+                    sound.writeframes(bytes(320))
+                self.assertEqual(sc.check_sound(path), fault)
+            with open(path, "wb") as file:
+                file.write(b"ID3 mp3")
+            self.assertIn("it is no PCM WAV file", sc.check_sound(path))
+
+
+# ------------------------------------------------------------------------------------------
+# Check
+# ------------------------------------------------------------------------------------------
+
+class CheckTest(unittest.TestCase):
+    def setUp(self):
+        self.folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.path = os.path.join(self.folder, "calls.db")
+
+    def serve(self, replies):
+        """The URL of a server that gives `replies` by path."""
+        WrongServer.replies = replies
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), WrongServer)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(thread.join)
+        self.addCleanup(server.shutdown)
+        return f"http://localhost:{server.server_port}"
+
+    def way_in(self, url, instance="me"):
+        return sc.check_way_in(Settings(webhook_url=url), instance)
+
+    def test_the_way_in(self):
+        def health(instance):
+            return 200, "text/plain", b"ok", {"X-Instance": instance}
+
+        url = self.serve({"/p/healthz": health("me"), "/q/healthz": health("other"), "/healthz": health("me"),
+                          "/r/healthz": (200, "text/html", b"<html>", {})})
+        self.assertEqual(self.way_in(url + "/p"), ("ok", f"{url}/p leads to this script"))
+        self.assertEqual(self.way_in(url + "/q"), (
+            "problem", f"{url}/q leads to another copy of this script: check the port that the tunnel or proxy leads to"))
+        self.assertEqual(self.way_in(url + "/cut"), (
+            "problem", f"{url}/cut: the proxy does not pass on the path /cut: let it, or take the path out of WEBHOOK_URL"))
+        WrongServer.replies.pop("/healthz")
+        self.assertEqual(self.way_in(url + "/none"), (
+            "problem", f"{url}/none/healthz is not found there (404): the path or the address is another one"))
+        self.assertEqual(self.way_in(url + "/r"), (
+            "problem", f"{url}/r leads to another server (status 200): check where the tunnel or proxy leads"))
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            port = closed.getsockname()[1]
+        kind, text = self.way_in(f"http://localhost:{port}")
+        self.assertEqual((kind, text.partition(" cannot be reached (")[2].partition(")")[2]), ("problem", ": is the tunnel or proxy running?"))
+
+    def test_a_way_in_that_takes_too_long_may_be_the_router(self):
+        with socket.create_server(("127.0.0.1", 0)) as silent, contextlib.ExitStack() as restored:
+            original = sc.get_health
+            restored.callback(setattr, sc, "get_health", original)
+            sc.get_health = lambda url: original(url, 0.1)
+            kind, text = self.way_in(f"http://localhost:{silent.getsockname()[1]}")
+        self.assertEqual((kind, "router" in text), ("warning", True))
+
+    def test_certificates_that_sipgate_will_not_accept(self):
+        for number, trusted, host, said in [(0, False, "localhost", "self[- ]signed certificate"), (2, True, "localhost", "certificate has expired"),
+                                            (0, True, "127.0.0.1", "IP address mismatch|not valid for")]:
+            paths = [os.path.join(self.folder, name) for name in ("cert.pem", "key.pem")]
+            for path, text in zip(paths, CERTIFICATES[number]):
+                with open(path, "w", encoding="ascii") as file:
+                    file.write(text)
+            running = Running(tls=sc.TlsFiles(*paths))
+            before = os.environ.get("SSL_CERT_FILE")
+            try:
+                os.environ["SSL_CERT_FILE"] = paths[0] if trusted else os.path.join(self.folder, "none")
+                kind, text = self.way_in(f"https://{host}:{running.server.server_port}")
+            finally:
+                running.stop()
+                os.environ.pop("SSL_CERT_FILE")
+                if before is not None:
+                    os.environ["SSL_CERT_FILE"] = before
+            self.assertEqual(kind, "problem")
+            self.assertRegex(text, f"sipgate will not accept the certificate: .*({said})")
+        with self.subTest("no https"):
+            self.assertRegex(self.way_in(self.serve({}).replace("http:", "https:"))[1], "does not speak https there")
+
+    def test_the_port(self):
+        running = Running()
+        self.addCleanup(running.stop)
+        port = running.server.server_port
+        settings = Settings(webhook_port=port)
+        self.assertEqual(sc.check_port(settings), (
+            ("ok", f"port {port} of 127.0.0.1 is held by a running copy of this script"), running.server.instance))
+        running.receiver.refused = 3
+        self.assertEqual(sc.check_port(settings)[0], (
+            "warning", f"port {port} of 127.0.0.1 is held by a running copy, which has refused 3 webhooks: its stderr says why"))
+        running.server.stopping = True
+        self.assertEqual(sc.check_port(settings)[0], ("problem", f"port {port} of 127.0.0.1: the running copy says: stopping"))
+        other = int(self.serve({}).rpartition(":")[2])
+        self.assertEqual(sc.check_port(Settings(webhook_port=other))[0], (
+            "problem", f"port {other} of 127.0.0.1 is held by another program: stop it, or choose another port"))
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            port = closed.getsockname()[1]
+        self.assertEqual(sc.check_port(Settings(webhook_port=port)), (("ok", f"port {port} of 127.0.0.1 is free"), ""))
+
+    def test_the_way_in_is_tried_even_if_nobody_listens(self):
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            port = closed.getsockname()[1]
+        settings = Settings(webhook_port=port, webhook_url=f"http://localhost:{port}/p")
+        self.assertEqual(list(sc.check_network(settings)), [
+            ("ok", f"port {port} of 127.0.0.1 is free"), ("ok", f"http://localhost:{port}/p leads to this script")])
+        self.assertEqual(list(sc.check_network(replace(settings, webhook_url="")))[1], (
+            "warning", "no WEBHOOK_URL: trial mode, sipgate cannot reach this machine"))
+
+    def test_the_call_log(self):
+        self.assertEqual(list(sc.check_log("off")), [("ok", "call log: off, nothing is kept")])
+        self.assertEqual(list(sc.check_log(self.path)), [("ok", f"call log: {self.path} will be created")])
+        self.assertEqual(os.listdir(self.folder), [])
+        missing = os.path.join(self.folder, "none", "calls.db")
+        self.assertEqual(list(sc.check_log(missing)), [("problem", f"call log: {missing} cannot be written by this user: set CALL_LOG to "
+                                                        "a file in a folder that can, or to off")])
+        log = CallLog(self.path, 30, extension=sc.CALLS)
+        self.assertEqual(list(sc.check_log(self.path))[-1], (
+            "warning", "events: none yet; enter the URL in sipgate's console, choose the sources, and call"))
+        for n in range(sc.FOLLOW_UPS_MISSED):
+            log.record((time.time() - 65, "newCall", str(n), b"", None), 5)
+        self.assertEqual([text.partition(":")[0] for _, text in sc.check_log(self.path)], ["call log", "events", "follow-ups do not arrive"])
+        log.record((time.time() - 65, "hangup", "0", b"", None), 5)
+        self.assertEqual(list(sc.check_log(self.path))[1:], [("ok", "events: the last one came 1:05 ago")])
+        log.close(5)
+        if os.name != "nt":
+            os.chmod(self.path, 0o644)
+            self.assertEqual(next(sc.check_log(self.path)), (
+                "warning", f"call log: {self.path} can be read by others: chmod 600 {self.path}"))
+        with open(self.path, "r+b") as file:
+            file.seek(100)
+            file.write(b"\xff" * 9000)
+        kind, text = list(sc.check_log(self.path))[-1]
+        self.assertEqual(kind, "problem")
+        self.assertRegex(text, "malformed|not a database|disk image")
+
+    def test_the_basics(self):
+        bad = os.path.join(self.folder, "bad.py")
+        with open(bad, "w", encoding="ascii") as file:
+            file.write("import sys\nsys.exit(1)\n")
+        self.assertEqual(list(sc.check_basics(Settings(call_handlers=bad)))[1:], [
+            ("ok", "signatures: sipgate's own example is verified"), ("ok", f"your code: {bad} compiles")])
+        with open(bad, "w", encoding="ascii") as file:
+            file.write("def on_new_call(event)\n")
+        self.assertEqual([kind for kind, _ in sc.check_basics(Settings(call_handlers=bad, signature_key_file=bad, webhook_url="http://x.example"))],
+                         ["ok", "ok", "warning", "warning", "problem", "problem"])
+
+    def test_the_vector_is_that_of_the_tests(self):
+        self.assertEqual((sc.VECTOR_BODY, sc.VECTOR_SIGNATURE), (VECTOR_BODY, VECTOR_SIGNATURE))
+
+
+# ------------------------------------------------------------------------------------------
 # Serving and the command line: whole programs
 # ------------------------------------------------------------------------------------------
 
@@ -2790,6 +3180,31 @@ class ProgramTest(unittest.TestCase):
         self.assertIn("492111234567 pressed 1\n", out)
         self.assertIn("The call has been hung up (normalClearing, talked 0:00)\n", out)
 
+    def test_a_rehearsal_from_an_empty_folder(self):
+        self.write("mine.py", "from sipgate_callevents import dial\ndef on_new_call(event):\n    return dial('4921100')\n")
+        began = time.monotonic()
+        status, out, err = self.run_command("simulate", CALL_HANDLERS="mine.py")
+        self.assertLess(time.monotonic() - began, 2)
+        self.assertEqual((status, err), (0, ""))
+        self.assertIn("but your functions really run (", out.splitlines()[0])
+        self.assertIn("  Dial 4921100, follow-ups to /on-answer and /on-hangup\n", out)
+        self.assertRegex(out.splitlines()[-1], r"^\d\d-\d\d \d\d:\d\d in \+492111234567 \+4915791234567 answered 0:00 0:00 4921100$")
+        self.assertEqual(os.listdir(self.folder), ["mine.py"])
+        self.write("mine.py", "def on_new_call(event):\n    return '<Dial/>'\n")
+        status, out, err = self.run_command("simulate", "missed", "--from", "anonymous", CALL_HANDLERS="mine.py")
+        self.assertEqual((status, "on_new_call returned a str, not an action" in err), (0, True))
+        self.assertEqual(self.run_command("simulate", "nonsense")[0], 2)
+        program = self.start(WEBHOOK_URL="https://x.example/p")
+        status, out, err = self.run_command("simulate", "--url", f"http://127.0.0.1:{program.port}/p/new-call")
+        self.assertEqual((status, "(403: that server checks signatures" in out), (1, True))
+        self.assertEqual(self.run_command("simulate", "--url", "x.example")[0], 2)
+
+    def test_check_names_every_slip(self):
+        status, out, _ = self.run_command("check", WEBHOOK_URL="x", VERIFY_SIGNATURE="x")
+        self.assertEqual((status, len(out.splitlines()), out[:20]), (1, 2, "problem  WEBHOOK_URL"))
+        status, out, _ = self.run_command("check", WEBHOOK_PORT=str(self.start().port))
+        self.assertEqual((status, [line.split()[0] for line in out.splitlines()]), (0, ["ok", "ok", "ok", "ok", "warning"]))
+
     def real(self, name):
         return os.path.join(os.path.realpath(self.folder), name)
 
@@ -2889,6 +3304,9 @@ class ReadmeTest(unittest.TestCase):
         shown = json.loads(re.search(r"```json\n(.*?)```", self.README, re.DOTALL)[1])
         printed = json.loads(sc.event_json(parse_event(NEW_CALL, ""), 0))
         self.assertEqual({**shown, "received_at": ""}, {**printed, "received_at": ""})
+
+    def test_its_scenarios_are_those_that_there_are(self):
+        self.assertIn(f"The scenarios: {', '.join(sc.SCENARIOS)}.", self.README)
 
     def test_the_licence_is_the_unlicense(self):
         self.assertIn("SPDX-License-Identifier: Unlicense", text_of("sipgate_callevents.py"))
