@@ -1796,7 +1796,9 @@ class TimeLimitTest(unittest.TestCase):
 
         running = Running(handler=Stubborn)
         self.addCleanup(running.stop)
-        with running.connect() as connection:
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(running.server.server_address)
             connection.settimeout(0.5)
             with contextlib.suppress(OSError):
                 for _ in range(10_000):
