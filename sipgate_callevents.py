@@ -65,6 +65,7 @@ import pathlib
 import platform
 import queue
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -77,6 +78,7 @@ import textwrap
 import threading
 import time
 import traceback
+import unicodedata
 import urllib.parse
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -1026,14 +1028,19 @@ class CallLog:
             self._catch_up()
 
     def _update(self, connection: sqlite3.Connection) -> None:
-        """Have the extension take in what is new. An error in it must not keep events from being stored."""
+        """Have the extension take in what is new."""
+        self._to_update = self._guarded(lambda extension: extension.update(connection, self.UPDATE_ROWS))
+
+    def _guarded(self, step: Callable[[Extension], bool]) -> bool:
+        """A step of the extension; False without one. An error in it must not keep events from being stored."""
         try:
-            self._to_update = self.extension is not None and self.extension.update(connection, self.UPDATE_ROWS)
+            return self.extension is not None and step(self.extension)
         except sqlite3.Error:
             raise
         except Exception:
             logger.exception("an error in this program; calls are no longer put together")
-            self.extension, self._to_update = None, False
+            self.extension = None
+            return False
 
     def _recover(self, error: Exception) -> None:
         """After a failure: fall behind, put a damaged file aside, and have a new connection made."""
@@ -1073,9 +1080,9 @@ class CallLog:
             removed += rows
             yield
         more = self.extension is not None
-        while self.extension and more:
+        while more:
             with transaction(connection):
-                more = self.extension.remove(connection, before)
+                more = self._guarded(lambda extension: extension.remove(connection, before))
             yield
         if removed or connection.execute("PRAGMA freelist_count").fetchone()[0]:
             self.behind = self.behind or "old events are being removed"  # no webhook waits for that
@@ -2126,7 +2133,7 @@ class WebhookServer(http.server.ThreadingHTTPServer):
 # ------------------------------------------------------------------------------------------
 
 # Control characters could steer the terminal; bidi controls make text read as what it is not.
-UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\xad\ufeff\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -2505,12 +2512,14 @@ CALLS_SCHEMA = """
 CREATE TABLE derived(version INTEGER, up_to INTEGER);  -- the last event that has been taken in
 CREATE TABLE legs(call_id TEXT PRIMARY KEY, call INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE links(key TEXT, received_at REAL, call_id TEXT, PRIMARY KEY(key, received_at, call_id)) WITHOUT ROWID;
+CREATE INDEX links_received_at ON links(received_at);
 CREATE TABLE calls(id INTEGER PRIMARY KEY, started REAL, last_at REAL, outcome TEXT,
-                   from_number TEXT, to_number TEXT, fields TEXT);
+                   from_number TEXT, to_number TEXT, numbers TEXT, fields TEXT);
 CREATE INDEX calls_started ON calls(started);
 CREATE INDEX calls_from ON calls(from_number, started);
 CREATE INDEX calls_to ON calls(to_number, started);
 """
+NUMBER_FIELDS = ("from_number", "to_number", "diversion", "answering_number")
 LINK_SECONDS = 24 * 3600  # two events with the same xcid belong together if they are no further apart
 LOST_SECONDS = 6 * 3600  # after the last event, a call whose end was not reported is lost
 FORWARD_SECONDS = 60  # that a forwarded leg waits for the next one
@@ -2558,7 +2567,8 @@ class _Leg:
     def is_voicemail(self, event: AnswerEvent) -> bool:
         """Whether voicemail answered: it says so, or nobody is named and nothing else rang."""
         started = self.first(NewCallEvent)
-        return event.user == "voicemail" or (not event.user and started is not None and started[1].users == ("voicemail",))
+        rang = {user for user in started[1].users if user} if started else set()
+        return event.user == "voicemail" or (not event.user and rang == {"voicemail"})
 
 
 def put_together(events: Sequence[tuple[float, CallEvent]]) -> Call:
@@ -2568,7 +2578,8 @@ def put_together(events: Sequence[tuple[float, CallEvent]]) -> Call:
     """
     legs: dict[str, _Leg] = {}
     order = {kind: rank for rank, kind in enumerate(EVENTS)}
-    for at, event in sorted(events, key=lambda pair: (pair[0], order.get(pair[1].event, 9), pair[1].call_id)):
+    for at, event in sorted(events, key=lambda pair: (pair[0], order.get(pair[1].event, 9), pair[1].call_id,
+                                                      str(sorted(pair[1].fields.items())))):
         legs.setdefault(event.call_id, _Leg(event.call_id)).events.append((at, event))
     named = {getattr(event, "orig_call_id", "") for leg in legs.values() for _, event in leg.events
              if getattr(event, "orig_call_id", "") != leg.call_id}
@@ -2668,12 +2679,14 @@ def _take_in(connection: sqlite3.Connection, number: int, received_at: float, ki
         numbers.update(its_numbers)
         if call != calls[0]:
             connection.execute("DELETE FROM calls WHERE id = ?", (call,))
-    events = _events_of(connection, numbers) if calls else [(received_at, event)]
+    rows = _without_repeats(_rows_of(connection, numbers)) if calls else [(number, received_at, kind, call_id, body)]
+    events = [(at, _stored_event(one, its_kind, its_body)[1]) for one, at, its_kind, _, its_body in rows]
     call, last_at = put_together(events), max(at for at, _ in events)
     key = calls[0] if calls else number
-    connection.execute("INSERT OR REPLACE INTO calls VALUES (?, ?, ?, ?, ?, ?, ?)", (
-        key, call.started, last_at, call.outcome, call.from_number, call.to_number,
-        json.dumps([call.__dict__, sorted(legs), sorted(numbers)])))
+    known = {getattr(event, name, "") for _, event in events for name in NUMBER_FIELDS}
+    connection.execute("INSERT OR REPLACE INTO calls VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (
+        key, call.started, last_at, call.outcome, call.from_number, call.to_number, f" {' '.join(sorted(known))} ",
+        json.dumps([call.__dict__, sorted(legs), sorted(row[0] for row in rows)])))
     connection.executemany("INSERT OR REPLACE INTO legs VALUES (?, ?)", [(one, key) for one in legs])
 
 
@@ -2688,6 +2701,14 @@ def _rows_of(connection: sqlite3.Connection, numbers: Iterable[int]) -> list[Any
     found = (connection.execute("SELECT id, received_at, event, call_id, body FROM events WHERE id = ?", (number,)).fetchone()
              for number in sorted(numbers))
     return [row for row in found if row]
+
+
+def _without_repeats(rows: Sequence[Any]) -> list[Any]:
+    """`rows` but those that repeat an earlier one; a digit pressed twice is no repeat."""
+    kept: dict[Any, Any] = {}
+    for row in sorted(rows, key=lambda row: (row[1], row[0])):
+        kept.setdefault(row[0] if row[2] == "dtmf" else row[2:], row)
+    return list(kept.values())
 
 
 def _events_of(connection: sqlite3.Connection, numbers: Iterable[int]) -> list[tuple[float, CallEvent]]:
@@ -2712,11 +2733,11 @@ def remove_calls(connection: sqlite3.Connection, before: float) -> bool:
 
     Their old events have been deleted; what is left of them counts.
     """
+    connection.execute("DELETE FROM links WHERE received_at < ?", (before,))  # or they would go on joining legs
     found = [row[0] for row in connection.execute("SELECT id FROM calls WHERE started < ? LIMIT 100", (before,))]
     for call in found:
-        rebuild_call(connection, call)
-    if not found:
-        connection.execute("DELETE FROM links WHERE received_at < ?", (before,))
+        if connection.execute("SELECT 1 FROM calls WHERE id = ?", (call,)).fetchone():  # not merged meanwhile
+            rebuild_call(connection, call)
     return bool(found)
 
 
@@ -2739,6 +2760,9 @@ CALLS = Extension(prepare_calls, update_calls, remove_calls, call_of)
 # block, and never on a file that is not there yet.
 # ------------------------------------------------------------------------------------------
 
+FORGOTTEN = "[forgotten]"
+
+
 class Nothing(Exception):
     """There is nothing to show; the text says why, in a sentence."""
 
@@ -2747,26 +2771,41 @@ def open_calls(path: str) -> sqlite3.Connection:
     """Connect to the call log at `path` and bring its calls up to date. Raises Nothing, SettingsError."""
     if path == "off":
         raise Nothing("CALL_LOG=off: no calls are kept")
-    if not os.path.exists(path) or not os.path.getsize(path):
+    try:
+        is_empty = not os.stat(path).st_size
+    except FileNotFoundError:
+        is_empty = True
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read: {error.strerror}: run this as the user whom it belongs to") from None
+    if is_empty:
         raise Nothing(f"no calls yet: there is nothing in {path}")
     if not os.access(path, os.R_OK | os.W_OK):
-        raise SettingsError(f"{path} belongs to {owner(path)}: sudo -u {owner(path)} {sys.executable} {' '.join(sys.argv)}")
-    connection = sqlite3.connect(pathlib.Path(path).as_uri() + "?mode=rw", uri=True, timeout=5, isolation_level=None)
+        command = " ".join(map(shlex.quote, [sys.executable, *sys.argv]))
+        raise SettingsError(f"{path} belongs to {owner(path)}: sudo -u {owner(path)} {command}")
+    try:
+        connection = sqlite3.connect(pathlib.Path(path).as_uri() + "?mode=rw", uri=True, timeout=5, isolation_level=None)
+    except sqlite3.Error as error:
+        raise SettingsError(f"{path} cannot be read: {error}") from None
     try:
         if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
             raise SettingsError(f'CALL_LOG is "{path}": that file is not a call log of this program')
-        if connection.execute("PRAGMA user_version").fetchone()[0] > SCHEMA_VERSION:
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA_VERSION:
             raise SettingsError(f'CALL_LOG is "{path}": a newer version of this program wrote it')
+        if version < SCHEMA_VERSION:
+            raise Nothing(f"no calls yet: there is nothing in {path}")
         with transaction(connection):
             prepare_calls(connection)
         more = connection.execute("SELECT up_to < (SELECT max(id) FROM events) FROM derived").fetchone()[0]
         while more:
+            began = time.monotonic()
             with transaction(connection):
-                more = update_calls(connection, 1000)
+                more = update_calls(connection, 100)
+            time.sleep(time.monotonic() - began)  # so that a running server gets its turn
     except sqlite3.Error as error:
         connection.close()
         raise SettingsError(f"{path} cannot be read: {error}") from None
-    except SettingsError:
+    except (Nothing, SettingsError):
         connection.close()
         raise
     return connection
@@ -2785,20 +2824,21 @@ def find_calls(connection: sqlite3.Connection, now: float, *, missed: bool = Fal
     """Return the latest `limit` calls, newest last, each with time and event of all that is stored for it.
 
     With `missed`, those to ring back: missed, or with voicemail only, and not spoken to since.
-    `number` is a pattern of digits and *, for the caller or the called party.
+    `number` is a pattern of digits and *, for the caller or the called party; a whole number is
+    also found where it was dialled first or answered.
     """
     where, values = ["1"], []  # type: tuple[list[str], list[Any]]
     if missed:
         where.append("outcome IN ('missed', 'voicemail')")
         for side in ("from_number", "to_number"):
-            where.append(f"(from_number IN ('', 'anonymous') OR NOT EXISTS (SELECT 1 FROM calls AS later WHERE later.{side} = "
+            where.append(f"(from_number IN ('', 'anonymous', '{FORGOTTEN}') OR NOT EXISTS (SELECT 1 FROM calls AS later WHERE later.{side} = "
                          "calls.from_number AND later.started > calls.started AND later.outcome IN ('answered', 'talking')))")
     if since is not None:
         where.append("started >= ?")
         values.append(since)
     if number:
-        where.append("(from_number GLOB ? OR to_number GLOB ?)")
-        values += [number, number]
+        where.append("(from_number GLOB ? OR to_number GLOB ? OR instr(numbers, ?))")
+        values += [number, number, f" {number} "]
     rows = connection.execute(f"SELECT fields, last_at FROM calls WHERE {' AND '.join(where)} "
                               "ORDER BY started DESC, id DESC LIMIT ?", (*values, limit)).fetchall()
     return [(_as_call(fields, last_at, now), sorted(_events_of(connection, json.loads(fields)[2]), key=lambda pair: pair[0]))
@@ -2810,21 +2850,27 @@ def with_plus(number: str) -> str:
     return "+" + number if re.fullmatch("[1-9][0-9]{6,}", number) else number or "unknown"
 
 
+def cell(text: str, width: int) -> str:
+    """`text` safe on a terminal, in exactly `width` columns; characters of the far east take two."""
+    shown, taken = "", 0
+    for character in printable(text):
+        taken += 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if taken > width:
+            break
+        shown += character
+    return shown + " " * (width - sum(2 if unicodedata.east_asian_width(one) in "WF" else 1 for one in shown))
+
+
 def table(calls: Sequence[Call], width: int) -> list[str]:
-    """`calls` as lines of up to `width` characters, of 80 at least."""
+    """`calls` as lines of up to `width` columns, of 80 at least."""
     rows = [("STARTED", "", "FROM", "TO", "OUTCOME", "WAIT", "TALK", "BY")]
     for call in calls:
         wait, talk = ("" if seconds is None else duration(seconds) for seconds in (call.wait_s, call.talk_s))
         rows.append((time.strftime("%m-%d %H:%M", time.localtime(call.started)), call.direction, with_plus(call.from_number),
-                     with_plus(call.to_number), call.outcome, wait, talk, call.answered_by))
-    rows = [tuple(map(printable, row)) for row in rows]  # type: ignore[misc]
-    widths = [max(len(row[column]) for row in rows) for column in range(7)]
-    lines = []
-    for row in rows:
-        cells = [cell.rjust(size) if column in (5, 6) else cell.ljust(size)
-                 for column, (cell, size) in enumerate(zip(row, widths))]
-        lines.append(" ".join([*cells, row[7]])[:max(width, 80)].rstrip())
-    return lines
+                     with_plus(call.to_number), call.outcome, wait.rjust(4), talk.rjust(4), call.answered_by))
+    widths = [min(max(len(row[column]) for row in rows), most) for column, most in enumerate((11, 3, 16, 16, 10, 7, 7))]
+    widths.append(max(width, 80) - sum(widths) - len(widths))
+    return [" ".join(map(cell, row, widths)).rstrip() for row in rows]
 
 
 def totals(calls: Sequence[Call]) -> str:
@@ -2851,21 +2897,24 @@ def call_entry(call: Call) -> dict[str, Any]:
 
 
 def csv_cell(value: Any) -> Any:
-    """`value` safe in a spreadsheet: neither a formula nor a number that it would round."""
-    text = " ".join(value) if isinstance(value, list) else "" if value is None else str(value)
-    return "'" + text if re.match(r"[=+\-@\t\r]|[0-9]{9,}", text) else text
+    """`value` safe in a spreadsheet: text that it would take for a formula or a number gets an apostrophe."""
+    if isinstance(value, float) or value is None:
+        return value
+    text = " ".join(value) if isinstance(value, list) else value
+    is_time = re.fullmatch(r"[0-9-]{10}T[0-9:.]{12}Z", text)
+    return "'" + text if re.match(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|\s*[0-9]", text) and not is_time else text
 
 
 def show_calls(options: argparse.Namespace, settings: Settings) -> int:
     """The command `calls`."""
     since = None
-    if options.since:
+    if options.since is not None:
         try:
             since = datetime.datetime.fromisoformat(options.since).timestamp()
         except ValueError:
             raise SettingsError(f'--since is "{options.since}": expected a date such as 2026-11-01') from None
     number = re.sub(r"[\s()/+-]", "", options.number)
-    if not re.fullmatch("[0-9A-Za-z*]*", number):
+    if not re.fullmatch("[0-9A-Za-z*]+", number or ("" if options.number else "*")):
         raise SettingsError(f'--number is "{options.number}": expected digits, with * for any others')
     with contextlib.closing(open_calls(settings.call_log)) as connection:
         found = find_calls(connection, time.time(), missed=options.missed, since=since, number=number, limit=options.limit)
@@ -2888,55 +2937,80 @@ def show_calls(options: argparse.Namespace, settings: Settings) -> int:
         for line, its_events in zip(lines, events):
             print(line)
             for at, event in its_events if options.events else ():
-                print(f"  {time.strftime('%H:%M:%S', time.localtime(at))} {event.event:7} {event_line(event)}")
+                print(f"  {time.strftime('%H:%M:%S', time.localtime(at))} {printable(event.event):7} {event_line(event)}")
         print(totals(calls))
     return 0
 
 
-FORGOTTEN = "[forgotten]"
-
-
 def forget_number(options: argparse.Namespace, settings: Settings) -> int:
     """The command `forget`: every trace of a number leaves the files."""
-    number = re.sub(r"[\s()/+-]", "", options.number)
-    if not re.fullmatch("[0-9A-Za-z]{3,}", number):
+    number, path = plain_number(options.number), settings.call_log
+    if not re.fullmatch("[0-9][0-9A-Za-z]{2,}", number):
         raise SettingsError(f'"{options.number}": expected the digits of a whole number, such as 4915791234567')
-    with contextlib.closing(open_calls(settings.call_log)) as connection:
-        connection.execute("PRAGMA secure_delete=ON")
-        found = 0
-        try:
-            for path in glob.glob(glob.escape(settings.call_log) + ".damaged-*"):
-                if number.encode() in pathlib.Path(path).read_bytes():
-                    os.remove(path)
-                    print(f"{path} held that number, and is removed", file=sys.stderr)
-            with transaction(connection):
-                found = _forget_in(connection, number)
+    try:
+        for damaged in filter(os.path.isfile, glob.glob(glob.escape(path) + ".damaged-*")):
+            if number.encode() in pathlib.Path(damaged).read_bytes():
+                os.remove(damaged)
+                print(f"{damaged} held that number, and is removed", file=sys.stderr)
+        with contextlib.closing(open_calls(path)) as connection:
+            connection.execute("PRAGMA secure_delete=ON")
+            found = forget_in(connection, number)
             connection.execute("VACUUM")
+            connection.execute("PRAGMA busy_timeout=0")  # a running server is not to wait for a reader as well
+            until = time.monotonic() + 60
             while connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
-                time.sleep(0.1)  # a reader still looks at the pages as they were
-        except (sqlite3.Error, OSError) as error:
-            raise SettingsError(f"{settings.call_log}: {error}; run this again") from None
-    print(f"{found} call{'s' if found != 1 else ''} held that number; it is gone from {settings.call_log}")
+                if time.monotonic() > until:
+                    raise SettingsError(f"{path}-wal still holds it, since another program reads the file: end that, run this again")
+                time.sleep(0.1)
+    except (sqlite3.Error, OSError) as error:
+        raise SettingsError(f"{path}: {error}; run this again") from None
+    print(f"{found} call{'s' if found != 1 else ''} held that number; it is gone from {path}")
     return 0
 
 
-def _forget_in(connection: sqlite3.Connection, number: str) -> int:
+def plain_number(text: str) -> str:
+    """A number without what people write into it, or the part of a SIP address before the @."""
+    return re.sub(r"[\s()/+-]", "", text).partition("@")[0]
+
+
+def forget_in(connection: sqlite3.Connection, number: str) -> int:
     """Rewrite every event that has `number` as a whole value, and the calls of these; return how many calls."""
+    # One word for all places where it stands as an id, so that what it joins stays joined, and nothing else is.
+    token = f"{FORGOTTEN[:-1]} {os.urandom(4).hex()}]"
     calls: set[int] = set()
-    for key, call_id, body in connection.execute(
-            "SELECT id, call_id, body FROM events WHERE instr(body, ?) OR call_id = ?", (number.encode(), number)).fetchall():
-        pairs = urllib.parse.parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True)
-        kept = [(name, FORGOTTEN if value == number else value) for name, value in pairs]
-        if kept != pairs:
-            leg = connection.execute("SELECT call FROM legs WHERE call_id = ?", (call_id or f"#{key}",)).fetchone()
-            calls.update(leg or ())
-            # The digest told repeats of these very bytes, and could tell whether a guess at them is right.
-            connection.execute("UPDATE events SET body = ?, digest = NULL, call_id = ? WHERE id = ?", (
-                urllib.parse.urlencode(kept).encode(), FORGOTTEN if call_id == number else call_id, key))
-    for call in calls:
-        if connection.execute("SELECT 1 FROM calls WHERE id = ?", (call,)).fetchone():
-            rebuild_call(connection, call)
+    rows, last = [], 0
+    query = "SELECT id, call_id, body FROM events WHERE id > ?"
+    for key, call_id, body in connection.execute(query, (0,)):  # reading only, which no writer waits for
+        last = max(last, key)
+        if number in plain_number(call_id) or number in plain_text(body):
+            rows.append((key, call_id, body))
+    with transaction(connection):
+        while update_calls(connection, 1000):
+            pass
+        for key, call_id, body in rows + connection.execute(query, (last,)).fetchall():
+            pairs = urllib.parse.parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True)
+            kept = [(name, _forgotten(name, value, number, token)) for name, value in pairs]
+            if kept != pairs:
+                calls.update(connection.execute("SELECT call FROM legs WHERE call_id = ?", (call_id or f"#{key}",)).fetchone() or ())
+                # The digest told repeats of these very bytes, and could tell whether a guess at them is right.
+                connection.execute("UPDATE events SET body = ?, digest = NULL, call_id = ? WHERE id = ?", (
+                    urllib.parse.urlencode(kept).encode(), _forgotten("callId", call_id, number, token), key))
+        connection.execute("DELETE FROM links WHERE key IN (?, ?) OR call_id = ?", ("x" + number, "o" + number, number))
+        for call in calls:
+            if connection.execute("SELECT 1 FROM calls WHERE id = ?", (call,)).fetchone():
+                rebuild_call(connection, call)
     return len(calls)
+
+
+def plain_text(body: bytes) -> str:
+    """A form's text, decoded and without what people write into numbers."""
+    return re.sub(r"[\s()/+-]", "", urllib.parse.unquote_plus(body.decode("utf-8", "replace")))
+
+
+def _forgotten(name: str, value: str, number: str, token: str) -> str:
+    if name in ("event", "direction", "cause") or plain_number(value) != number:
+        return value
+    return token if name in ("callId", "origCallId", "xcid") else FORGOTTEN
 
 
 # ------------------------------------------------------------------------------------------
@@ -3578,14 +3652,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A file named in CALL_HANDLERS imports this very module, whatever the script is called.
     sys.modules["sipgate_callevents"] = sys.modules[__name__]
     commands = {"calls": show_calls, "forget": forget_number, "simulate": simulate, "check": check}
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # rather than end at a name that the terminal cannot show
     # A command may wait for whoever reads its output; a server may not.
     with contextlib.nullcontext() if options.command else consoles(), diagnostics():
         try:
             settings = read_settings(options, os.environ)
-            return commands[options.command](options, settings) if options.command else serve(settings, CALLS)
-        except BrokenPipeError:  # such as head, which has seen enough
+            status = commands[options.command](options, settings) if options.command else serve(settings, CALLS)
+            sys.stdout.flush()
+            return status
+        except OSError as error:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - nothing is left to flush
-            return 0
+            if isinstance(error, BrokenPipeError):  # such as head, which has seen enough
+                return 0
+            print(f"sipgate_callevents: {error}", file=sys.stderr)
+            return 1
+        except sqlite3.Error as error:
+            print(f"sipgate_callevents: {settings.call_log} cannot be read: {error}", file=sys.stderr)
+            return 1
         except Nothing as nothing:
             print(f"{str(nothing)[0].upper()}{str(nothing)[1:]}.", file=sys.stderr)
             return 0

@@ -2247,6 +2247,70 @@ class CallsTest(unittest.TestCase):
         self.assertEqual([(call.started - 1e9, [event.call_id for _, event in events])
                           for call, events in sc.find_calls(connection, 1e9, limit=2)], [(28, ["28"]), (29, ["29"])])
 
+    def test_a_number_is_found_wherever_it_stood(self):
+        connection = self.connection()
+        add_events(connection, FLOWS["transfer, picked up"][0])
+        for number in ("4921100", "4930200", "4930201", "4930203"):
+            self.assertEqual(len(all_calls(connection, number=number)), 1, number)
+        self.assertEqual(all_calls(connection, number="493020"), [])
+
+    def test_repeats_cost_nothing(self):
+        connection = self.connection()
+        began = time.monotonic()
+        add_events(connection, flow(*((n, "newCall", "A", IN) for n in range(1000))))
+        self.assertLess(time.monotonic() - began, 2)
+        add_events(connection, flow((2000, "hangup", "A", "cause=cancel")))
+        self.assertEqual([(call.outcome, call.wait_s) for call in all_calls(connection)], [("missed", 2000)])
+
+    def test_times_that_run_backwards_make_no_negative_seconds(self):
+        connection = self.connection()
+        add_events(connection, flow((0, "newCall", "A", IN), (50, "answer", "A", ""), (40, "hangup", "A", "")))
+        self.assertEqual([(call.wait_s, call.talk_s) for call in all_calls(connection)], [(50, 0)])
+
+    def test_the_same_xcid_links_for_a_day_and_no_longer(self):
+        for apart, calls in [(24 * 3600, 1), (24 * 3600 + 1, 2)]:
+            connection = self.connection()
+            add_events(connection, flow((0, "newCall", "A", "xcid=a"), (apart, "newCall", "B", "xcid=a")))
+            self.assertEqual(len(all_calls(connection)), calls)
+
+    def test_the_leg_that_others_name_is_the_first_even_if_it_came_later(self):
+        connection = self.connection()
+        add_events(connection, flow((0, "newCall", "B", "from=2&origCallId=A"), (1, "newCall", "A", "from=1&direction=in")))
+        self.assertEqual([call.from_number for call in all_calls(connection)], ["1"])
+
+    def test_events_at_the_same_moment_make_the_same_call_in_any_order(self):
+        rows = flow((0, "newCall", "A", IN), (5, "answer", "A", "user=Alice"), (5, "answer", "A", "user=Bob"),
+                    (7, "dtmf", "A", "dtmf=1"), (7, "dtmf", "A", "dtmf=2"))
+        found = []
+        for order in itertools.permutations(rows):
+            connection = self.connection()
+            add_events(connection, order)
+            found += all_calls(connection)
+        self.assertEqual(len(set(found)), 1)
+
+    def test_forgetting_leaves_nothing_in_any_form_and_joins_nothing(self):
+        connection = self.connection()
+        forms = ("49157999", "%2B49157999", "%2049157999", "%34%39157999", "49157999%40sipgate.de", "+49157999")
+        add_events(connection, flow(*((n, "newCall", f"leg{n}", f"direction=in&from={form}&user[]=49157999") for n, form in enumerate(forms))))
+        add_events(connection, flow((10, "newCall", "49157999", "from=1"), (11, "newCall", "C", "origCallId=49157999&from=2"),
+                                    (12, "newCall", "D", "xcid=49157999"), (13, "answer", "D", "answeringNumber=491579990")))
+        connection.execute("UPDATE events SET digest = id")
+        self.assertEqual(len(all_calls(connection)), 8)
+        self.assertEqual(sc.forget_in(connection, "49157999"), 8)
+        for table in ("events", "calls", "legs", "links"):
+            for row in connection.execute(f"SELECT * FROM {table}"):
+                for value in row:
+                    text = value.decode() if isinstance(value, bytes) else str(value)
+                    self.assertIsNone(re.search("49157999(?!0)", sc.plain_text(text.encode())), (table, row))
+        self.assertEqual(len(all_calls(connection)), 8)
+        self.assertEqual(connection.execute("SELECT count(*) FROM events WHERE digest IS NULL").fetchone(), (9,))
+        add_events(connection, flow((20, "newCall", "4930300", "from=3")))
+        sc.forget_in(connection, "4930300")
+        self.assertEqual(len(all_calls(connection)), 9, "two who were forgotten are not the same")
+        add_events(connection, flow((30, "hangup", "E", "cause=normalClearing")))
+        sc.forget_in(connection, "normalClearing")
+        self.assertEqual(all_calls(connection)[-1].cause, "normalClearing")
+
     def test_old_calls_go_with_their_events(self):
         connection = self.connection()
         for rows, *_ in (FLOWS["forwarded to voicemail"], FLOWS["the same xcid two days later"]):
@@ -2279,7 +2343,10 @@ class ShownCallsTest(unittest.TestCase):
             f"{started} in unknown       +4915791234567 missed   1:36"])
         self.assertEqual(max(map(len, sc.table([long], 80))), 80)
         self.assertTrue(sc.table([long], 200)[1].endswith("name indeed"))
-        self.assertNotIn("\x1b", "".join(sc.table([replace(self.CALL, answered_by="\x1b[2J")], 80)))
+        hostile = sc.table([replace(self.CALL, answered_by="\x1b[2J\u5c71" * 30, from_number="\xad" + "9" * 70)], 80)
+        self.assertNotIn("\x1b", "".join(hostile))
+        self.assertEqual([sum(2 if char == "\u5c71" else 1 for char in line) <= 80 for line in hostile], [True, True])
+        self.assertIn(" answered ", hostile[1])
 
     def test_totals(self):
         self.assertEqual(sc.totals([self.CALL, self.MISSED]), "2 calls, 1 answered, 1 missed, average wait 0:50, average talk 1:32")
@@ -2293,7 +2360,8 @@ class ShownCallsTest(unittest.TestCase):
 
     def test_csv_is_safe_in_a_spreadsheet(self):
         for value, cell in [("492111234567", "'492111234567"), ("=1+1", "'=1+1"), ("+49", "'+49"), ("-1", "'-1"), ("@a", "'@a"),
-                            ("Alice", "Alice"), (None, ""), (["A", "B"], "A B"), (92.5, "92.5")]:
+                            ("123456e0", "'123456e0"), ("1,0042", "'1,0042"), (" =1", "' =1"), ("\n=1", "'\n=1"), ("\uff1d1", "'\uff1d1"),
+                            ("2026-11-23T17:50:00.000Z", "2026-11-23T17:50:00.000Z"), ("Alice", "Alice"), (None, None), (["A", "B"], "A B"), (92.5, 92.5)]:
             self.assertEqual(sc.csv_cell(value), cell)
 
     def test_lines_of_a_call_that_is_known(self):
@@ -2346,7 +2414,7 @@ class CallsInTheLogTest(unittest.TestCase):
         self.record(log, FLOWS["forwarded to voicemail"][0])
         log.close(5)
         log = self.log()
-        wait_until(lambda: not log._to_update)
+        wait_until(lambda: log.call("B"))
         self.assertEqual(log.call("A").outcome, "voicemail")
         self.assertEqual(log.call("A"), log.call("B"))
         self.assertIsNone(log.call("C"))
@@ -2487,7 +2555,6 @@ class RehearsalTest(unittest.TestCase):
         for line in (b"User-Agent: sipgate.io", b"X-SIPGATE-JOBS: http://www.sipgate.de/jobs", b"Accept-Charset: utf-8",
                      b"Content-Type: application/x-www-form-urlencoded; charset=UTF-8", b"Content-Length: %d" % len(body)):
             self.assertIn(line, head)
-        self.assertTrue(received[0].endswith(b"\r\n\r\n"), "the body has a segment of its own")
         self.assertIn(b"&user%5B%5D=Alice&user%5B%5D=Bob&", body)
         self.assertRegex(body, rb"&callId=[0-9A-F]{64}&origCallId=[0-9A-F]{64}&xcid=[0-9a-f]{16}&")
         self.assertTrue(is_signed(body, re.search(rb"X-Sipgate-Signature: (.*)", head)[1].decode().strip(), [self.key.public]))
@@ -3175,6 +3242,8 @@ class ProgramTest(unittest.TestCase):
         self.assertEqual(self.run_command("calls", "--missed"), (0, "", "No call matches.\n"))
         for arguments, said in [(("--since", "yesterday"), '--since is "yesterday": expected a date such as 2026-11-01'),
                                 (("--limit", "0"), "expected a whole number of 1 or more"),
+                                (("--since", ""), '--since is "": expected a date'),
+                                (("--number", "+"), "expected digits, with * for any others"),
                                 (("--number", "a'b"), "expected digits, with * for any others")]:
             status, _, err = self.run_command("calls", *arguments)
             self.assertEqual((status, said in err), (2, True), err)
@@ -3239,6 +3308,11 @@ class ProgramTest(unittest.TestCase):
                              ("499999111229",))
         self.assertEqual(self.run_command("forget", "49999911122")[1], f"0 calls held that number; it is gone from {self.real('calls.db')}\n")
         self.assertEqual(self.run_command("forget", "4")[0], 2)
+        self.assertEqual(self.run_command("forget", "hangup")[0], 2)
+        os.remove(path)
+        self.write("calls.db.damaged-3", "...49999911122...")
+        self.assertEqual(self.run_command("forget", "49999911122")[0], 0)
+        self.assertEqual(os.listdir(self.folder), ["calls.db.damaged-2"])
 
     def test_help_and_version(self):
         for argument, said in [("--version", "sipgate_callevents 1."), ("-h", "--env-file FILE")]:
