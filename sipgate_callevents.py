@@ -735,10 +735,10 @@ CREATE TABLE events(
 );
 CREATE INDEX events_received_at ON events(received_at);
 """
-INSERT = "INSERT OR IGNORE INTO events(received_at, event, call_id, body, digest) SELECT ?1, ?2, ?3, ?4, ?5"
+INSERT = "INSERT OR IGNORE INTO events(received_at, event, call_id, body, digest) SELECT ?, ?, ?, ?, ?"
 # A commit that failed on a bad disk may be there all the same when the file is opened again.
 UNLESS_THERE = """ WHERE NOT EXISTS (
-    SELECT 1 FROM events WHERE received_at = ?1 AND event = ?2 AND call_id = ?3 AND body = ?4)"""
+    SELECT 1 FROM events WHERE received_at = ? AND event = ? AND call_id = ? AND body = ?)"""
 
 
 class Extension(NamedTuple):
@@ -1006,10 +1006,11 @@ class CallLog:
         """Commit what is pending, in order, in transactions of a bounded size."""
         while self._pending:
             batch = list(itertools.islice(self._pending, self.BATCH))
-            insert = INSERT + UNLESS_THERE if self._uncertain else INSERT
+            again = self._uncertain
             with transaction(connection):
                 for entry in batch:
-                    added = connection.execute(insert, entry.row).rowcount > 0
+                    added = connection.execute(INSERT + UNLESS_THERE if again else INSERT,
+                                               entry.row + entry.row[:4] if again else entry.row).rowcount > 0
                     # The first try tells: at the next one, a commit that failed may have made this its own repeat.
                     entry.is_new = added if entry.is_new is None else entry.is_new
                 # A newCall has a caller waiting, who needs no calls; your code for the other events does.

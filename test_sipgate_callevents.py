@@ -1901,8 +1901,8 @@ class TlsTest(unittest.TestCase):
         for _ in range(2):
             self.assertTrue(self.exchange(request()).startswith(b"HTTP/1.1 200 "))
         self.assertTrue(self.exchange(b"nonsense\r\n\r\n").startswith(b"HTTP/1.1 400 "))
-        with contextlib.suppress(ssl.SSLError):  # too slow: TLS leaves no way for a 408
-            self.assertEqual(self.exchange(b"POST "), b"")
+        with contextlib.suppress(ssl.SSLError):  # too slow; OpenSSL 3 leaves no way for a 408
+            self.assertIn(self.exchange(b"POST ")[:12], (b"", b"HTTP/1.1 408"))
 
     def test_http_on_the_https_port_is_told_so(self):
         with diagnostics() as said:
