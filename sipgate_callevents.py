@@ -3072,7 +3072,7 @@ def understand(status: int, content_type: str, body: bytes, seconds: float) -> A
         complaints.append(f"the Content-Type is {content_type or 'missing'}: expected application/xml")
     try:
         response = ET.fromstring(body)
-    except ET.ParseError as error:
+    except (ET.ParseError, ValueError, LookupError) as error:  # the latter two: of an encoding it names
         return Asked(None, "", "", [*complaints, f"the reply is no XML ({error}): sipgate lets the call go on"])
     if response.tag != "Response":
         return Asked(None, "", "", [*complaints, f"the root is <{response.tag}>: expected <Response>"])
@@ -3086,8 +3086,18 @@ def understand(status: int, content_type: str, body: bytes, seconds: float) -> A
 
 
 def _url_complaints(name: str, url: str) -> list[str]:
-    parts = urllib.parse.urlsplit(url.strip())
-    return [] if parts.scheme in ("http", "https") and parts.netloc else [f"{name} is {url!r}: expected a whole URL with http(s)://"]
+    return [] if _place(url) else [f"{name} is {url!r}: expected a whole URL with http(s)://"]
+
+
+def _place(url: str) -> tuple[str, int] | None:
+    """Host and port of a URL that sipgate could follow, None for any other."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        parts.netloc.encode("idna")
+    except ValueError:
+        return None
+    return (parts.hostname, port) if re.fullmatch(r"https?://[!-~]+", url) and parts.hostname else None
 
 
 def _action_complaints(action: ET.Element) -> list[str]:
@@ -3118,8 +3128,8 @@ def _gather_complaints(gather: ET.Element) -> list[str]:
         "<Gather> has no onData: the digits go nowhere"]
     for name in ("maxDigits", "timeout"):
         value = gather.get(name, "1000")
-        if not re.fullmatch("[0-9]+", value) or int(value) < 1:
-            complaints.append(f"{name} is {value!r}: expected a whole number of 1 or more")
+        if not re.fullmatch("[0-9]{1,9}", value) or int(value) < 1:
+            complaints.append(f"{name} is {value[:40]!r}: expected a whole number of 1 or more")
         elif name == "timeout" and int(value) < 100:
             complaints.append(f"timeout is {value}: it counts in milliseconds; is {int(value) * 1000} meant?")
     return complaints
@@ -3163,8 +3173,10 @@ class ThrowAwayKey:
 class Sipgate:
     """Plays sipgate towards one server, and tells `say` what is said."""
 
-    def __init__(self, url: str, options: argparse.Namespace, say: Callable[[str], None], key: ThrowAwayKey | None = None) -> None:
-        self.url, self.options, self.say, self.key = urllib.parse.urlsplit(url), options, say, key
+    def __init__(self, url: str, options: argparse.Namespace, say: Callable[[str], None], key: ThrowAwayKey | None = None,
+                 alias: str = "") -> None:
+        """`url`: of the newCall; `alias`: a URL whose host stands for that of `url`; `key`: to sign with."""
+        self.url, self.options, self.say, self.key, self.alias = urllib.parse.urlsplit(url), options, say, key, alias
         self.digits = options.digits.split(",")
         self.complaints = 0
         run = os.urandom(32).hex().upper()
@@ -3173,16 +3185,19 @@ class Sipgate:
 
     def play(self, steps: Sequence[Step]) -> None:
         """Play a scenario, and do what the replies say."""
-        follow_ups: dict[str, Asked] = {}
-        over, by = "", {}  # type: tuple[str, dict[str, Any]]
+        legs: dict[str, tuple[Asked, str, dict[str, Any]]] = {}  # what was asked, why it is over, who answers instead
         for step in steps:
-            if step.event == "newCall" and not over:
-                asked = self._converse(self.url.geturl(), "newCall", step.leg, self._fields(step))
-                follow_ups[step.leg], over, by = asked, *self._course(asked)
-            elif step.event == "hangup" and step.leg in follow_ups and follow_ups[step.leg].on_hangup:
-                self._post_follow_up(follow_ups[step.leg].on_hangup, step, {"cause": over} if over else {})
-            elif step.event == "answer" and not over and follow_ups[step.leg].on_answer:
-                self._post_follow_up(follow_ups[step.leg].on_answer, step, by)
+            if step.leg == "B" and legs["A"][1]:
+                continue  # a call that was refused is neither forwarded nor transferred
+            if step.event == "newCall":
+                asked = self._converse(self.url.geturl(), step.leg, self._fields(step))
+                legs[step.leg] = (asked, *self._course(asked))
+                continue
+            asked, over, by = legs[step.leg]
+            if step.event == "hangup" and asked.on_hangup:
+                self._post_follow_up(asked.on_hangup, step, {"cause": over} if over else {})
+            elif step.event == "answer" and asked.on_answer and not over:
+                self._post_follow_up(asked.on_answer, step, by)
 
     def _course(self, asked: Asked) -> tuple[str, dict[str, Any]]:
         """Why the call is over at once ("" if it is not), and who answers it instead."""
@@ -3223,7 +3238,7 @@ class Sipgate:
         if status not in (200, 0):
             self._complain(f"the status is {status}: expected 200")
 
-    def _converse(self, url: str, event: str, leg: str, fields: Mapping[str, Any]) -> Asked:
+    def _converse(self, url: str, leg: str, fields: Mapping[str, Any]) -> Asked:
         """Send a newCall, follow each Gather with digits; return what the last reply asked for."""
         users = f" ({', '.join(fields.get('user[]', []))})" if fields.get("user[]") else ""
         asked = self._ask(url, fields, f"{fields['from']} to {fields['to']}{users}")
@@ -3244,7 +3259,7 @@ class Sipgate:
         if not status:
             return Asked(None, "", "", [])
         asked = understand(status, content_type, body, seconds)
-        paths = [urllib.parse.urlsplit(follow).path for follow in (asked.on_answer, asked.on_hangup) if follow]
+        paths = [urllib.parse.urlsplit(follow).path for follow in (asked.on_answer, asked.on_hangup) if _place(follow)]
         self.say(f"<-- {status} in {seconds * 1000:.0f} ms  {described(asked.action)}"
                  + (f", follow-ups to {printable(' and '.join(paths))}" if paths else ", no follow-ups"))
         for complaint in asked.complaints:
@@ -3252,6 +3267,10 @@ class Sipgate:
         if status == 403:
             self.say("    (403: that server checks signatures, and a rehearsal against --url is not signed by sipgate)")
         return asked
+
+    def _is_ours(self, url: str) -> bool:
+        """Whether `url` is on the host that is rehearsed with; in a rehearsal of our own, WEBHOOK_URL stands for it."""
+        return _place(url) in (_place(self.url.geturl()), _place(self.alias))
 
     def _complain(self, text: str) -> None:
         self.complaints += 1
@@ -3261,14 +3280,16 @@ class Sipgate:
         """POST an event as sipgate does; return status (0: nothing came), Content-Type, body and seconds."""
         time.sleep(self.options.pause)
         self.say(f"--> {fields['event']:8} {printable(words)}")
-        target = urllib.parse.urlsplit(url)
-        if self.key is None and target.netloc != self.url.netloc:
+        if not _place(url):
+            return 0, "", b"", 0.0  # which has been complained of
+        if not self._is_ours(url):
             self._complain(f"{url} is on another host: it is not followed")
             return 0, "", b"", 0.0
-        body = urllib.parse.urlencode(fields, doseq=True).encode()
+        target = urllib.parse.urlsplit(url)
+        body = urllib.parse.urlencode(fields, doseq=True, errors="replace").encode()
         headers = {"Accept": "application/xml, text/plain, text/html", "Accept-Charset": "utf-8", "User-Agent": "sipgate.io",
                    "X-SIPGATE-JOBS": "http://www.sipgate.de/jobs",
-                   "Content-Type": "application/x-www-form-urlencoded; charset=UTF-8", "Accept-Encoding": "gzip,deflate"}
+                   "Content-Type": "application/x-www-form-urlencoded; charset=UTF-8", "Accept-Encoding": "identity"}
         if self.key:
             headers["X-Sipgate-Signature"] = self.key.sign(body)
         kind = http.client.HTTPSConnection if self.url.scheme == "https" else http.client.HTTPConnection
@@ -3277,8 +3298,8 @@ class Sipgate:
             with contextlib.closing(kind(self.url.netloc, timeout=10)) as connection:
                 connection.request("POST", (target.path or "/") + (f"?{target.query}" if target.query else ""), body, headers)
                 reply = connection.getresponse()
-                content, seconds = reply.read(), time.monotonic() - began
-        except (OSError, http.client.HTTPException) as error:
+                content, seconds = reply.read(1_000_000), time.monotonic() - began
+        except (OSError, ValueError, http.client.HTTPException) as error:
             self._complain(f"no reply: {error or type(error).__name__}")
             return 0, "", b"", 0.0
         if not quiet:
@@ -3293,7 +3314,7 @@ def check_sound(path: str) -> str:
         with wave.open(path, "rb") as sound:
             found = (sound.getnchannels(), sound.getsampwidth() * 8, sound.getframerate())
     except (wave.Error, EOFError) as error:
-        return f"it is no PCM WAV file ({error})"
+        return f"it is no PCM WAV file ({error or 'it is cut off'})"
     except OSError as error:
         raise SettingsError(f"{path} cannot be read: {error.strerror}") from None
     return "" if found == (1, 16, 8000) else "it has {} channels, {} bit, {} Hz".format(*found)
@@ -3320,13 +3341,29 @@ def simulate(options: argparse.Namespace, settings: Settings) -> int:
         server.receiver = Receiver(replace(settings, webhook_port=server.server_port), [key.public], functions, call_log=log)
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         at_the_end.callback(server.stop, 1)
+        errors = _ErrorCount()
+        logger.addHandler(errors)
+        at_the_end.callback(logger.removeHandler, errors)
         faults = 0
         for name in names:
-            player = Sipgate(f"http://127.0.0.1:{server.server_port}{settings.base_path}/new-call", options, print, key)
+            player = Sipgate(f"http://127.0.0.1:{server.server_port}{settings.base_path}/new-call", options, print, key,
+                             server.receiver.settings.base_url)
             faults += _rehearse(name, player)
-            server.receiver.follow_ups.finish(10)
-            print("\n".join(table([log.call(player.call_ids["A"])], shutil.get_terminal_size().columns)))
-    return 1 if faults else 0
+            if server.receiver.follow_ups.finish(10):
+                faults += 1
+                print("!!! your on_answer or on_hangup has not returned after 10 s; the rehearsal does not wait for it")
+            call = log.call(player.call_ids["A"])
+            print("\n".join(table([call], shutil.get_terminal_size().columns)) if call else "no call was stored")
+    return 1 if faults or errors.count else 0
+
+
+class _ErrorCount(logging.Handler):
+    """Counts what is reported of your code."""
+
+    count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.count += record.levelno >= logging.ERROR
 
 
 def _rehearse(name: str, player: Sipgate) -> int:
@@ -3402,9 +3439,13 @@ def check_log(path: str) -> Iterator[tuple[str, str]]:
     if path == "off":
         yield "ok", "call log: off, nothing is kept"
         return
-    folder = os.path.dirname(path)
-    if not os.access(path if os.path.exists(path) else folder, os.R_OK | os.W_OK):
-        yield "problem", f"call log: {path} cannot be written by this user: set CALL_LOG to a file in a folder that can, or to off"
+    folder, exists = os.path.dirname(path), os.path.lexists(path)
+    if (exists and not os.path.isfile(path)) or not os.path.isdir(folder):
+        yield "problem", f"call log: {path} is no file, or its folder does not exist: set CALL_LOG to a file, or to off"
+        return
+    # SQLite keeps files beside it, so the folder counts as well.
+    if not os.access(folder, os.W_OK | os.X_OK) or (exists and not os.access(path, os.R_OK | os.W_OK)):
+        yield "problem", f"call log: {path} or its folder cannot be written by this user: set CALL_LOG to a file that can, or to off"
         return
     if shutil.disk_usage(folder).free < LITTLE_ROOM:
         yield "warning", f"call log: less than {LITTLE_ROOM // 1024 // 1024} MB are free for {path}"
@@ -3417,11 +3458,12 @@ def check_log(path: str) -> Iterator[tuple[str, str]]:
         with contextlib.closing(open_calls(path)) as connection:
             fault = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
             if fault != "ok":
-                raise SettingsError(fault)
+                raise sqlite3.DatabaseError(fault)
             yield "ok", f"call log: {path} is healthy"
             yield from check_story(connection, time.time())
     except (SettingsError, sqlite3.Error) as error:
-        yield "problem", f"call log: {error}: at its next start the server puts a damaged file aside and begins a new one"
+        is_damage = re.search("malformed|not a database|image", str(error)) or type(error) is sqlite3.DatabaseError
+        yield "problem", f"call log: {error}" + (": the server puts a damaged file aside and begins a new one" if is_damage else "")
 
 
 def check_story(connection: sqlite3.Connection, now: float) -> Iterator[tuple[str, str]]:
@@ -3482,16 +3524,17 @@ def check_way_in(settings: Settings, instance: str) -> tuple[str, str]:
         return "problem", f"{url} does not speak https there: {error.reason or error}"
     except socket.timeout:
         return "warning", f"{url} does not answer in time; from inside, that may be a router that cannot reach its own public address"
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, UnicodeError, http.client.HTTPException) as error:
         return "problem", f"{url} cannot be reached ({error or type(error).__name__}): is the tunnel or proxy running?"
-    if health.instance == instance:
+    if instance and health.instance == instance:
         return "ok", f"{url} leads to this script"
     if health.instance:
         return "problem", f"{url} leads to another copy of this script: check the port that the tunnel or proxy leads to"
     parts = urllib.parse.urlsplit(url)
-    with contextlib.suppress(OSError, http.client.HTTPException):
-        if parts.path and get_health(f"{parts.scheme}://{parts.netloc}").instance == instance:
-            return "problem", f"{url}: the proxy does not pass on the path {parts.path}: let it, or take the path out of WEBHOOK_URL"
+    with contextlib.suppress(OSError, UnicodeError, http.client.HTTPException):
+        if instance and parts.path and get_health(f"{parts.scheme}://{parts.netloc}").instance == instance:
+            return "problem", (f"{url}: the path {parts.path} does not get through: let the proxy pass it on, or take it out of "
+                               "WEBHOOK_URL, if the running copy has the same one")
     if health.status == 404:
         return "problem", f"{url}/healthz is not found there (404): the path or the address is another one"
     return "problem", f"{url} leads to another server (status {health.status}): check where the tunnel or proxy leads"
@@ -3506,7 +3549,10 @@ def check_network(settings: Settings) -> Iterator[tuple[str, str]]:
     elif instance or finding[0] == "problem":
         yield check_way_in(settings, instance)
     else:
-        tls = TlsFiles(settings.webhook_tls_cert, settings.webhook_tls_key) if settings.webhook_tls_cert else None
+        try:
+            tls = TlsFiles(settings.webhook_tls_cert, settings.webhook_tls_key) if settings.webhook_tls_cert else None
+        except SettingsError:
+            return  # said already, with the files
         with WebhookServer(settings.webhook_host, settings.webhook_port, settings.base_path, tls) as server:
             server.receiver = Receiver(settings, [], CallFunctions())
             threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -3597,6 +3643,13 @@ def read_settings(options: argparse.Namespace, environ: Mapping[str, str]) -> Se
     return Settings.from_values(values, os.path.dirname(path))
 
 
+def some_seconds(text: str) -> float:
+    """For argparse: 0 to 60 seconds."""
+    if not re.fullmatch(r"[0-9]{1,2}(\.[0-9]{1,6})?", text) or float(text) > 60:
+        raise argparse.ArgumentTypeError(f'"{text}": expected 0 to 60 seconds')
+    return float(text)
+
+
 def whole_number(text: str) -> int:
     """For argparse: a count of 1 or more."""
     if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
@@ -3637,11 +3690,13 @@ def command_line() -> argparse.ArgumentParser:
     simulate.add_argument("--to", metavar="NUMBER", default="4915791234567", help="the number called")
     simulate.add_argument("--user", metavar="NAME", action="append", help="who rings (repeatable)")
     simulate.add_argument("--digits", metavar="1,0042", default="1", help="what the caller presses, menu by menu; empty: nothing")
-    simulate.add_argument("--pause", metavar="SECONDS", type=float, default=0.05, help="between the events (0.05)")
+    simulate.add_argument("--pause", metavar="SECONDS", type=some_seconds, default=0.05, help="between the events (0.05)")
     simulate.add_argument("--url", dest="target", metavar="URL", help="play against another server: its full newCall address")
     simulate.add_argument("--sound", metavar="FILE", help="only check whether sipgate would play this file")
     check = commands.add_parser("check", help="find out why nothing arrives", allow_abbrev=False,
                                 description="Go through all that stands between a call and its line on the screen.")
+    check.add_argument("--url", metavar="URL", default=argparse.SUPPRESS, help="as given to the server")
+    check.add_argument("--port", metavar="PORT", default=argparse.SUPPRESS, help="as given to the server")
     for command in (calls, forget, simulate, check):
         command.add_argument("--env-file", metavar="FILE", default=argparse.SUPPRESS, help="read this file instead of .env")
     return parser

@@ -2456,11 +2456,11 @@ class CallsInTheLogTest(unittest.TestCase):
 # Rehearsal
 # ------------------------------------------------------------------------------------------
 
-def rehearse(url, name="answered", key=None, **changed):
+def rehearse(url, name="answered", key=None, alias="", **changed):
     """What is said in a rehearsal, and the player."""
     said = []
     options = argparse.Namespace(**{"sender": "492111234567", "to": "4915791234567", "user": None, "digits": "1", "pause": 0, **changed})
-    player = sc.Sipgate(url, options, said.append, key)
+    player = sc.Sipgate(url, options, said.append, key, alias)
     player.play(sc.SCENARIOS[name])
     return said, player
 
@@ -2481,7 +2481,8 @@ class RehearsalTest(unittest.TestCase):
         """What is said, the call that the log holds then, and what the server was sent."""
         self.running.receiver.functions = functions
         self.running.shown.clear()
-        said, player = rehearse(f"http://127.0.0.1:{self.running.server.server_port}/new-call", name, self.key, **changed)
+        said, player = rehearse(f"http://127.0.0.1:{self.running.server.server_port}/new-call", name, self.key,
+                                "https://example.localhost.run", **changed)
         self.assertEqual(player.complaints, 0, said)
         return said, self.log.call(player.call_ids["A"]), list(self.running.shown)
 
@@ -2521,6 +2522,15 @@ class RehearsalTest(unittest.TestCase):
                 self.assertEqual((call.outcome, call.answered_by), (outcome, by))
                 self.assertEqual([event.event for event in events],
                                  ["newCall", "answer", "hangup"] if by or outcome == "voicemail" else ["newCall", "hangup"])
+
+    def test_a_transfer_that_is_refused_leaves_the_first_leg_alone(self):
+        functions = CallFunctions(on_new_call=lambda event: reject() if event.users == ("Carl",) else None)
+        _, call, events = self.rehearse("transfer", functions)
+        self.assertEqual([(event.event, getattr(event, "cause", "")) for event in events], [
+            ("newCall", ""), ("answer", ""), ("newCall", ""), ("hangup", "normalClearing"), ("hangup", "noAnswer")])
+        self.assertEqual((call.outcome, call.answered_by), ("answered", "Alice"))
+        _, call, events = self.rehearse("transfer", CallFunctions(on_new_call=lambda event: reject()))
+        self.assertEqual([event.event for event in events], ["newCall", "hangup"])
 
     def test_a_menu_gets_its_digits(self):
         functions = CallFunctions(
@@ -2611,8 +2621,16 @@ class ComplaintTest(unittest.TestCase):
                 ("<Response><Dial /></Response>", "<Dial> has 0 numbers: expected 1 to 5, or <Voicemail/>"),
                 ("<Response><Dial><Number>+4921</Number></Dial></Response>", "<Number> is '+4921': expected digits without +"),
                 ("<Response><Gather /></Response>", "<Gather> has no onData: the digits go nowhere"),
-                ("<Response><Gather onData='/x' /></Response>", f"onData is '/x': {whole}",
-                 "/x is on another host: it is not followed"),
+                ("<Response><Gather onData='/x' /></Response>", f"onData is '/x': {whole}"),
+                ("<Response onAnswer='http://[bad/x' />", f"onAnswer is 'http://[bad/x': {whole}"),
+                ("<Response onHangup='http://x:99999/' />", f"onHangup is 'http://x:99999/': {whole}"),
+                ("<Response onHangup='http://x.example/\u00fc' />", f"onHangup is 'http://x.example/\u00fc': {whole}"),
+                ("<Response onHangup='http://.x.example/' />", f"onHangup is 'http://.x.example/': {whole}"),
+                ("<?xml version='1.0' encoding='foo'?><Response/>", "the reply is no XML (unknown encoding: foo): sipgate lets the call go on"),
+                ("<?xml version='1.0' encoding='gbk'?><Response/>",
+                 "the reply is no XML (multi-byte encodings are not supported): sipgate lets the call go on"),
+                ("<Response><Gather onData='http://y.example/' timeout='" + "9" * 5000 + "' /></Response>",
+                 f"timeout is '{'9' * 40}': expected a whole number of 1 or more", "http://y.example/ is on another host: it is not followed"),
                 ("<Response><Gather onData='http://y.example/' timeout='10' /></Response>",
                  "timeout is 10: it counts in milliseconds; is 10000 meant?", "http://y.example/ is on another host: it is not followed"),
                 ("<Response><Gather onData='http://y.example/' maxDigits='0' /></Response>",
@@ -2700,7 +2718,10 @@ class CheckTest(unittest.TestCase):
         self.assertEqual(self.way_in(url + "/q"), (
             "problem", f"{url}/q leads to another copy of this script: check the port that the tunnel or proxy leads to"))
         self.assertEqual(self.way_in(url + "/cut"), (
-            "problem", f"{url}/cut: the proxy does not pass on the path /cut: let it, or take the path out of WEBHOOK_URL"))
+            "problem", f"{url}/cut: the path /cut does not get through: let the proxy pass it on, or take it out of WEBHOOK_URL, if the "
+            "running copy has the same one"))
+        self.assertEqual(self.way_in(url + "/r", "")[0], "problem", "no instance is the same as no other")
+        self.assertEqual(self.way_in("http://127.0.0.1..x:1")[0], "problem")
         WrongServer.replies.pop("/healthz")
         self.assertEqual(self.way_in(url + "/none"), (
             "problem", f"{url}/none/healthz is not found there (404): the path or the address is another one"))
@@ -2774,8 +2795,13 @@ class CheckTest(unittest.TestCase):
         self.assertEqual(list(sc.check_log(self.path)), [("ok", f"call log: {self.path} will be created")])
         self.assertEqual(os.listdir(self.folder), [])
         missing = os.path.join(self.folder, "none", "calls.db")
-        self.assertEqual(list(sc.check_log(missing)), [("problem", f"call log: {missing} cannot be written by this user: set CALL_LOG to "
-                                                        "a file in a folder that can, or to off")])
+        for path in (missing, self.folder):
+            self.assertEqual(list(sc.check_log(path)), [("problem", f"call log: {path} is no file, or its folder does not exist: "
+                                                         "set CALL_LOG to a file, or to off")])
+        with contextlib.closing(sqlite3.connect(os.path.join(self.folder, "foreign.db"))) as foreign:
+            foreign.execute("CREATE TABLE a(b)")
+        self.assertRegex(list(sc.check_log(os.path.join(self.folder, "foreign.db")))[-1][1], "is not a call log of this program$")
+        os.remove(os.path.join(self.folder, "foreign.db"))
         log = CallLog(self.path, 30, extension=sc.CALLS)
         self.assertEqual(list(sc.check_log(self.path))[-1], (
             "warning", "events: none yet; enter the URL in sipgate's console, choose the sources, and call"))
@@ -3263,12 +3289,16 @@ class ProgramTest(unittest.TestCase):
         self.assertEqual(os.listdir(self.folder), ["mine.py"])
         self.write("mine.py", "def on_new_call(event):\n    return '<Dial/>'\n")
         status, out, err = self.run_command("simulate", "missed", "--from", "anonymous", CALL_HANDLERS="mine.py")
-        self.assertEqual((status, "on_new_call returned a str, not an action" in err), (0, True))
+        self.assertEqual((status, "on_new_call returned a str, not an action" in err), (1, True))
+        self.assertEqual(self.run_command("simulate", "--pause", "nan")[0], 2)
+        status, out, _ = self.run_command("simulate", "--user", "x" * 70_000)
+        self.assertEqual((status, out.splitlines()[-1]), (1, "no call was stored"))
         self.assertEqual(self.run_command("simulate", "nonsense")[0], 2)
         program = self.start(WEBHOOK_URL="https://x.example/p")
         status, out, err = self.run_command("simulate", "--url", f"http://127.0.0.1:{program.port}/p/new-call")
         self.assertEqual((status, "(403: that server checks signatures" in out), (1, True))
-        self.assertEqual(self.run_command("simulate", "--url", "x.example")[0], 2)
+        for url in ("x.example", "http://[bad/x", "http://\u00fc.example/"):
+            self.assertEqual(self.run_command("simulate", "--url", url)[0], 2)
 
     def test_check_names_every_slip(self):
         status, out, _ = self.run_command("check", WEBHOOK_URL="x", VERIFY_SIGNATURE="x")
