@@ -3522,7 +3522,7 @@ def check_way_in(settings: Settings, instance: str) -> tuple[str, str]:
         return "problem", f"{url}: sipgate will not accept the certificate: {error.verify_message}; get one from Let's Encrypt, for instance"
     except ssl.SSLError as error:
         return "problem", f"{url} does not speak https there: {error.reason or error}"
-    except socket.timeout:
+    except socket.timeout:  # noqa: UP041 - no TimeoutError before Python 3.10
         return "warning", f"{url} does not answer in time; from inside, that may be a router that cannot reach its own public address"
     except (OSError, UnicodeError, http.client.HTTPException) as error:
         return "problem", f"{url} cannot be reached ({error or type(error).__name__}): is the tunnel or proxy running?"
