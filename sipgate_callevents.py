@@ -906,7 +906,7 @@ class CallLog:
         except BaseException:
             connection.close()
             raise
-        self._connection, self._identity = connection, self._file_identity()
+        self._connection, self._identity = connection, self._file_identity("-wal")
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         for pragma in ("synchronous=FULL", "fullfsync=ON", "secure_delete=ON"):
@@ -929,12 +929,12 @@ class CallLog:
             logger.warning("%s cannot have a write-ahead log where it is; it works, but more slowly", self.path)
         connection.execute("SELECT max(id) FROM events").fetchone()
 
-    def _file_identity(self) -> list[tuple[int, int]]:
-        """What tells the file at our path and its -wal from any others."""
+    def _file_identity(self, *suffixes: str) -> list[tuple[int, int]]:
+        """What tells the file at our path, and those with `suffixes`, from any others."""
         found = []
-        for path in (self.path, self.path + "-wal"):
+        for suffix in ("", *suffixes):
             with contextlib.suppress(OSError):
-                status = os.stat(path)
+                status = os.stat(self.path + suffix)
                 found.append((status.st_dev, status.st_ino))
         return found
 
@@ -955,17 +955,21 @@ class CallLog:
 
     def _work(self) -> None:
         """The writing thread: store, look after the file, tidy up, until told to end."""
+        look_at = 0.0
         while True:
             self._take()
             is_quiet = not self._pending
             try:
-                self._store(self._own_connection())
+                self._store(self._connection or self._own_connection())
                 if self._closing.is_set() and not self._pending:
                     break
                 if is_quiet and self._to_update:
                     with transaction(self._own_connection()):
                         self._update(self._own_connection())
-                self._tidy(self._own_connection())
+                # Not after each commit: whoever waited for it would wait for this thread to let go of Python as well.
+                if is_quiet or time.monotonic() >= look_at:
+                    look_at = time.monotonic() + self.LOOK_SECONDS
+                    self._tidy(self._own_connection())
             except (sqlite3.Error, OSError, SettingsError) as error:
                 self._recover(error)
                 if self._closing.is_set() and not self._pending:
@@ -986,7 +990,7 @@ class CallLog:
 
     def _own_connection(self) -> sqlite3.Connection:
         """The connection to the file at our path, a new one if that is another file by now."""
-        if self._connection and self._file_identity() != self._identity:
+        if self._connection and self._file_identity("-wal") != self._identity:
             logger.error("the call log %s was deleted or replaced; what is there now is used", self.path)
             # What -wal still holds goes into the file that it belongs to, and never into the next one.
             with contextlib.suppress(sqlite3.Error):
@@ -1019,8 +1023,10 @@ class CallLog:
                     self._update(connection)
                 self._uncertain = True
             self._uncertain = False
-            # Deleted meanwhile? Then this went into a file without a name, and goes into the next one again.
-            if self._file_identity() != self._identity:
+            # Deleted? Then this went into a file without a name, and goes into the next one again. (Looked for
+            # only now, and for the one file: each look costs the caller as much as a tenth of the commit.)
+            if self._file_identity() != self._identity[:1]:
+                self._own_connection()
                 return
             for entry in batch:
                 self._pending.popleft()
