@@ -2486,7 +2486,7 @@ def serve(settings: Settings, extension: Extension | None = None) -> int:
         call_log = None if settings.call_log == "off" else CallLog(settings.call_log, settings.call_log_days,
                                                                    extension=extension)
         server.receiver = Receiver(settings, keys, functions, show, call_log=call_log)
-        threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.05,), name="accept", daemon=True).start()
         sys.stderr.write(start_text(settings, call_log))
         notify_ready()
         wait_for(arrived)

@@ -2912,13 +2912,13 @@ class OutputTest(unittest.TestCase):
 
 
 class Program:
-    """The script, running in a folder of its own."""
+    """The script, running in a folder of its own, and without site-packages: it needs none."""
 
     def __init__(self, *arguments, folder, script=SCRIPT, wait=True, stdout=subprocess.PIPE, **environ):
         clean = {name: value for name, value in os.environ.items()
                  if not re.match("WEBHOOK|CALL|VERIFY|SIGNATURE|JOURNAL|NOTIFY", name)}
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", script, *arguments], cwd=folder, stdout=stdout, stderr=subprocess.PIPE,
+            [sys.executable, "-S", "-W", "error", script, *arguments], cwd=folder, stdout=stdout, stderr=subprocess.PIPE,
             env={**clean, "WEBHOOK_PORT": "0", "CALL_LOG": "off", "PYTHONIOENCODING": "utf-8", **environ})
         self.said = ""
         while wait and "Ctrl-C stops" not in self.said:
