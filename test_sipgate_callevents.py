@@ -3207,6 +3207,28 @@ class ProgramTest(unittest.TestCase):
         self.assertIn("there is no setting WEBHOOK_PROT; is WEBHOOK_PORT meant?", err)
         self.assertIn("there is no setting CALL_CENTER", err)
 
+    def test_the_env_file_beside_the_script_comes_first(self):
+        home, here = (os.path.join(self.folder, name) for name in ("home", "here"))
+        for folder in (home, here):
+            os.mkdir(folder)
+        script = shutil.copy(SCRIPT, home)
+        for folder in (here, home):
+            with open(os.path.join(folder, ".env"), "w", encoding="ascii") as file:
+                file.write("CALL_OUTPUT=off\n")
+            err = self.start(folder=here, script=script).end()[2]
+            self.assertIn(f"Settings are read from {os.path.join(os.path.realpath(folder), '.env')}\n",
+                          err.replace(self.folder, os.path.realpath(self.folder)))
+
+    def test_nohup_means_it(self):
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            program = self.start()
+        finally:
+            signal.signal(signal.SIGHUP, before)
+        program.process.send_signal(signal.SIGHUP)
+        self.assertEqual(program.post("/new-call", NEW_CALL)[0], 200)
+        self.assertEqual(program.end()[0], 0)
+
     def test_systemd_is_told_when_calls_can_come(self):
         path = os.path.join(self.folder, "notify")
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
