@@ -1718,7 +1718,6 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
     and no client can stretch it byte by byte.
     """
 
-    protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     head_seconds = 10.0
     body_seconds = 10.0
