@@ -1556,8 +1556,6 @@ CHUNK_LINE_BEGUN = re.compile(rb"[0-9A-Fa-f]{0,6}|[0-9A-Fa-f]{1,6}\r")
 HOST = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 # Twice, each of these is a way to make two readers see two different requests.
 SINGLE_HEADERS = {"content-length", "host", "transfer-encoding", "expect", "content-type", "x-sipgate-signature"}
-
-
 # What tunnels, proxies and browsers add; an Origin or Sec-Fetch-Site is a web page's, from wherever it was loaded.
 PASSED_ON = ("x-forwarded-", "forwarded", "via", "x-real-ip", "x-original-", "cf-", "true-client-ip", "origin", "sec-fetch-")
 
