@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Unlicense
 # Public domain, see https://unlicense.org
-"""Receive the call events of sipgate.io: verify, print, decide, answer.
+"""Receive the call events of sipgate.io: verify, decide, answer, keep, show.
 
 Copy this one file to a server and start it; Python 3.8 or newer is all it needs:
 
@@ -11,34 +11,51 @@ Copy this one file to a server and start it; Python 3.8 or newer is all it needs
     python3 sipgate_callevents.py calls         the latest calls, with their outcome
 
 sipgate POSTs a newCall when a call starts. The XML reply decides about the call and asks
-for the later events: answer, hangup, and dtmf (the digits of a <Gather>). To decide
-yourself, search for "edit here".
+for the later events: answer, hangup, and dtmf (the digits of a <Gather>).
 
-How a webhook travels through this file:
+Part I answers the phone: everything that a byte from the internet or a waiting caller can
+reach. Read it before you trust this file. Part II looks at what Part I has stored; none of
+it runs before a reply is sent, except where your on_dtmf asks for event.call.
 
     socket bytes
-      └ WebhookRequestHandler      a complete, strictly framed request, in time, within limits
-          └ Receiver.receive
-              ├ is_signed          on the raw bytes, before anything is decoded
-              ├ parse_event        NewCallEvent, AnswerEvent, HangupEvent, DtmfEvent, UnknownEvent
-              ├ CallLog.record     on disk before the webhook is acknowledged
-              ├ on_new_call ...    your decision, within the time limit
-              └ response_xml       bytes
-      └ one sendall
+      |  WebhookRequestHandler    a complete, strictly framed request, in time, within limits
+      |  Receiver.admit           is_signed, on the raw bytes, before anything is decoded;
+      |                           then parse_event. What is refused changes nothing
+      |  Receiver.answer          CallLog.record: on disk before it is acknowledged;
+      |                           on_new_call, on_dtmf: your decision; response_xml
+      |  one sendall
+      +  Receiver.follow          afterwards: the printed line, on_answer and on_hangup
 
-Threads: the main thread waits for a signal; one accepts connections, and each connection
-has one, which also runs on_new_call and on_dtmf (at most 8 at a time); a watchdog gives the
-reply in place of one that is late; one runs on_answer and on_hangup; one writes the call
-log; one each writes stdout and stderr, so that a stuck terminal never holds up a call.
+Threads: the main one accepts connections, and makes room for them. One for each connection;
+it bounds every wait itself, and nobody replies in its place. One for each run of on_new_call
+or on_dtmf of yours. One Worker each writes the call log, stdout and stderr, prints the
+events, and runs on_answer and on_hangup.
+
+Every time limit, and what happens then:
+
+    a request, from its first byte to its last    10 s    closed, without a word
+    the reply, from the last byte of the body      3 s    the call goes through undecided
+      of these, storing the event                  1 s    it waits in memory, stderr says so
+      of these, waiting for one of 8 slots       0.5 s    the call goes through undecided
+      of these, event.call in on_dtmf            0.2 s    it is None
+    the client taking the reply                   10 s    closed
+    between two requests of a connection          75 s    closed
+    reading on after a refusal                     1 s    closed
+    stopping, for what is in flight                4 s    closed; the call log has 1 s more
+    on_answer, on_hangup                        no end    after 60 s stderr and /healthz say so
+
+The 3 s hold while Python runs: code of yours that never lets go of the interpreter (a regular
+expression that takes minutes on one odd number) stops every thread, and so every caller.
 
 Words: an *event* is one of sipgate's; the *response* is its XML document, the *reply* the
 HTTP answer that carries it; a *handler* is http.server's class. A *call* is what a person
-sees, a *leg* is what one callId names.
+sees, a *leg* is what one callId names; *your functions* are the four below.
 
 Not here: accounts, tunnels, certificates from Let's Encrypt, text to speech, CRM, mail.
 """
-from __future__ import annotations
+from __future__ import annotations  # a syntax error here: this needs Python 3.8 or newer
 
+import _thread
 import argparse
 import base64
 import collections
@@ -62,7 +79,6 @@ import logging
 import math
 import os
 import pathlib
-import platform
 import queue
 import re
 import shlex
@@ -83,52 +99,74 @@ import urllib.parse
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, NamedTuple, TextIO
+from typing import Any, ClassVar, NamedTuple, NoReturn, TextIO, Tuple
 
-__version__ = "1.0"
+if sys.version_info < (3, 8):
+    sys.exit("sipgate_callevents needs Python 3.8 or newer; this is " + sys.version.split()[0])
 
-logger = logging.getLogger("sipgate_callevents")
+__version__ = "2.0"
 
-# The paths below WEBHOOK_URL, and the event that each one is for.
-ROUTES = {"/new-call": "newCall", "/on-answer": "answer", "/on-hangup": "hangup", "/on-data": "dtmf"}
+# Not by getLogger(): a dictConfig() in your code would switch it off.
+logger = logging.Logger("sipgate_callevents", logging.INFO)
+
+
+# ==========================================================================================
+# What happens on a call                                                  *** edit here ***
+# Your decisions. To keep this script replaceable, put any of the four functions into a file
+# of your own and name it in CALL_HANDLERS.
+# ==========================================================================================
+
+def on_new_call(event: NewCallEvent) -> Action | None:
+    """Say what happens to the call; None: it goes on as configured at sipgate. 3 seconds at most.
+
+    if event.from_number == "anonymous":
+        return reject("busy")
+    """
+    return None
+
+
+def on_answer(event: AnswerEvent) -> None:
+    """A call was answered. Runs after the reply, one at a time, and may be slow.
+
+    print(event.user or event.answering_number, "is talking to", event.from_number)
+    """
+
+
+def on_hangup(event: HangupEvent) -> None:
+    """A leg ended. Runs after the reply, one at a time, and may be slow.
+
+    if event.call and event.call.outcome == "missed":
+        print("please ring back:", event.call.from_number)
+    """
+
+
+def on_dtmf(event: DtmfEvent) -> Action | None:
+    """Say what follows on the digits of a gather(); None: the call goes on. 3 seconds at most.
+
+    if event.state == "language" and event.dtmf == "1":
+        return dial("4915799912345")
+    """
+    return None
 
 
 # ==========================================================================================
 # PART I: ANSWERS THE PHONE
-# All that a byte from the internet or a waiting caller can reach. Read this part before
-# you trust the file; each section uses only names from sections above it.
+# Each section uses only names from sections above it (your four functions excepted).
 # ==========================================================================================
 
 # ------------------------------------------------------------------------------------------
-# Warnings
-# What keeps the diagnostics readable. Knows nothing of the rest.
-# ------------------------------------------------------------------------------------------
-
-class Throttle:
-    """Warns at most once a minute for each reason, and counts the others: scanners are loud."""
-
-    def __init__(self, seconds: float = 60.0) -> None:
-        self.seconds = seconds
-        self._lock = threading.Lock()
-        self._said: dict[str, tuple[float, int]] = {}
-
-    def warn(self, reason: str, text: str) -> bool:
-        """Log `text`, unless something was logged for `reason` within the last minute; whether it was."""
-        now = time.monotonic()
-        with self._lock:
-            said_at, held_back = self._said.get(reason, (-math.inf, 0))
-            late = now - said_at >= self.seconds
-            self._said[reason] = (now, 0) if late else (said_at, held_back + 1)
-        if late:
-            logger.warning("%s%s", text, f" ({held_back} more since the last message)" if held_back else "")
-        return late
-
-
-# ------------------------------------------------------------------------------------------
 # Settings
-# The .env reader and the checked settings. Text in, values out: no file and no environment
-# is read here.
+# Checked values; where they are read from is not known here.
 # ------------------------------------------------------------------------------------------
+
+# The paths below WEBHOOK_URL, and the event that each one is for.
+ROUTES = {
+    "/new-call": "newCall",
+    "/on-answer": "answer",
+    "/on-hangup": "hangup",
+    "/on-data": "dtmf",
+}
+
 
 class SettingsError(Exception):
     """The program cannot start as it is set up; `problems` holds one sentence for each fault."""
@@ -136,58 +174,6 @@ class SettingsError(Exception):
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
-
-
-BLANKS = r"[^\S\r\n]*"
-ESCAPES = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
-
-
-def parse_dotenv(text: str, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return what the `.env` file `text` adds to `environ`, read as python-dotenv reads it.
-
-    Total: a line that cannot be read is skipped, with a warning that names its number.
-    """
-    position = 0
-    seen: dict[str, str | None] = {}
-
-    def take(pattern: str) -> str:
-        """What `pattern` (or its group) matches here; the position moves behind it."""
-        nonlocal position
-        match = re.compile(pattern).match(text, position)
-        if match is None:
-            raise ValueError
-        position = match.end()
-        return match[match.lastindex or 0]
-
-    def take_value() -> str:
-        if text.startswith("'", position):
-            return re.sub(r"\\([\\'])", r"\1", take(r"(?s)'((?:\\.|[^'\\])*)'"))
-        if text.startswith('"', position):
-            return re.sub(r"""\\([\\'"abfnrtv])""", lambda escape: ESCAPES.get(escape[1], escape[1]),
-                          take(r'(?s)"((?:\\.|[^"\\])*)"'))
-        return re.sub(r"\s+#.*", "", take(r"[^\r\n]*")).rstrip()
-
-    def resolve(reference: re.Match[str]) -> str:
-        known = {**seen, **environ}
-        return (known[reference[1]] if reference[1] in known else reference[2]) or ""
-
-    take(r"\ufeff?\s*")
-    while position < len(text):
-        line = 1 + len(re.findall(r"\r\n|\n|\r", text[:position]))
-        try:
-            take(r"(?:export[^\S\r\n]+)?")
-            key = take(r"(?=#)|'([^']+)'|(?!')[^=#\s]+")
-            take(BLANKS)
-            value = take_value() if take(rf"(?:={BLANKS})?") else None
-            take(rf"{BLANKS}(?:#[^\r\n]*)?(?:\r\n|\n|\r|\Z)")
-        except ValueError:
-            logger.warning(".env: line %d is skipped: expected NAME=value, with closed quotes if any", line)
-            take(r"[^\r\n]*")
-        else:
-            if key:
-                seen[key] = value and re.sub(r"\$\{([^}:]*)(?::-([^}]*))?\}", resolve, value)
-        take(r"\s*")
-    return {key: value for key, value in seen.items() if value is not None and key not in environ}
 
 
 @functools.lru_cache(maxsize=64)
@@ -199,111 +185,21 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-def read_url(text: str) -> str:
-    """Return the base URL `text` without a slash at its end; ValueError says what was expected."""
-    try:
-        parts = urllib.parse.urlsplit(text)
-    except ValueError:  # brackets that hold no IPv6 address
-        raise ValueError("expected a whole address such as https://example.org") from None
-    if not re.fullmatch(r"https?://[^/@?#]+", f"{parts.scheme}://{parts.netloc}") or not parts.hostname:
-        if "@" in parts.netloc:
-            raise ValueError("leave out user and password, sipgate's webhooks do not need them")
-        raise ValueError("expected a whole address such as https://example.org")
-    if "?" in text or "#" in text:
-        raise ValueError("leave out everything from the ? or # on")
-    if not re.fullmatch(r"[A-Za-z0-9.:\[\]_-]+(/[A-Za-z0-9._~!$&'()*+,;=:@%-]*)*", text.split("://", 1)[1]):
-        raise ValueError("expected a to z, digits, and punctuation that a URL can hold; other letters encoded (xn--, %C3)")
-    port = re.search(r":([^:\]]*)\Z", parts.netloc)
-    if port and not (re.fullmatch("[0-9]{1,5}", port[1]) and 0 < int(port[1]) < 65536):
-        raise ValueError("expected a port from 1 to 65535")
-    base = text.rstrip("/")
-    for route in ROUTES:
-        if base.endswith(route):
-            raise ValueError(f"leave out {route}, it is added to {base[:-len(route)]}")
-    return base
-
-
-def read_host(text: str) -> str:
-    """Return the address or name `text`. ValueError says what was expected."""
-    address = text.strip("[]")
-    if not re.fullmatch(r"[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*|[A-Za-z0-9._-]+", address) or address.count(":") == 1:
-        raise ValueError("expected an address such as 127.0.0.1 or ::1, without a port (see WEBHOOK_PORT)")
-    return address
-
-
-def read_port(text: str) -> int:
-    """Return the port `text`; 0 lets the system choose one. ValueError says what was expected."""
-    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
-        raise ValueError("expected a whole number from 1 to 65535, or 0 for any free port")
-    return int(text)
-
-
-def read_days(text: str) -> int:
-    """Return the number of days `text`. ValueError says what was expected."""
-    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) < 1:
-        raise ValueError("expected a whole number of days from 1 to 99999")
-    return int(text)
-
-
-def one_of(*choices: str) -> Callable[[str], str]:
-    def read(text: str) -> str:
-        if text.lower() not in choices:
-            raise ValueError(f"expected {', '.join(choices[:-1])} or {choices[-1]}")
-        return text.lower()
-    return read
-
-
-def setting(default: Any, read: Callable[[str], Any] = str) -> Any:
-    return field(default=default, metadata={"read": read})
-
-
 @dataclass(frozen=True)
 class Settings:
     """The checked settings. The name of each in capitals is its name in `.env` and environment."""
 
-    webhook_url: str = setting("", read_url)
-    webhook_port: int = setting(8080, read_port)
-    webhook_host: str = setting("127.0.0.1", read_host)
-    webhook_tls_cert: str = setting("")
-    webhook_tls_key: str = setting("")
-    verify_signature: str = setting("auto", one_of("auto", "on", "off"))
-    signature_key_file: str = setting("")
-    call_handlers: str = setting("")
-    call_log: str = setting("calls.db")
-    call_log_days: int = setting(30, read_days)
-    call_output: str = setting("text", one_of("text", "json", "off"))
-
-    @classmethod
-    def from_values(cls, values: Mapping[str, str], folder: str = "") -> Settings:
-        """Check `values` (setting name to text; empty means not set) and return the settings.
-
-        A relative path counts from `folder`. Raises SettingsError with one sentence for each
-        value that is wrong.
-        """
-        found: dict[str, Any] = {}
-        problems = []
-        for known in fields(cls):
-            name = known.name.upper()
-            text = values.get(name, "").strip()
-            try:
-                if text:
-                    found[known.name] = known.metadata["read"](text)
-            except ValueError as error:
-                problems.append(f'{name} is "{text}": {error}')
-        settings = cls(**found)
-        paths: dict[str, Any] = {name: os.path.abspath(os.path.join(folder, getattr(settings, name)))
-                                 for name in ("webhook_tls_cert", "webhook_tls_key", "signature_key_file", "call_handlers", "call_log")
-                                 if getattr(settings, name) not in ("", "off")}
-        settings = replace(settings, **paths)
-        if settings.trial and "WEBHOOK_URL" not in " ".join(problems) and not is_loopback(settings.webhook_host):
-            problems.append(f'WEBHOOK_HOST is "{settings.webhook_host}" but WEBHOOK_URL is not set: '
-                            "without it only this machine may be listened to; set WEBHOOK_URL "
-                            "or leave WEBHOOK_HOST at 127.0.0.1")
-        if bool(settings.webhook_tls_cert) != bool(settings.webhook_tls_key):
-            problems.append("WEBHOOK_TLS_CERT and WEBHOOK_TLS_KEY are set together or not at all: a certificate needs its key")
-        if problems:
-            raise SettingsError(*problems)
-        return settings
+    webhook_url: str = ""
+    webhook_port: int = 8080
+    webhook_host: str = "127.0.0.1"
+    webhook_tls_cert: str = ""
+    webhook_tls_key: str = ""
+    verify_signature: str = "on"
+    signature_key_file: str = ""
+    call_handlers: str = ""
+    call_log: str = "calls.db"
+    call_log_days: int = 30
+    call_output: str = "text"
 
     @property
     def trial(self) -> bool:
@@ -312,6 +208,7 @@ class Settings:
 
     @property
     def base_url(self) -> str:
+        """What the routes are added to, for the URLs in a reply."""
         scheme = "https" if self.webhook_tls_cert else "http"
         return self.webhook_url or f"{scheme}://localhost:{self.webhook_port}"
 
@@ -319,24 +216,6 @@ class Settings:
     def base_path(self) -> str:
         """The path of WEBHOOK_URL, which the proxy hands on: "" or "/3f9c2a"."""
         return urllib.parse.urlsplit(self.webhook_url).path
-
-    def warnings(self) -> Iterator[str]:
-        """What is allowed but probably not meant, a sentence each."""
-        if self.trial:
-            return
-        url = urllib.parse.urlsplit(self.webhook_url)
-        if not is_loopback(url.hostname or ""):
-            if url.scheme == "http":
-                yield "WEBHOOK_URL begins with http: sipgate's newer accounts take https only"
-            if not url.path:
-                yield ("WEBHOOK_URL has no path, and every sipgate customer's webhooks carry the same signature: "
-                       f"a long random path keeps theirs out, such as WEBHOOK_URL={self.webhook_url}/"
-                       + os.urandom(8).hex())
-            if (url.port or (443 if url.scheme == "https" else 80)) == self.webhook_port and is_loopback(self.webhook_host):
-                yield (f"WEBHOOK_URL names port {self.webhook_port} of {url.hostname}, but only {self.webhook_host} is listened "
-                       "on: there must be a tunnel or proxy, or WEBHOOK_HOST must be 0.0.0.0")
-        if self.verify_signature == "off":
-            yield "VERIFY_SIGNATURE=off: anyone who knows the address can invent calls"
 
 
 # ------------------------------------------------------------------------------------------
@@ -373,7 +252,8 @@ class PublicKey(NamedTuple):
 
         Raises ValueError that says what `text` is instead.
         """
-        pem = re.search(r"-----BEGIN PUBLIC KEY-----([A-Za-z0-9+/=\s]+)-----END PUBLIC KEY-----", text)
+        pem = re.search("-----BEGIN PUBLIC KEY-----([A-Za-z0-9+/=\\s]+)-----END PUBLIC KEY-----",
+                        text)
         if not pem:
             raise ValueError('expected a PEM file with "-----BEGIN PUBLIC KEY-----" in it')
         try:
@@ -388,7 +268,8 @@ class PublicKey(NamedTuple):
         except (ValueError, IndexError):
             raise ValueError("expected an RSA key") from None
         key = cls(int.from_bytes(modulus, "big"), int.from_bytes(exponent, "big"))
-        if key.modulus.bit_length() < 2048 or key.exponent < 3 or not key.modulus & key.exponent & 1:
+        is_odd = key.modulus & key.exponent & 1
+        if key.modulus.bit_length() < 2048 or key.exponent < 3 or not is_odd:
             raise ValueError("expected an RSA key of at least 2048 bits")
         return key
 
@@ -450,6 +331,9 @@ def is_signed(body: bytes, header: str | None, keys: Sequence[PublicKey]) -> boo
 # socket. Wire names are turned into Python names here and nowhere else.
 # ------------------------------------------------------------------------------------------
 
+MAX_FIELDS = 1000  # of a form: a group of 200 users has 600. parse_qs takes long for 20,000
+
+
 class WebhookError(Exception):
     """A request that is refused: `status`, and `reason`, a constant sentence for the reply.
 
@@ -465,18 +349,31 @@ class WebhookError(Exception):
 class CallEvent:
     """What every event carries. What sipgate left out is "" or (); numbers and ids are text.
 
-    `fields` is the form as it came: key to list of values, unknown keys included. `call` is the
-    Call that an answer, hangup or dtmf belongs to, None where that is not known.
+    `fields` is the form as it came: key to list of values, unknown keys included. `body` and
+    `signature` (None without) are what to pass on if another program is to verify it.
     """
 
     event: ClassVar[str]
     call_id: str = ""
     fields: Mapping[str, Sequence[str]] = field(default_factory=dict, repr=False, hash=False)
-    call: Any = field(default=None, repr=False, compare=False)
+    body: bytes = field(default=b"", repr=False, compare=False)
+    signature: str | None = field(default=None, repr=False, compare=False)
+    find_call: Callable[[CallEvent], Any] | None = field(default=None, repr=False, compare=False)
+
+    def get(self, key: str, default: str = "") -> str:
+        """The field under sipgate's name `key`, such as "from", as text; of a list the first."""
+        return next(iter(self.fields.get(key, ())), default)
+
+    @functools.cached_property
+    def call(self) -> Any:
+        """The Call that this belongs to, looked up when first asked for; None if not known."""
+        return self.find_call(self) if self.find_call else None
 
 
 @dataclass(frozen=True)
-class _LegEvent(CallEvent):
+class LegEvent(CallEvent):
+    """What newCall, answer and hangup have in common."""
+
     from_number: str = ""  # E.164 digits without "+", or "anonymous", or a SIP id
     to_number: str = ""
     direction: str = ""  # "in" or "out"
@@ -486,7 +383,7 @@ class _LegEvent(CallEvent):
 
 
 @dataclass(frozen=True)
-class NewCallEvent(_LegEvent):
+class NewCallEvent(LegEvent):
     """A leg starts to ring. `users`: those whose phones ring, or the one who calls out."""
 
     event: ClassVar[str] = "newCall"
@@ -494,9 +391,17 @@ class NewCallEvent(_LegEvent):
     user_ids: tuple[str, ...] = ()  # such as "w0"
     full_user_ids: tuple[str, ...] = ()  # such as "1234567w0"
 
+    @property
+    def first_leg(self) -> bool:
+        """Whether this begins a call: its origCallId is empty or its own callId.
+
+        False for a further leg, such as a transfer, or the way to voicemail.
+        """
+        return self.orig_call_id in ("", self.call_id)
+
 
 @dataclass(frozen=True)
-class AnswerEvent(_LegEvent):
+class AnswerEvent(LegEvent):
     """Somebody or something answered: voicemail and queues do too, without a user."""
 
     event: ClassVar[str] = "answer"
@@ -507,8 +412,8 @@ class AnswerEvent(_LegEvent):
 
 
 @dataclass(frozen=True)
-class HangupEvent(_LegEvent):
-    """A leg ended. `cause`: normalClearing, busy, cancel, noAnswer, congestion, notFound, forwarded, ..."""
+class HangupEvent(LegEvent):
+    """A leg ended. `cause`: normalClearing, busy, cancel, noAnswer, congestion, forwarded, ..."""
 
     event: ClassVar[str] = "hangup"
     cause: str = ""
@@ -537,55 +442,64 @@ class UnknownEvent(CallEvent):
 EVENTS: dict[str, type[CallEvent]] = {
     kind.event: kind for kind in (NewCallEvent, AnswerEvent, HangupEvent, DtmfEvent)}
 TEXT_FIELDS = {
-    "callId": "call_id", "origCallId": "orig_call_id", "from": "from_number", "to": "to_number",
-    "direction": "direction", "cause": "cause", "diversion": "diversion", "xcid": "xcid", "dtmf": "dtmf",
-    "user": "user", "userId": "user_id", "fullUserId": "full_user_id", "answeringNumber": "answering_number"}
+    "callId": "call_id", "origCallId": "orig_call_id", "xcid": "xcid", "direction": "direction",
+    "from": "from_number", "to": "to_number", "diversion": "diversion", "cause": "cause",
+    "user": "user", "userId": "user_id", "fullUserId": "full_user_id", "dtmf": "dtmf",
+    "answeringNumber": "answering_number"}
+OWN_FIELDS = {kind: [(wire, python) for wire, python in TEXT_FIELDS.items()
+                     if python in {known.name for known in fields(kind)}]
+              for kind in (*EVENTS.values(), UnknownEvent)}
 LIST_FIELDS = {"user": "users", "userId": "user_ids", "fullUserId": "full_user_ids"}
 # user[] as documented, user[][0] as sipgate's own test sends it.
 LIST_KEY = re.compile(r"(user|userId|fullUserId)\[\](?:\[[0-9]+\])?")
 
 
-def parse_event(body: bytes, default_event: str, state: str = "") -> CallEvent:
-    """Return the event that the form in `body` holds.
+def parse_event(body: bytes, default_event: str, state: str = "", **more: Any) -> CallEvent:
+    """Return the event that the form in `body` holds, `more` among its attributes.
 
     The event named in the body decides; `default_event` stands in where it names none.
     Raises WebhookError: 400 for what is no form or has a single field twice, 404 if there is
     no event at all. Unknown events and fields are kept. (sipgate's Push API, "Events".)
     """
-    # Decoded before parse_qs, which fails on bytes above 127 in Python 3.8 to 3.12.1.
-    text = body.decode("utf-8", "replace")
     if body and b"=" not in body:
         raise WebhookError(400, "the body is no form (application/x-www-form-urlencoded)")
-    form = urllib.parse.parse_qs(text, keep_blank_values=True)
-
-    def single(key: str) -> str:
-        values = form.get(key, [""])
-        if len(values) > 1:
-            raise WebhookError(400, f"the form has {key} more than once")
-        return values[0]
-
-    name = single("event") or default_event
+    try:
+        # Decoded before parse_qs, which fails on bytes above 127 in Python 3.8 to 3.12.1.
+        form = urllib.parse.parse_qs(body.decode("utf-8", "replace"), keep_blank_values=True,
+                                     max_num_fields=MAX_FIELDS)
+    except ValueError:
+        raise WebhookError(400, f"the form has more than {MAX_FIELDS} fields") from None
+    name = _single(form, "event") or default_event
     if not name:
         raise WebhookError(404, "no event is named")
     kind = EVENTS.get(name, UnknownEvent)
-    values: dict[str, Any] = {python: single(wire) for wire, python in TEXT_FIELDS.items()
-                              if python in kind.__dataclass_fields__}
+    values: dict[str, Any] = {python: _single(form, wire) for wire, python in OWN_FIELDS[kind]
+                              if wire in form}
     if kind is NewCallEvent:
-        lists: dict[str, list[str]] = {}
-        for key, found in form.items():
-            lists.setdefault(_list_name(key), []).extend(found)
-        values.update((python, tuple(lists[wire])) for wire, python in LIST_FIELDS.items() if any(lists.get(wire, [])))
+        values.update(_lists(form))
     elif kind is DtmfEvent:
         values["state"] = state
     elif kind is UnknownEvent:
         values["event"] = name
-    return kind(fields=form, **values)
+    return kind(fields=form, body=body, **values, **more)
 
 
-def _list_name(key: str) -> str:
-    """`user` for `user[]` and its like, "" for any other key."""
-    match = LIST_KEY.fullmatch(key) if "[" in key else None
-    return match[1] if match else ""
+def _single(form: Mapping[str, Sequence[str]], key: str) -> str:
+    values = form.get(key, ("",))
+    if len(values) > 1:
+        raise WebhookError(400, f"the form has {key} more than once")
+    return values[0]
+
+
+def _lists(form: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """The three lists of a newCall, under their Python names; those that hold something."""
+    lists: dict[str, tuple[str, ...]] = {}
+    for key, found in form.items():
+        match = LIST_KEY.fullmatch(key) if "[" in key else None
+        if match:
+            name = LIST_FIELDS[match[1]]
+            lists[name] = (*lists.get(name, ()), *found)
+    return {name: found for name, found in lists.items() if any(found)}
 
 
 # ------------------------------------------------------------------------------------------
@@ -596,7 +510,7 @@ def _list_name(key: str) -> str:
 
 @dataclass(frozen=True)
 class Action:
-    """An element of sipgate's XML; made by dial(), voicemail(), play(), gather(), reject(), hang_up()."""
+    """An element of sipgate's XML, made by the functions below."""
 
     tag: str
     attributes: tuple[tuple[str, str], ...] = ()
@@ -608,14 +522,23 @@ def _phone_number(argument: str, value: str) -> str:
     digits = re.sub(r"\A\s*\+|[\s()/-]", "", value) if isinstance(value, str) else ""
     # "+49 (0) 211" means 49211; without the brackets it would be a wrong number.
     if not re.fullmatch("[0-9]{1,32}", digits) or re.search(r"\(\s*0\s*\)", value):
-        raise ValueError(f"{argument} is {value!r}: expected text of digits with the country code, such as '4915799912345'")
+        raise ValueError(f"{argument} is {value!r}: expected text of digits with the country code, "
+                         "such as '4915799912345'")
+    if digits.startswith("0"):
+        raise ValueError(f"{argument} is {value!r}: a number begins with its country code, "
+                         "without 0 or 00, such as '4915799912345'")
     return digits
 
 
 def _absolute_url(argument: str, value: str) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"https?://[A-Za-z0-9\[][!\x22$-~]*", value):
-        raise ValueError(f"{argument} is {value!r}: expected a URL that begins with http:// or https://")
+        raise ValueError(f"{argument} is {value!r}: expected a URL that begins with http:// or "
+                         "https://")
     return value
+
+
+def _sound(argument: str, url: str) -> tuple[Action, ...]:
+    return (Action("Url", text=_absolute_url(argument, url)),)
 
 
 def _at_least_one(argument: str, value: int) -> str:
@@ -639,8 +562,8 @@ def dial(*numbers: str, caller_id: str | None = None, anonymous: bool | None = N
         if not isinstance(anonymous, bool):
             raise ValueError(f"anonymous is {anonymous!r}: expected True or False")
         attributes.append(("anonymous", str(anonymous).lower()))
-    return Action("Dial", tuple(attributes),
-                  tuple(Action("Number", text=_phone_number("numbers", number)) for number in numbers))
+    targets = (Action("Number", text=_phone_number("numbers", number)) for number in numbers)
+    return Action("Dial", tuple(attributes), tuple(targets))
 
 
 def voicemail() -> Action:
@@ -649,11 +572,11 @@ def voicemail() -> Action:
 
 
 def play(url: str) -> Action:
-    """Play the sound at `url` (WAV, mono, 16-bit PCM, 8 kHz); then the call goes on as configured.
+    """Play the sound at `url`; then the call goes on as configured.
 
-    Raises ValueError for a URL that is not absolute.
+    It must be WAV, mono, 16-bit PCM, 8 kHz. Raises ValueError for a URL that is not absolute.
     """
-    return Action("Play", children=(Action("Url", text=_absolute_url("url", url)),))
+    return Action("Play", children=_sound("url", url))
 
 
 def gather(url: str | None = None, *, play: str | None = None, max_digits: int = 1,
@@ -669,9 +592,11 @@ def gather(url: str | None = None, *, play: str | None = None, max_digits: int =
         if not isinstance(state, str) or re.search("[\ud800-\udfff]", state):
             raise ValueError(f"state is {state!r}: expected text")
         target += ("&" if "?" in target else "?") + urllib.parse.urlencode({"state": state})
-    sound = () if play is None else (Action("Play", children=(Action("Url", text=_absolute_url("play", play)),)),)
-    return Action("Gather", (("onData", target), ("maxDigits", _at_least_one("max_digits", max_digits)),
-                             ("timeout", _at_least_one("timeout_ms", timeout_ms))), sound)
+    return Action("Gather", (
+        ("onData", target),
+        ("maxDigits", _at_least_one("max_digits", max_digits)),
+        ("timeout", _at_least_one("timeout_ms", timeout_ms)),
+    ), () if play is None else (Action("Play", children=_sound("play", play)),))
 
 
 def reject(reason: str = "rejected") -> Action:
@@ -714,449 +639,412 @@ def _append(parent: ET.Element, action: Action, on_data: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------
+# Worker
+# What may be slow waits here for a thread of its own. Knows nothing of what it carries.
+# ------------------------------------------------------------------------------------------
+
+class Worker:
+    """A queue, and the one thread that empties it, in order."""
+
+    RETRY_SECONDS = 0.2
+
+    def __init__(self, name: str, work: Callable[[list[Any]], bool | None], limit: int, *,
+                 most: int = 1000, pause: float = 0.0, idle_seconds: float | None = None) -> None:
+        """Start the thread: it calls `work` with a list of all that waits, up to `most` items.
+
+        False from `work` means: the same again, after RETRY_SECONDS. `limit` items may wait;
+        `pause` seconds pass after each list, so that little things gather. With `idle_seconds`
+        `work` gets an empty list whenever nothing came for so long.
+        """
+        self._work, self.limit, self._most, self._pause = work, limit, most, pause
+        self.idle_seconds = idle_seconds
+        self.lock = threading.Condition()
+        self._items: collections.deque[Any] = collections.deque()
+        self._is_closing = False
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def put(self, item: Any) -> bool:
+        """Queue `item`, without waiting; False if there is no room."""
+        with self.lock:
+            if len(self._items) >= self.limit:
+                return False
+            self._items.append(item)
+            self.lock.notify()
+        return True
+
+    def waiting(self) -> list[Any]:
+        """What is not done yet, with what is being worked on."""
+        with self.lock:
+            return list(self._items)
+
+    def finish(self, seconds: float) -> list[Any]:
+        """Wait up to `seconds` for what was put, and end the thread; return what is not done."""
+        with self.lock:
+            self._is_closing = True
+            self.lock.notify()
+        self._ended.wait(seconds)
+        return self.waiting()
+
+    def _run(self) -> None:
+        while True:
+            with self.lock:
+                if not self._items and not self._is_closing:
+                    self.lock.wait(self.idle_seconds)
+                if self._is_closing and not self._items:
+                    break
+                batch = list(itertools.islice(self._items, self._most))
+            if self._is_done(batch):
+                with self.lock:
+                    for _ in batch:
+                        self._items.popleft()
+                if self._pause:
+                    time.sleep(self._pause)
+            else:
+                time.sleep(self.RETRY_SECONDS)
+        self._ended.set()
+
+    def _is_done(self, batch: list[Any]) -> bool:
+        try:
+            return self._work(batch) is not False
+        except Exception:  # the thread serves all that comes later, too
+            logger.exception("an error in this program; %d entries are passed over", len(batch))
+            return True
+
+
+# ------------------------------------------------------------------------------------------
 # Call log
 # Puts events on disk, in one SQLite file. Knows no HTTP, no XML, and prints nothing.
 #
-# One thread writes, with the only connection that does; whatever has queued up goes into one
-# transaction, so that many webhooks share one fsync. A webhook waits for its commit, but
-# never longer than it is told to: a disk that is slow, full or broken delays no call.
+# One worker writes, with the only connection that does; whatever has queued up goes into one
+# transaction, so that many webhooks share one fsync. A webhook waits for its commit, but not
+# for long: a disk that is slow, full or broken delays no call by more than a second. Any
+# error closes the database, which rolls back, and the same events are tried again: each has
+# its id before the insert, so that no second try stores it twice.
 # ------------------------------------------------------------------------------------------
 
 APPLICATION_ID = 0x73676365  # "sgce": the file is ours
-SCHEMA_VERSION = 1
-SCHEMA = """
+SCHEMA_VERSION = 2
+SCHEMA = f"""
+BEGIN IMMEDIATE;
 CREATE TABLE events(
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    received_at REAL NOT NULL,  -- Unix time, UTC
-    event TEXT NOT NULL,
+    id INTEGER PRIMARY KEY,  -- microseconds of Unix time at receipt, made unique
+    event TEXT NOT NULL,     -- sipgate's word, or reply
     call_id TEXT NOT NULL,
-    body BLOB NOT NULL,         -- as received
-    digest BLOB UNIQUE          -- NULL where repeats count
+    orig_call_id TEXT,       -- NULL where empty or equal to call_id
+    xcid TEXT,               -- NULL where empty
+    body BLOB NOT NULL,      -- as received; of a reply: the XML
+    digest BLOB UNIQUE       -- NULL where repeats count
 );
-CREATE INDEX events_received_at ON events(received_at);
+CREATE INDEX events_call_id ON events(call_id);
+CREATE INDEX events_orig_call_id ON events(orig_call_id) WHERE orig_call_id IS NOT NULL;
+CREATE INDEX events_xcid ON events(xcid, id) WHERE xcid IS NOT NULL;
+PRAGMA application_id={APPLICATION_ID};
+PRAGMA user_version={SCHEMA_VERSION};
+COMMIT;
 """
-INSERT = "INSERT OR IGNORE INTO events(received_at, event, call_id, body, digest) SELECT ?, ?, ?, ?, ?"
-# A commit that failed on a bad disk may be there all the same when the file is opened again.
-UNLESS_THERE = """ WHERE NOT EXISTS (
-    SELECT 1 FROM events WHERE received_at = ? AND event = ? AND call_id = ? AND body = ?)"""
-
-
-class Extension(NamedTuple):
-    """What Part II keeps in the same file, in tables of its own that follow from the events."""
-
-    prepare: Callable[[sqlite3.Connection], None]  # create them, or empty them where their form is an old one
-    update: Callable[[sqlite3.Connection, int], bool]  # take in up to so many events; whether there are more
-    remove: Callable[[sqlite3.Connection, float], bool]  # take out some of what is older than the Unix time; whether there is more
-    call: Callable[[sqlite3.Connection, str], Any]  # the call that a callId belongs to, or None
+INSERT = """INSERT INTO events(id, event, call_id, orig_call_id, xcid, body, digest)
+    VALUES (?, ?, ?, ?, ?, ?, ?)"""
+STORE_SECONDS = 1.0  # that a webhook waits for the disk
+DAY = 24 * 3600.0
 
 
 class _Entry:
-    """An event on its way to disk."""
+    """A row on its way to disk: event, call_id, orig_call_id, xcid, body, digest."""
 
-    def __init__(self, row: tuple[float, str, str, bytes, bytes | None]) -> None:
+    def __init__(self, row: tuple[str, str, str | None, str | None, bytes, bytes | None]) -> None:
+        self.id = 0
         self.row = row
-        self.is_new: bool | None = None  # not a repeat of a stored one; None: not tried yet
-        self.stored = threading.Lock()
-        self.stored.acquire()
-
-
-@contextlib.contextmanager
-def transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """One transaction that writes: all of it is on disk at the end, or nothing."""
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        connection.execute("COMMIT")
-    except BaseException:
-        with contextlib.suppress(sqlite3.Error):
-            connection.execute("ROLLBACK")
-        raise
+        self.is_new = True  # no repeat of a stored one
+        self.outcome: queue.SimpleQueue[bool | None] = queue.SimpleQueue()
 
 
 class CallLog:
     """The events of the last days, on disk. Safe to use from many threads."""
 
     QUEUE = 10_000  # events that may wait while the disk does not take any
-    BATCH = 1_000  # events in one transaction
-    RETRY_SECONDS = 0.2
-    LOOK_SECONDS = 1.0  # between two looks at whether the file is still ours
     LOCK_SECONDS = 0.5  # that another process may hold the lock before we are behind
-    TIDY_SECONDS = 24 * 3600
-    TIDY_RETRY_SECONDS = 600
-    TIDY_ROWS = 500
-    UPDATE_ROWS = 500  # events that the extension takes in at a time
-    UPDATE_SECONDS = 0.05  # of quiet before it takes in newCalls: no caller is to wait for that
+    LOOK_SECONDS = 1.0  # between two looks at whether the file is still ours
+    REMOVE_FIRST_SECONDS = 600.0  # after the start: what is wrong with the clock shows by then
+    REMOVE_ROWS = 200  # at a time: an event that comes meanwhile waits for these
+    REMOVE_STEP_SECONDS = 0.05
+    QUIET_SECONDS = 60.0  # without an event, before the file is written anew
 
-    def __init__(self, path: str, days: int, clock: Callable[[], float] = time.time,
-                 extension: Extension | None = None) -> None:
+    def __init__(self, path: str, days: int, clock: Callable[[], float] = time.time) -> None:
         """Open or create the file at `path` that keeps events for `days`. Raises SettingsError."""
-        self.extension = extension
-        self._to_update = extension is not None  # whether the extension has events to take in
-        self.path, self.days, self.clock = path, days, clock
+        # A link stays where it is: what is created, made private, put aside is the file.
+        self.path, self.days, self.clock = os.path.realpath(path), days, clock
         self.behind = ""  # why events wait; "" while they do not
-        self._said_behind = False
-        self._throttle = Throttle()
-        self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
-        self._pending: collections.deque[_Entry] = collections.deque()
-        self._connection: sqlite3.Connection | None = None
-        self._identity: list[tuple[int, int]] = []
-        self._uncertain = False  # whether the last commit that failed did so in part only
-        self._tidying: Iterator[None] | None = None
-        self._tidy_at = 0.0
-        self._closing = threading.Event()
+        self._database: sqlite3.Connection | None = None
+        self._identity = (0, 0)
+        self._last_id = 0
+        self._newest_at_start = 0.0
+        self._started = self._last_event = time.monotonic()
+        self._look_at, self._remove_at = 0.0, self._started + self.REMOVE_FIRST_SECONDS
+        self._is_vacuum_due = self._is_vacuuming = False
         try:
             self._open()
         except sqlite3.Error as error:
             # Locked, for instance: calls do not wait for that, and neither does the start.
-            self._recover(error)
+            self._set_aside(error)
+            self._fall_behind(str(error))
         except OSError as error:
-            raise SettingsError(f'CALL_LOG is "{path}": {error.strerror}; expected a file in a folder that this user '
-                                "may write, or off") from None
-        self._queue.put(None)  # for the first look after what is too old
-        self._thread = threading.Thread(target=self._work, name="call-log", daemon=True)
-        self._thread.start()
+            raise SettingsError(f'CALL_LOG is "{path}": {error.strerror}; expected a file in a '
+                                "folder that this user may write, or off") from None
+        self._worker = Worker("call-log", self._work, self.QUEUE, idle_seconds=self.LOOK_SECONDS)
 
-    def count(self) -> int:
-        """The number of events in the file."""
-        return sum(row[0] for row in self._read("SELECT count(*) FROM events", ()) or ())
+    def record(self, event: CallEvent, received_at: float, digest: bytes | None) -> bool | None:
+        """Store `event`, which came at `received_at` (Unix time); `digest` None: a repeat counts.
 
-    def signed_calls(self, since: float, most: int) -> list[tuple[str, float]] | None:
-        """Call id and time of the latest `most` signed newCalls since the Unix time `since`; None: not to be read now."""
-        return self._read("SELECT call_id, received_at FROM events WHERE received_at > ? AND event = 'newCall' AND digest "
-                          "IS NOT NULL ORDER BY received_at DESC LIMIT ?", (since, most))
-
-    def call(self, call_id: str) -> Any:
-        """The call that the leg `call_id` belongs to, None if there is none or reading takes over 0.2 s."""
-        if not self.extension or self.behind or not call_id:
-            return None
-        until = time.monotonic() + 0.2
-        try:
-            with contextlib.closing(self._reader(0.2)) as connection:
-                connection.set_progress_handler(lambda: time.monotonic() > until, 1000)
-                return self.extension.call(connection, call_id)
-        except sqlite3.Error:
-            return None
-
-    def _read(self, query: str, values: Sequence[Any]) -> list[Any] | None:
-        try:
-            with contextlib.closing(self._reader(self.LOCK_SECONDS)) as connection:
-                return connection.execute(query, values).fetchall()
-        except sqlite3.Error as error:
-            self._throttle.warn("read", f"the call log cannot be read: {error}")
-            return None
-
-    def _reader(self, seconds: float) -> sqlite3.Connection:
-        """A connection that only reads; it never blocks the writer's."""
-        return sqlite3.connect(pathlib.Path(self.path).as_uri() + "?mode=ro", uri=True, timeout=seconds)
-
-    def record(self, row: tuple[float, str, str, bytes, bytes | None], seconds: float) -> bool | None:
-        """Store an event: received_at, event, call_id, body, digest (None: a repeat counts).
-
-        Waits for the commit up to `seconds`, but not at all while the log is behind. Returns
-        whether the event is new, None if that is not known yet.
+        Waits for the commit up to STORE_SECONDS, but not at all while the log is behind.
+        Returns whether the event is new, None if that is not known yet.
         """
-        if self._queue.qsize() + len(self._pending) >= self.QUEUE:
-            logger.error("the call log has no room: %s of call %s is not stored, since %d events wait for the disk",
-                         row[1], row[2], self.QUEUE)
+        orig, xcid = getattr(event, "orig_call_id", ""), getattr(event, "xcid", "")
+        orig = orig if orig != event.call_id else ""
+        entry = _Entry((event.event, event.call_id, orig or None, xcid or None, event.body, digest))
+        self._last_event = time.monotonic()
+        if not self._queue(entry, received_at):
             return None
-        entry = _Entry(row)
-        self._queue.put(entry)
+        if self._is_vacuuming and self._database:
+            self._database.interrupt()
         if self.behind:
-            self._say_behind()
-        elif entry.stored.acquire(timeout=max(seconds, 0)):
-            return entry.is_new
-        else:
+            self._fall_behind(self.behind)
+            return None
+        try:
+            return entry.outcome.get(timeout=STORE_SECONDS)
+        except queue.Empty:
             self._fall_behind("storing takes longer than a call can wait")
-        return None
+            return None
+
+    def record_reply(self, event: CallEvent, document: bytes) -> None:
+        """Store the XML that `event` was answered with, without waiting for it."""
+        self._queue(_Entry(("reply", event.call_id, None, None, document, None)), self.clock())
 
     def close(self, seconds: float) -> None:
         """Store what is queued, for up to `seconds`, and close the file."""
-        self._closing.set()
-        self._queue.put(None)
-        connection = self._connection
-        if self._tidying and connection:
-            with contextlib.suppress(sqlite3.Error):
-                connection.interrupt()  # VACUUM can take long
-        self._thread.join(seconds)
-        calls = [entry.row[2] for entry in list(self._pending)]
-        while not self._queue.empty():
-            entry = self._queue.get()
-            calls += [entry.row[2]] if entry else []
-        if calls:
-            logger.error("%d events could not be stored before the end, of the calls %s",
-                         len(calls), ", ".join(dict.fromkeys(calls)))
+        if self._is_vacuuming and self._database:
+            self._database.interrupt()
+        left = self._worker.finish(seconds)
+        if left:
+            logger.error("%d events could not be stored before the end, of the calls %s", len(left),
+                         ", ".join(dict.fromkeys(entry.row[1] for entry in left)))
+        else:
+            self._close_database()
 
-    def _open(self) -> None:
-        """Connect; create the file if there is none. Raises sqlite3.Error, OSError, SettingsError."""
-        # Created here, since SQLite would let others read it; -wal and -shm take after it.
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
-        try:
-            head = os.read(descriptor, 100)
-        finally:
-            os.close(descriptor)
-        # Read here too: SQLite cannot tell a damaged file of ours from another program's.
-        if head and (head[:16] != b"SQLite format 3\0" or int.from_bytes(head[68:72], "big") != APPLICATION_ID):
-            raise SettingsError(f'CALL_LOG is "{self.path}": that file is not a call log of this program, and is left '
-                                "alone; expected another name, or off")
-        with contextlib.suppress(OSError):
-            os.chmod(self.path, 0o600)
-        connection = sqlite3.connect(self.path, timeout=self.LOCK_SECONDS, isolation_level=None, check_same_thread=False)
-        try:
-            self._prepare(connection)
-        except BaseException:
-            connection.close()
-            raise
-        self._connection, self._identity = connection, self._file_identity("-wal")
-
-    def _prepare(self, connection: sqlite3.Connection) -> None:
-        for pragma in ("synchronous=FULL", "fullfsync=ON", "secure_delete=ON"):
-            connection.execute("PRAGMA " + pragma)
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version > SCHEMA_VERSION:
-            raise SettingsError(f'CALL_LOG is "{self.path}": a newer version of this program wrote it; take that, or '
-                                "another file")
-        if version < SCHEMA_VERSION:
-            # Before WAL mode, so that the mark that it is ours is in the file itself at once.
-            connection.executescript(f"BEGIN IMMEDIATE; PRAGMA application_id={APPLICATION_ID}; {SCHEMA}"
-                                     f"PRAGMA user_version={SCHEMA_VERSION}; COMMIT")
-        if self.extension:
-            with transaction(connection):
-                self.extension.prepare(connection)
-        with contextlib.suppress(sqlite3.OperationalError):
-            connection.execute("PRAGMA journal_mode=WAL")
-        if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
-            # Network file systems do not share the memory that WAL needs.
-            logger.warning("%s cannot have a write-ahead log where it is; it works, but more slowly", self.path)
-        connection.execute("SELECT max(id) FROM events").fetchone()
-
-    def _file_identity(self, *suffixes: str) -> list[tuple[int, int]]:
-        """What tells the file at our path, and those with `suffixes`, from any others."""
-        found = []
-        for suffix in ("", *suffixes):
-            with contextlib.suppress(OSError):
-                status = os.stat(self.path + suffix)
-                found.append((status.st_dev, status.st_ino))
-        return found
-
-    def _say_behind(self) -> None:
-        if not self._said_behind:
-            self._said_behind = self._throttle.warn(
-                "behind", f"the call log is behind ({self.behind}): calls go through, their events wait in memory")
+    def _queue(self, entry: _Entry, received_at: float) -> bool:
+        now = int(received_at * 1e6)
+        with self._worker.lock:  # or ids would not be committed in their order
+            # A clock that was put back a little is bridged, one that was wrong is not followed.
+            ahead = self._last_id + 1 if self._last_id - now < 3600e6 else 0
+            entry.id = self._last_id = max(now, ahead)
+            is_queued = self._worker.put(entry)
+        if not is_queued:
+            logger.error("the call log has no room: %s of call %s is not stored, since %d events "
+                         "wait for the disk", entry.row[0], entry.row[1], self.QUEUE)
+        return is_queued
 
     def _fall_behind(self, reason: str) -> None:
-        self.behind = self.behind or reason
-        self._say_behind()
+        self.behind = reason
+        logger.warning("the call log is behind (%s): calls go through, their events wait in memory",
+                       reason)
 
-    def _catch_up(self) -> None:
-        self.behind = ""
-        if self._said_behind:
-            self._said_behind = False
-            logger.warning("the call log has caught up: all events are stored")
+    # What follows runs in the worker's thread.
 
-    def _work(self) -> None:
-        """The writing thread: store, look after the file, tidy up, until told to end."""
-        look_at = 0.0
-        while True:
-            self._take()
-            is_quiet = not self._pending
-            try:
-                self._store(self._connection or self._own_connection())
-                if self._closing.is_set() and not self._pending:
-                    break
-                if is_quiet and self._to_update:
-                    with transaction(self._own_connection()):
-                        self._update(self._own_connection())
-                # Not after each commit: whoever waited for it would wait for this thread to let go of Python as well.
-                if is_quiet or time.monotonic() >= look_at:
-                    look_at = time.monotonic() + self.LOOK_SECONDS
-                    self._tidy(self._own_connection())
-            except (sqlite3.Error, OSError, SettingsError) as error:
-                self._recover(error)
-                if self._closing.is_set() and not self._pending:
-                    break
-                time.sleep(self.RETRY_SECONDS)
-        self._disconnect()
-
-    def _take(self) -> None:
-        """Move what has queued up to `_pending`; with nothing to do, wait for it a while."""
-        wait = 0.0 if self._pending or self._closing.is_set() else (
-            0.01 if self._tidying else self.UPDATE_SECONDS if self._to_update else self.LOOK_SECONDS)
-        with contextlib.suppress(queue.Empty):
-            while wait or not self._queue.empty():
-                entry = self._queue.get(timeout=wait)
-                wait = 0.0
-                if entry:
-                    self._pending.append(entry)
-
-    def _own_connection(self) -> sqlite3.Connection:
-        """The connection to the file at our path, a new one if that is another file by now."""
-        if self._connection and self._file_identity("-wal") != self._identity:
-            logger.error("the call log %s was deleted or replaced; what is there now is used", self.path)
-            # What -wal still holds goes into the file that it belongs to, and never into the next one.
-            with contextlib.suppress(sqlite3.Error):
-                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            self._disconnect()
-        if not self._connection:
-            self._open()
-        assert self._connection is not None
-        return self._connection
-
-    def _disconnect(self) -> None:
-        connection, self._connection, self._tidying = self._connection, None, None
-        if connection:
-            connection.close()
-
-    def _store(self, connection: sqlite3.Connection) -> None:
-        """Commit what is pending, in order, in transactions of a bounded size."""
-        while self._pending:
-            batch = list(itertools.islice(self._pending, self.BATCH))
-            again = self._uncertain
-            with transaction(connection):
-                for entry in batch:
-                    added = connection.execute(INSERT + UNLESS_THERE if again else INSERT,
-                                               entry.row + entry.row[:4] if again else entry.row).rowcount > 0
-                    # The first try tells: at the next one, a commit that failed may have made this its own repeat.
-                    entry.is_new = added if entry.is_new is None else entry.is_new
-                # A newCall has a caller waiting, who needs no calls; your code for the other events does.
-                self._to_update = True
-                if any(entry.row[1] != "newCall" for entry in batch):
-                    self._update(connection)
-                self._uncertain = True
-            self._uncertain = False
-            # Deleted? Then this went into a file without a name, and goes into the next one again. (Looked for
-            # only now, and for the one file: each look costs the caller as much as a tenth of the commit.)
-            if self._file_identity() != self._identity[:1]:
-                self._own_connection()
-                return
-            for entry in batch:
-                self._pending.popleft()
-                entry.stored.release()
-        if self._queue.empty():
-            self._catch_up()
-
-    def _update(self, connection: sqlite3.Connection) -> None:
-        """Have the extension take in what is new."""
-        self._to_update = self._guarded(lambda extension: extension.update(connection, self.UPDATE_ROWS))
-
-    def _guarded(self, step: Callable[[Extension], bool]) -> bool:
-        """A step of the extension; False without one. An error in it must not keep events from being stored."""
+    def _work(self, batch: list[_Entry]) -> bool:
+        """Store `batch`; whether that is done. Look after the file when it is quiet, or time."""
         try:
-            return self.extension is not None and step(self.extension)
-        except sqlite3.Error:
-            raise
-        except Exception:
-            logger.exception("an error in this program; calls are no longer put together")
-            self.extension = None
-            return False
-
-    def _recover(self, error: Exception) -> None:
-        """After a failure: fall behind, put a damaged file aside, and have a new connection made."""
-        if not self._closing.is_set():
+            database = self._database or self._open()
+            if batch:
+                self._store(database, batch)
+            if not batch or time.monotonic() >= self._look_at:
+                self._look()
+        except (sqlite3.Error, OSError, SettingsError) as error:
+            self._close_database()
+            self._set_aside(error)
             self._fall_behind(str(error))
-        self._disconnect()
-        # SQLITE_CORRUPT and SQLITE_NOTADB, whose numbers Python tells from 3.11 on. A file that is
-        # locked, cannot be read, or is on a bad disk is not damaged.
-        if type(error) is sqlite3.DatabaseError and re.search("malformed|not a database", str(error)):
-            name = f"{self.path}.damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(self.clock()))}"
-            for suffix in ("", "-wal", "-shm"):
-                with contextlib.suppress(OSError):
-                    os.replace(self.path + suffix, name + suffix)
-            logger.error("the call log was damaged; it is now %s, and a new one is begun", name)
+            for entry in self._worker.waiting():
+                entry.outcome.put(None)
+            return False
+        if self.behind and len(self._worker.waiting()) == len(batch):
+            self.behind = ""
+            logger.info("the call log has caught up: all events are stored")
+        return True
 
-    def _tidy(self, connection: sqlite3.Connection) -> None:
-        """Once a day remove what is too old, one step at a call."""
-        if self._tidying is None and self.clock() >= self._tidy_at:
-            self._tidying = self._tidy_steps(connection)
+    def _store(self, database: sqlite3.Connection, batch: list[_Entry]) -> None:
+        database.execute("BEGIN IMMEDIATE")
+        for entry in batch:
+            self._insert(database, entry)
+        database.execute("COMMIT")
+        for entry in batch:
+            entry.outcome.put(entry.is_new)
+
+    def _insert(self, database: sqlite3.Connection, entry: _Entry) -> None:
+        event, body, digest = entry.row[0], entry.row[4], entry.row[5]
+        while True:
+            try:
+                database.execute(INSERT, (entry.id, *entry.row))
+                return
+            except sqlite3.IntegrityError:
+                pass
+            twin = database.execute("SELECT id FROM events WHERE digest = ?", (digest,)).fetchone()
+            there = database.execute("SELECT event, body FROM events WHERE id = ?", (entry.id,))
+            if twin or there.fetchone() == (event, body):
+                # Under our own id it is our first try, of which we were told that it failed.
+                entry.is_new = not twin or twin[0] == entry.id
+                return
+            entry.id += 1  # another copy of this program, or a clock that was put back
+
+    def _open(self) -> sqlite3.Connection:
+        """Connect, to a new file if need be. Raises sqlite3.Error, OSError, SettingsError."""
+        if os.path.exists(self.path) and not os.path.isfile(self.path):
+            raise SettingsError(f'CALL_LOG is "{self.path}": expected a file, or off')
+        # Created here, since SQLite would let others read it; -wal and -shm take after it.
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+        with open(os.open(self.path, flags, 0o600), "rb") as file:
+            head = file.read(100)
+        # Read here too: SQLite cannot tell a damaged file of ours from another program's.
+        mark = int.from_bytes(head[68:72], "big")
+        if head and (head[:16] != b"SQLite format 3\0" or mark != APPLICATION_ID):
+            raise SettingsError(f'CALL_LOG is "{self.path}": that file is not a call log of this '
+                                "program, and is left alone; expected another name, or off")
+        with contextlib.suppress(OSError):
+            os.chmod(self.path, 0o600)
+        database = sqlite3.connect(self.path, timeout=self.LOCK_SECONDS, isolation_level=None,
+                                   check_same_thread=False)
         try:
-            if self._tidying and next(self._tidying, True):
-                self._tidying, self._tidy_at = None, self.clock() + self.TIDY_SECONDS
-        except (sqlite3.OperationalError, OSError) as error:
-            self._tidying, self._tidy_at = None, self.clock() + self.TIDY_RETRY_SECONDS
-            logger.warning("old events could not be removed (%s); this is tried again in %d minutes", error,
-                           self.TIDY_RETRY_SECONDS // 60)
+            self._prepare(database)
+        except BaseException:
+            database.close()
+            raise
+        self._database, self._identity = database, self._identity_now()
+        return database
 
-    def _tidy_steps(self, connection: sqlite3.Connection) -> Iterator[None]:
-        before = self.clock() - self.days * 86400
+    def _prepare(self, database: sqlite3.Connection) -> None:
+        for pragma in ("synchronous=FULL", "fullfsync=ON", "secure_delete=ON"):
+            database.execute("PRAGMA " + pragma)
+        version = database.execute("PRAGMA user_version").fetchone()[0]
+        if version not in (0, SCHEMA_VERSION):
+            raise SettingsError(f'CALL_LOG is "{self.path}": another version of this program wrote '
+                                "it; take that, or another file")
+        if not version:
+            # Before WAL mode, so that the mark that it is ours is in the file itself at once.
+            database.executescript(SCHEMA)
+        with contextlib.suppress(sqlite3.OperationalError):
+            database.execute("PRAGMA journal_mode=WAL")
+        if database.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+            # Network file systems do not share the memory that WAL needs.
+            logger.warning("%s cannot have a write-ahead log where it is; it works, but more "
+                           "slowly", self.path)
+        newest = database.execute("SELECT max(id) FROM events").fetchone()[0] or 0
+        self._last_id = max(self._last_id, newest)
+        self._newest_at_start = self._newest_at_start or newest / 1e6
+
+    def _identity_now(self) -> tuple[int, int]:
+        """What tells the file at our path from any other; zeros if there is none."""
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return 0, 0
+        return status.st_dev, status.st_ino
+
+    def _close_database(self) -> None:
+        database, self._database = self._database, None
+        if database:
+            database.close()
+
+    def _set_aside(self, error: Exception) -> None:
+        """Rename a damaged file, so that a new one is begun."""
+        # SQLITE_CORRUPT and SQLITE_NOTADB, whose numbers Python tells from 3.11 on. A file that
+        # is locked, cannot be read, or is on a bad disk is not damaged.
+        is_damage = re.search("malformed|not a database", str(error))
+        if type(error) is not sqlite3.DatabaseError or not is_damage:
+            return
+        name = self.path + time.strftime(".damaged-%Y%m%dT%H%M%SZ", time.gmtime(self.clock()))
+        for suffix in ("", "-wal", "-shm"):
+            with contextlib.suppress(OSError):
+                os.replace(self.path + suffix, name + suffix)
+        logger.error("the call log was damaged; it is now %s, and a new one is begun", name)
+
+    def _look(self) -> None:
+        """See whether the file under our path is still ours, and remove what is too old."""
+        self._look_at = time.monotonic() + self.LOOK_SECONDS
+        if self._database and self._identity_now() != self._identity:
+            logger.error("the call log %s was deleted or replaced; what is there now is used",
+                         self.path)
+            # What -wal still holds goes into the file that it belongs to, not into the next one.
+            with contextlib.suppress(sqlite3.Error):
+                self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._close_database()
+        database = self._database or self._open()
+        if time.monotonic() >= self._remove_at:
+            try:
+                wait = self._remove(database)
+            except (sqlite3.OperationalError, OSError) as error:
+                wait = DAY if "full" in str(error) else self.REMOVE_FIRST_SECONDS
+                logger.warning("old events could not be removed (%s); this is tried again in %d "
+                               "minutes", error, wait // 60)
+            self._remove_at = time.monotonic() + wait
+            self._look_at = min(self._look_at, self._remove_at)
+            self._worker.idle_seconds = min(wait, self.LOOK_SECONDS)
+
+    def _remove(self, database: sqlite3.Connection) -> float:
+        """Do one step of the removal; return the seconds until the next one."""
+        now, up_seconds = self.clock(), time.monotonic() - self._started
+        if now - self._newest_at_start > DAY > up_seconds:
+            return self.REMOVE_FIRST_SECONDS  # perhaps the clock is wrong
+        before = now - self.days * DAY
         for path in glob.glob(glob.escape(self.path) + ".damaged-*"):
             if os.path.getmtime(path) < before:
                 os.remove(path)
-        removed, rows = 0, -1
-        while rows:
-            rows = connection.execute("DELETE FROM events WHERE id IN (SELECT id FROM events WHERE received_at < ? "
-                                      "LIMIT ?)", (before, self.TIDY_ROWS)).rowcount
-            removed += rows
-            yield
-        more = self.extension is not None
-        while more:
-            with transaction(connection):
-                more = self._guarded(lambda extension: extension.remove(connection, before))
-            yield
-        if removed or connection.execute("PRAGMA freelist_count").fetchone()[0]:
-            self.behind = self.behind or "old events are being removed"  # no webhook waits for that
-            connection.execute("VACUUM")
-            self._store(connection)
-        # -wal holds pages as they were before, perhaps since a removal that was cut short.
-        while not self._empty_wal(connection):
-            yield
+        old = "SELECT id FROM events WHERE id < ? LIMIT ?"
+        removed = database.execute(f"DELETE FROM events WHERE id IN ({old})",
+                                   (int(before * 1e6), self.REMOVE_ROWS)).rowcount
+        if removed:
+            self._is_vacuum_due = True
+            return self.REMOVE_STEP_SECONDS
+        if self._is_vacuum_due or database.execute("PRAGMA freelist_count").fetchone()[0]:
+            wait = self._vacuum(database)
+            if wait:
+                return wait
+        # -wal holds pages as they were before; a reader can be in the way, and is not waited for.
+        database.execute("PRAGMA busy_timeout=0")
+        is_busy = database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+        database.execute(f"PRAGMA busy_timeout={self.LOCK_SECONDS * 1000:.0f}")
+        return 1.0 if is_busy else DAY
 
-    def _empty_wal(self, connection: sqlite3.Connection) -> bool:
-        """Whether nothing is left in -wal; a reader can be in the way, and is not waited for."""
-        connection.execute("PRAGMA busy_timeout=0")
+    def _vacuum(self, database: sqlite3.Connection) -> float:
+        """Write the file anew, without what deleted rows left in it; 0, or when to try again."""
+        quiet = time.monotonic() - self._last_event
+        if quiet < self.QUIET_SECONDS:
+            return self.QUIET_SECONDS - quiet
+        folder = os.path.dirname(self.path)
+        if shutil.disk_usage(folder).free < 2.5 * os.path.getsize(self.path):
+            logger.warning("there is no room to write %s anew: traces of removed numbers stay in "
+                           "it until tomorrow's try", self.path)
+            return DAY
+        # Its temporary file holds numbers, too: beside the log, and not where others look.
+        database.execute("PRAGMA temp_store_directory='{}'".format(folder.replace("'", "''")))
+        self._is_vacuuming = True
         try:
-            return not connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+            database.execute("VACUUM")
+            self._is_vacuum_due = False
+            return 0.0
+        except sqlite3.OperationalError as error:
+            if str(error) != "interrupted":  # by an event, for which there is time at once
+                raise
+            return self.QUIET_SECONDS
         finally:
-            connection.execute(f"PRAGMA busy_timeout={self.LOCK_SECONDS * 1000:.0f}")
-
-
-# ------------------------------------------------------------------------------------------
-# What happens on a call                                                      *** edit here ***
-# Your decisions. Knows events and actions. To keep this script replaceable, put any of the
-# four functions into a file of your own and name it in CALL_HANDLERS.
-# ------------------------------------------------------------------------------------------
-
-def on_new_call(event: NewCallEvent) -> Action | None:
-    """Say what happens to the call; None: it goes on as configured at sipgate. 3 seconds at most.
-
-    if event.from_number == "anonymous":
-        return reject("busy")
-    """
-    return None
-
-
-def on_answer(event: AnswerEvent) -> None:
-    """A call was answered. Runs after the reply, one at a time, and may be slow.
-
-    print(event.user or event.answering_number, "is talking to", event.from_number)
-    """
-
-
-def on_hangup(event: HangupEvent) -> None:
-    """A call ended. Runs after the reply, one at a time, and may be slow.
-
-    if event.call and event.call.outcome == "missed":
-        print("please ring back:", event.call.from_number)
-    """
-
-
-def on_dtmf(event: DtmfEvent) -> Action | None:
-    """Say what follows on the digits of a gather(); None: the call goes on. 3 seconds at most.
-
-    if event.state == "language" and event.dtmf == "1":
-        return dial("4915799912345")
-    """
-    return None
+            self._is_vacuuming = False
 
 
 # ------------------------------------------------------------------------------------------
 # Receiving
-# From the bytes of a webhook to the bytes of its reply: verify, parse, decide, render. Knows
-# no sockets and no headers.
+# From the bytes of a webhook to the bytes of its reply: verify, parse, store, decide, render;
+# then what follows. Knows no sockets and no headers.
 # ------------------------------------------------------------------------------------------
 
 # sipgate waits 10 s for the reply to a newCall, and until then the phone does not ring.
-REPLY_BUDGET_SECONDS = 3.0
-STORE_SECONDS = 1.0  # of these, for the disk
-FOLLOW_UPS_MISSED = 5  # newCalls without any answer or hangup that make a pattern
+REPLY_SECONDS = 3.0
 
 
 class CallFunctions(NamedTuple):
@@ -1168,377 +1056,359 @@ class CallFunctions(NamedTuple):
     on_dtmf: Callable[[DtmfEvent], Action | None] = on_dtmf
 
 
-class _Job:
-    """One run of your code for one event."""
+def _nothing(event: CallEvent) -> None:
+    """Your functions as they come."""
 
-    def __init__(self, function: Callable[[Any], Any], event: CallEvent | None, deadline: float = 0,
-                 when_late: Callable[[], None] = lambda: None) -> None:
-        self.function, self.event, self.deadline, self.when_late = function, event, deadline, when_late
-        self.name = getattr(function, "__name__", "your code")
-        self.thread = threading.get_ident()
-        self.late = False  # nobody waits for the result any more
-        self.result: Any = None
-        self.error: BaseException | None = None
 
-    def run(self) -> None:
+def name_of(function: Callable[[Any], Any]) -> str:
+    """What to call one of your functions in a message."""
+    return str(getattr(function, "__name__", "your code"))
+
+
+def does_nothing(function: Callable[[Any], Any]) -> bool:
+    """Whether `function` has nothing but its docstring: then it needs no thread to run in."""
+    code, empty = getattr(function, "__code__", None), _nothing.__code__
+    return code is not None and (code.co_code, code.co_names, code.co_consts[1:]) == (
+        empty.co_code, empty.co_names, empty.co_consts[1:])
+
+
+def error_text(error: BaseException) -> str:
+    """The traceback of an error in your code, from your code on."""
+    try:
+        trace = error.__traceback__ and error.__traceback__.tb_next
+        return "".join(traceback.format_exception(type(error), error, trace))
+    except Exception:  # its own __str__, or, before Python 3.9, a very long chain of them
+        return type(error).__name__
+
+
+class YourCode:
+    """Runs your functions: on_new_call and on_dtmf while the caller waits, the others later.
+
+    A thread cannot be killed: code that hangs keeps its slot until it returns.
+    """
+
+    SLOTS = 8
+    SLOT_SECONDS = 0.5  # that a call waits for one
+    HOOKS = 1000  # runs of on_answer and on_hangup that may wait
+    HOOK_SECONDS = 60.0  # that one may take before it is named
+
+    def __init__(self) -> None:
+        self._slots = threading.Semaphore(self.SLOTS)
+        self._began: dict[int, float] = {}  # by thread, when a decision that has not ended began
+        self._hook, self._hook_since = "", 0.0  # the one that runs now
+        self._hooks = Worker("hooks", self._run_hook, self.HOOKS, most=1)
+
+    def decide(self, function: Callable[[Any], Any], event: CallEvent, deadline: float) -> Any:
+        """Return what `function` makes of `event`; None if it fails, or not by `deadline`."""
+        if does_nothing(function):
+            return None
+        if not self._slots.acquire(timeout=self.SLOT_SECONDS):
+            logger.warning("all %d slots for your code are taken, by code that has not returned; "
+                           "until one does, calls go through undecided", self.SLOTS)
+            return None
+        outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
         try:
-            self.result = self.function(self.event)
-            sys.stdout.flush()  # of print(..., end="")
-        except BaseException as error:  # noqa: BLE001 - sys.exit() in your code must not end our thread
-            self.error = error
-
-    def report(self, consequence: str) -> None:
-        """Log what your code raised."""
-        if self.error is None:
-            return
-        text, trace = f"{self.name} raised {type(self.error).__name__}; {consequence}", self.error.__traceback__
+            # Thread.start() waits for its thread to begin: for ever, if memory has run out.
+            thread = _thread.start_new_thread(self._run, (function, event, outcome))
+        except RuntimeError as error:
+            self._slots.release()
+            logger.error("%s was not run: %s; the call goes through undecided",
+                         name_of(function), error)
+            return None
         try:
-            logger.error("%s", text, exc_info=(type(self.error), self.error, trace and trace.tb_next))
-        except RecursionError:  # Python 3.8, at the end of a long chain of them
-            logger.error("%s", text)
+            return outcome.get(timeout=max(deadline - time.monotonic(), 0))
+        except queue.Empty:
+            logger.error("%s has not returned in time; the call goes through undecided. It is at",
+                         name_of(function), extra={"below": self._where(thread)})
+            return None
 
-    def where(self) -> str:
-        """The lines that your code is at, innermost last."""
-        frames = traceback.walk_stack(sys._current_frames().get(self.thread))
-        yours = itertools.takewhile(lambda pair: pair[0].f_code is not _Job.run.__code__, frames)
+    def run_later(self, function: Callable[[Any], Any], event: CallEvent) -> None:
+        """Have `function` called with `event`, soon, one after the other; never waits."""
+        if not does_nothing(function) and not self._hooks.put((function, event)):
+            logger.warning("%s was not run: %d events wait for your code", name_of(function),
+                           self.HOOKS)
+
+    def is_idle(self) -> bool:
+        """Whether nothing is left to run later."""
+        return not self._hooks.waiting()
+
+    def finish(self, seconds: float) -> int:
+        """Wait up to `seconds` for what is to run later; return how many events are left."""
+        return len(self._hooks.finish(seconds))
+
+    def stuck(self) -> str:
+        """What of your code does not return, "" if there is nothing."""
+        now = time.monotonic()
+        late = sum(now - began > REPLY_SECONDS for began in list(self._began.values()))
+        if late >= self.SLOTS:
+            return "your code is stuck: calls go through undecided"
+        if self._hook and now - self._hook_since > self.HOOK_SECONDS:
+            return f"your code is stuck: {self._hook} has been running for over a minute"
+        return ""
+
+    def _run(self, function: Callable[[Any], Any], event: CallEvent, outcome: Any) -> None:
+        """Run a decision, in a thread of its own."""
+        thread = threading.get_ident()
+        self._began[thread] = time.monotonic()
+        try:
+            outcome.put(self._called(function, event, "the call goes through undecided"))
+        finally:
+            del self._began[thread]
+            self._slots.release()
+
+    def _run_hook(self, batch: list[Any]) -> None:
+        for function, event in batch:
+            self._hook, self._hook_since = name_of(function), time.monotonic()
+            self._called(function, event, "the event counts as handled")
+            self._hook = ""
+
+    def _called(self, function: Callable[[Any], Any], event: CallEvent, consequence: str) -> Any:
+        try:
+            result = function(event)
+            print(end="", flush=True)  # what print(..., end="") has left
+            return result
+        except BaseException as error:  # noqa: BLE001 - sys.exit() in your code is no end of ours
+            # Made into text here: its own __str__ could hang, and the logger's lock with it.
+            logger.error("%s raised %s; %s", name_of(function), type(error).__name__, consequence,
+                         extra={"below": error_text(error)})
+            return None
+
+    def _where(self, thread: int) -> str:
+        """The lines that your code in `thread` is at, innermost last."""
+        frames = traceback.walk_stack(sys._current_frames().get(thread))
+        yours = itertools.takewhile(lambda pair: pair[0].f_code.co_filename != __file__
+                                    or pair[0].f_code.co_name != "_called", frames)
         return "".join(reversed(traceback.StackSummary.extract(yours).format()))
 
 
-class Late(Exception):
-    """Your code took too long, and the reply has been given without it."""
-
-
-class Decisions:
-    """Runs on_new_call and on_dtmf in the thread that asks, under the eyes of a watchdog.
-
-    A thread cannot be killed: it is lost to code that hangs, until that returns. So at most
-    `THREADS` run your code at a time, and once all of these are lost, calls no longer wait.
-    (Handing each event to another thread and back would cost more than all the rest.)
-    """
-
-    THREADS = 8
-    WATCH_SECONDS = 0.05
-
-    def __init__(self) -> None:
-        self._condition = threading.Condition()
-        self._running: set[_Job] = set()
-        self._lost = 0
-        self._asleep = True
-        self._throttle = Throttle()
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
-
-    def decide(self, function: Callable[[Any], Action | None], event: CallEvent, deadline: float,
-               when_late: Callable[[], None]) -> Action | None:
-        """Return what `function` makes of `event`, None if it fails.
-
-        At `deadline` (time.monotonic()) `when_late` is called from another thread, and
-        Late raised here once `function` has returned.
-        """
-        job = _Job(function, event, deadline, when_late)
-        if not self._begin(job):
-            self._throttle.warn("busy", f"all {self.THREADS} threads for your code are busy; "
-                                        "until one returns, calls go through undecided")
-            return None
-        job.run()
-        job.report("the call goes through undecided")  # still watched: it runs the exception's own __str__
-        self._end(job)
-        if job.result is None or isinstance(job.result, Action):
-            return job.result
-        logger.error("%s returned a %s, not an action such as dial(...); the call goes through undecided",
-                     job.name, type(job.result).__name__)
-        return None
-
-    def _begin(self, job: _Job) -> bool:
-        """Take one of the threads, waiting for it if need be, but not for the lost ones."""
-        with self._condition:
-            self._condition.wait_for(lambda: len(self._running) + self._lost < self.THREADS or self._lost == self.THREADS,
-                                     job.deadline - time.monotonic())
-            if len(self._running) + self._lost >= self.THREADS:
-                return False
-            self._running.add(job)
-            if self._asleep:
-                self._asleep = False
-                self._condition.notify_all()
-        return True
-
-    def _end(self, job: _Job) -> None:
-        with self._condition:
-            self._running.discard(job)
-            self._lost -= job.late
-            if len(self._running) + self._lost == self.THREADS - 1:
-                self._condition.notify_all()
-        if job.late:
-            raise Late
-
-    def _watch(self) -> None:
-        while True:
-            with self._condition:
-                self._asleep = not self._running
-                self._condition.wait(None if self._asleep else self.WATCH_SECONDS)
-                now = time.monotonic()
-                late = [job for job in self._running if job.deadline <= now]
-                self._running.difference_update(late)
-                self._lost += len(late)
-                if self._lost >= self.THREADS:
-                    self._condition.notify_all()
-                for job in late:
-                    job.late = True
-            for job in late:
-                try:
-                    # In a thread of its own: a reply to a client that does not read must not hold up the others.
-                    threading.Thread(target=job.when_late, name="late-reply", daemon=True).start()
-                except RuntimeError:  # there can be no more threads
-                    job.when_late()
-            for job in late:
-                logger.error("%s has not returned in time; the call goes through undecided. It is at", job.name,
-                             extra={"where": job.where()})
-
-
-class FollowUps:
-    """Runs on_answer and on_hangup after the reply, one at a time, in order of arrival."""
-
-    LIMIT = 1000  # how many may wait
-
-    def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
-        self._throttle = Throttle()
-        threading.Thread(target=self._work, name="follow-ups", daemon=True).start()
-
-    def put(self, function: Callable[[Any], None], event: CallEvent) -> None:
-        """Have `function` called with `event`, soon; never waits."""
-        job = _Job(function, event)
-        if self._jobs.qsize() < self.LIMIT:
-            self._jobs.put(job)
-        else:
-            self._throttle.warn("full", f"{job.name} was not run: {self.LIMIT} events wait for your code")
-
-    def finish(self, seconds: float) -> int:
-        """Wait up to `seconds` for what was put; return how many events are left."""
-        finished = threading.Event()
-        self._jobs.put(_Job(lambda event: finished.set(), None))
-        return 0 if finished.wait(seconds) else self._jobs.qsize()  # with the one that runs, less our own
-
-    def _work(self) -> None:
-        while True:
-            job = self._jobs.get()
-            job.run()
-            job.report("the event counts as handled")
-
-
 class Reply(NamedTuple):
-    """What goes back over HTTP; `afterwards` is called once it has left."""
+    """What goes back over HTTP."""
 
     status: int
     body: bytes
     content_type: str = "text/plain; charset=utf-8"
     headers: tuple[tuple[str, str], ...] = ()
-    afterwards: Callable[[], None] = lambda: None
+
+
+class Answered(NamedTuple):
+    """An event with its reply, and what is left to do once that has been sent."""
+
+    event: CallEvent
+    reply: Reply
+    received_at: float  # Unix time
+    is_new: bool = True  # no exact repeat
+    action: Action | None = None
 
 
 # The three refusals of a signature: reply, and what to do about it.
 MISSING = (
     "signature missing, see VERIFY_SIGNATURE",
-    "a webhook was refused, X-Sipgate-Signature is missing: it is not from sipgate, or a proxy drops that "
-    + "header (to try it with curl, start without WEBHOOK_URL)")
+    "a webhook was refused, X-Sipgate-Signature is missing: it is not from sipgate, or a proxy "
+    "drops that header")
 MALFORMED = (
     "signature malformed, see SIGNATURE_KEY_FILE",
-    "a webhook was refused, X-Sipgate-Signature is malformed: it is not from sipgate, or a proxy changes that header")
+    "a webhook was refused, X-Sipgate-Signature is malformed: it is not from sipgate, or a proxy "
+    "changes that header")
 MISMATCH = (
     "signature does not match, see SIGNATURE_KEY_FILE",
-    "a webhook was refused, X-Sipgate-Signature does not match: it is not from sipgate, or a proxy changes "
-    + "the body, or sipgate has a new key (SIGNATURE_KEY_FILE)")
-DISCARDED = b"This response will be discarded"
+    "a webhook was refused, X-Sipgate-Signature does not match: it is not from sipgate, or a "
+    "proxy changes the body, or sipgate has a new key (SIGNATURE_KEY_FILE)")
+UNSIGNED_TRIAL = (" (in trial mode only requests of this machine go without: curl to "
+                  "http://localhost, through no proxy or tunnel)")
+UNSIGNED_FOLLOW_UP = ("; if sipgate itself sends this event without one, VERIFY_SIGNATURE=new-call "
+                      "takes it")
+WRONG_PATH = ("a webhook came in at %s, where nothing is: either the URL entered at sipgate is "
+              "not WEBHOOK_URL plus /new-call, or a proxy cuts off or changes the path")
+DISCARDED = Reply(200, b"This response will be discarded")
 
 
 class Receiver:
     """Turns the webhooks of one sipgate account into replies. Safe to use from many threads."""
 
-    KNOWN_CALLS = 20_000  # call ids remembered; as many newCalls in 24 hours is one every 4 seconds
-    KNOWN_SECONDS = 24 * 3600
-    reply_budget_seconds = REPLY_BUDGET_SECONDS
+    reply_seconds = REPLY_SECONDS
 
     def __init__(self, settings: Settings, keys: Sequence[PublicKey], functions: CallFunctions,
-                 show: Callable[[CallEvent, float], None] = lambda event, received_at: None,
-                 clock: Callable[[], float] = time.time, call_log: CallLog | None = None) -> None:
-        """`show` is called with each event and when it came (Unix time, by `clock`)."""
-        self.call_log = call_log
-        self.settings, self.keys, self.functions, self.show, self.clock = settings, keys, functions, show, clock
+                 show: Callable[[list[Answered]], Any] = lambda batch: None, *,
+                 call_log: CallLog | None = None, clock: Callable[[], float] = time.time,
+                 find_call: Callable[[CallEvent], Any] | None = None) -> None:
+        """`show` gets what has been answered, in order; `find_call` finds its call."""
+        self.settings, self.keys, self.functions, self.show = settings, keys, functions, show
+        self.call_log, self.clock, self.find_call = call_log, clock, find_call
         base = settings.base_path
         self.routes = {base + route: event for route, event in ROUTES.items()}
         # Somebody entered WEBHOOK_URL at sipgate as it stands: the body says which event it is.
         self.routes.update({base + "/": "", base or "/": ""})
         self.urls = {name: settings.base_url + route for name, route in
-                     (("on_answer", "/on-answer"), ("on_hangup", "/on-hangup"), ("on_data", "/on-data"))}
+                     (("on_answer", "/on-answer"), ("on_hangup", "/on-hangup"),
+                      ("on_data", "/on-data"))}
         self._undecided = response_xml(None, **self.urls)  # most replies are this one
         self.refused = 0  # webhooks, since the start
-        self._unfollowed = 0.0  # newCalls, until the first answer or hangup comes
-        self.throttle = Throttle()
-        self.decisions, self.follow_ups = Decisions(), FollowUps()
         self._lock = threading.Lock()
-        self._known: collections.OrderedDict[str, float] = collections.OrderedDict()
-        self._digests: collections.OrderedDict[bytes, None] = collections.OrderedDict()
-        self._is_filled = call_log is None  # with the calls from before the start
-        self._fill_known()
+        self.your_code = YourCode()
+        # A pause, or each line of a busy hour would wake this thread, and cost the calls time.
+        self.afterwards = Worker("afterwards", self._follow, 10_000, pause=0.01)
 
     def health(self) -> str:
         """What is wrong, "" if nothing is."""
-        behind = self.call_log.behind if self.call_log else ""
-        return f"the call log is behind: {behind}" if behind else ""
+        if self.call_log and self.call_log.behind:
+            return "the call log is behind"
+        return self.your_code.stuck()
 
-    def receive(self, target: str, body: bytes, signature: str | None = None, outside: str = "",
-                when_late: Callable[[Reply], None] = lambda reply: None) -> Reply:
-        """Return the reply to the webhook `body` that was POSTed to `target` (path and query).
+    def finish(self, deadline: float) -> int:
+        """Wait until `deadline` for what follows; return how many of your functions are left."""
+        self.afterwards.finish(max(deadline - time.monotonic(), 0.1))
+        return self.your_code.finish(max(deadline - time.monotonic(), 0.1))
 
-        `signature` is its X-Sipgate-Signature, `outside` the host it was addressed to if it
-        came from beyond this machine. Raises WebhookError for what is refused. If your code
-        has not decided in time, `when_late` is called from another thread with the reply to
-        give, and Late raised here when your code returns.
-        """
-        deadline = time.monotonic() + self.reply_budget_seconds
-        path, _, query = target.partition("?")
-        if path in ROUTES and path not in self.routes:
-            self._count_refusal()
-            raise WebhookError(404, "not found", f"a webhook came in at {path} instead of {self.settings.base_path}{path}: the "
-                               "proxy cuts off the path of WEBHOOK_URL; let it pass the path on, or set WEBHOOK_URL without it")
-        if path not in self.routes:
-            raise WebhookError(404, "not found")
-        state = dict(urllib.parse.parse_qsl(query)).get("state", "")
-        try:
-            event = self._admit(body, signature, outside, self.routes[path], state)
-        except WebhookError:
-            self._count_refusal()
-            raise
-        # From here on the call is real, and no fault of ours may keep it from going through.
-        try:
-            if self.routes[path] not in ("", event.event) and event.event in EVENTS:
-                self.throttle.warn(f"{event.event} on {path}", f"event {event.event} came in on {path}, "
-                                           "the path of another event: check the URLs entered at sipgate")
-            self._watch_follow_ups(event)
-            received_at = self.clock()
-            is_new = self._record(event, body, received_at)
-            if self.call_log and isinstance(event, (AnswerEvent, HangupEvent, DtmfEvent)):
-                event = replace(event, call=self.call_log.call(event.call_id))
-            self.show(event, received_at)
-            return self._respond(event, is_new, deadline, outside, when_late)
-        except Late:
-            raise
-        except Exception:
-            logger.exception("an error in this program; the call goes through undecided")
-            return self._xml(None, outside)
+    def is_quiet(self, seconds: float) -> bool:
+        """Wait up to `seconds` for all that follows what was answered; whether that is done."""
+        until = time.monotonic() + seconds
+        while self.afterwards.waiting() or not self.your_code.is_idle():
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.005)
+        return True
 
-    def _watch_follow_ups(self, event: CallEvent) -> None:
-        if isinstance(event, NewCallEvent):
-            self._unfollowed += 1
-            if self._unfollowed == FOLLOW_UPS_MISSED and not self.settings.trial:
-                logger.warning("follow-ups do not arrive: %d newCalls, but no answer and no hangup; the URLs in the replies begin "
-                               "with %s, which must be reached from the internet", FOLLOW_UPS_MISSED, self.settings.base_url)
-        elif isinstance(event, (AnswerEvent, HangupEvent)):
-            self._unfollowed = -math.inf
-
-    def _count_refusal(self) -> None:
+    def count_refusal(self) -> None:
+        """One more webhook was refused."""
         with self._lock:
             self.refused += 1
 
-    def _admit(self, body: bytes, signature: str | None, outside: str, default_event: str, state: str) -> CallEvent:
-        """Verify, then parse. Raises WebhookError for what is not sipgate's, or no event."""
-        if self.settings.verify_signature == "off":
-            return parse_event(body, default_event, state)
-        if signature is None:
-            return self._admit_unsigned(body, outside, default_event, state)
-        if not is_signed(body, signature, self.keys):
-            known_length = len(decode_signature(signature)) in [key.size for key in self.keys]
-            raise WebhookError(403, *(MISMATCH if known_length else MALFORMED))
-        event = parse_event(body, default_event, state)
-        if not event.call_id:
-            raise WebhookError(400, "callId is missing")
-        if isinstance(event, NewCallEvent):
-            self._remember(event.call_id)
-        return event
+    def admit(self, target: str, body: bytes, signature: str | None = None,
+              outside: str = "") -> CallEvent:
+        """Return the event of the webhook `body` that was POSTed to `target` (path and query).
 
-    def _admit_unsigned(self, body: bytes, outside: str, default_event: str, state: str) -> CallEvent:
-        """What VERIFY_SIGNATURE=auto lets in: trial mode on this machine, and events of known calls."""
-        if self.settings.verify_signature == "on" or (self.settings.trial and outside):
-            raise WebhookError(403, *MISSING)
-        if self.settings.trial:
-            return parse_event(body, default_event, state)
+        `signature` is its X-Sipgate-Signature, `outside` the host it was addressed to if it
+        came from beyond this machine. Raises WebhookError for what is refused.
+        """
+        path, _, query = target.partition("?")
         try:
-            event = parse_event(body, default_event, state)
+            if path not in self.routes:
+                logger.warning(WRONG_PATH, path[:80])
+                raise WebhookError(404, "not found")
+            self._verify(path, body, signature, outside)
+            state = dict(urllib.parse.parse_qsl(query)).get("state", "") if query else ""
+            event = parse_event(body, self.routes[path], state, signature=signature,
+                                find_call=self.find_call)
+            self._check(event, signature, outside)
         except WebhookError:
-            raise WebhookError(403, *MISSING) from None
-        if not isinstance(event, (AnswerEvent, HangupEvent, DtmfEvent)) or not self._is_known(event.call_id):
-            raise WebhookError(403, *MISSING)
-        self.throttle.warn("unsigned", "an answer, hangup or dtmf came without a signature and was taken for its "
-                                       "call id; VERIFY_SIGNATURE=on would refuse it")
+            self.count_refusal()
+            raise
+        if self.routes[path] not in ("", event.event) and event.event in EVENTS:
+            logger.warning("event %s came in on %s, the path of another event: check the URLs "
+                           "entered at sipgate", event.event, path)
         return event
 
-    def _remember(self, call_id: str) -> None:
-        with self._lock:
-            self._known[call_id] = self.clock()
-            self._known.move_to_end(call_id)
-            if len(self._known) > self.KNOWN_CALLS:
-                self._known.popitem(last=False)
+    def _is_open(self, outside: str) -> bool:
+        """Whether nothing need be signed: trial mode on this machine, or no checks at all."""
+        return self.settings.verify_signature == "off" or (self.settings.trial and not outside)
 
-    def _fill_known(self) -> None:
-        """Know the calls from before the start again; later, if the log cannot be read now."""
-        if not self._is_filled and self.call_log:
-            since = self.clock() - self.KNOWN_SECONDS
-            calls = self.call_log.signed_calls(since, self.KNOWN_CALLS)
-            with self._lock:
-                self._is_filled = calls is not None
-                for call_id, received_at in reversed(calls or []):
-                    self._known.setdefault(call_id, received_at)
+    def _verify(self, path: str, body: bytes, signature: str | None, outside: str) -> None:
+        """Refuse, before anything is decoded, what sipgate did not sign."""
+        is_checked = self.settings.verify_signature != "off"
+        if signature is not None:
+            if is_checked and not is_signed(body, signature, self.keys):
+                known = len(decode_signature(signature)) in [key.size for key in self.keys]
+                raise WebhookError(403, *(MISMATCH if known else MALFORMED))
+        elif not self._is_open(outside):
+            if self.settings.trial:
+                raise WebhookError(403, MISSING[0], MISSING[1] + UNSIGNED_TRIAL)
+            if self.settings.verify_signature == "on":
+                is_follow_up = self.routes[path] not in ("", "newCall")
+                raise WebhookError(403, MISSING[0],
+                                   MISSING[1] + (UNSIGNED_FOLLOW_UP if is_follow_up else ""))
 
-    def _is_known(self, call_id: str) -> bool:
-        self._fill_known()
-        with self._lock:
-            return self.clock() - self._known.get(call_id, -math.inf) < self.KNOWN_SECONDS
+    def _check(self, event: CallEvent, signature: str | None, outside: str) -> None:
+        """Refuse what is not to be taken, now that it is known which event it is."""
+        if self._is_open(outside):
+            return
+        if signature is None and not isinstance(event, (AnswerEvent, HangupEvent, DtmfEvent)):
+            raise WebhookError(403, *MISSING)
+        if not event.call_id:
+            raise WebhookError(400, "callId is missing", "a webhook was refused, it has no callId")
 
-    def _record(self, event: CallEvent, body: bytes, received_at: float) -> bool:
-        """Have the event stored; whether it is not an exact repeat (where signatures are checked)."""
-        once = (isinstance(event, (NewCallEvent, AnswerEvent, HangupEvent))
-                and self.settings.verify_signature != "off" and not self.settings.trial)
-        digest = hashlib.sha256(b"\0".join((event.event.encode(), event.call_id.encode(), body))).digest() if once else None
-        is_new = None
-        if self.call_log:
-            is_new = self.call_log.record((received_at, event.event, event.call_id, body, digest), STORE_SECONDS)
-        with self._lock:
-            repeat = digest in self._digests
-            if digest:
-                self._digests[digest] = None
-                if len(self._digests) > self.KNOWN_CALLS:
-                    self._digests.popitem(last=False)
-        return is_new is not False and not repeat
+    def answer(self, event: CallEvent, deadline: float, outside: str = "") -> Answered:
+        """Store the event, decide, and return the reply: by `deadline` (time.monotonic()).
 
-    def _respond(self, event: CallEvent, is_new: bool, deadline: float, outside: str,
-                 when_late: Callable[[Reply], None]) -> Reply:
-        if isinstance(event, (NewCallEvent, DtmfEvent)):
-            function = self.functions.on_new_call if isinstance(event, NewCallEvent) else self.functions.on_dtmf
-            action = self.decisions.decide(function, event, deadline, lambda: when_late(self._xml(None, outside)))
-            return self._xml(action, outside)
-        if isinstance(event, (AnswerEvent, HangupEvent)):
-            follow = self.functions.on_answer if isinstance(event, AnswerEvent) else self.functions.on_hangup
-            return Reply(200, DISCARDED, afterwards=lambda: self.follow_ups.put(follow, event) if is_new else None)
-        return Reply(200, response_xml(), "application/xml")
+        From here on the call is real, and no fault of ours may keep it from going through.
+        """
+        received_at = self.clock()
+        try:
+            is_new = self._record(event, received_at)
+            if isinstance(event, (AnswerEvent, HangupEvent)):
+                return Answered(event, DISCARDED, received_at, is_new)
+            if isinstance(event, UnknownEvent):
+                reply = Reply(200, response_xml(), "application/xml")
+                return Answered(event, reply, received_at, is_new)
+            action, document = self._document(self._decision(event, deadline), outside)
+            reply = Reply(200, document, "application/xml")
+            return Answered(event, reply, received_at, is_new, action)
+        except Exception:
+            logger.exception("an error in this program; the call goes through undecided")
+            reply = Reply(200, self._document(None, outside)[1], "application/xml")
+            return Answered(event, reply, received_at)
 
-    def _xml(self, action: Action | None, outside: str) -> Reply:
-        urls = self.urls
+    def _record(self, event: CallEvent, received_at: float) -> bool:
+        """Have the event stored; whether it is not an exact repeat (where signatures count)."""
+        if not self.call_log:
+            return True
+        digest = None
+        if isinstance(event, LegEvent) and not self._is_open(""):
+            digest = hashlib.sha256(event.event.encode() + b"\0" + event.body).digest()
+        return self.call_log.record(event, received_at, digest) is not False
+
+    def _decision(self, event: CallEvent, deadline: float) -> Action | None:
+        is_new_call = isinstance(event, NewCallEvent)
+        function = self.functions.on_new_call if is_new_call else self.functions.on_dtmf
+        action = self.your_code.decide(function, event, deadline)
+        if action is None or isinstance(action, Action):
+            return action
+        name = getattr(action, "__name__", "")
+        meant = f"; is {name}() meant?" if callable(action) and name else ""
+        logger.error("%s returned a %s, not an action such as dial(...)%s; the call goes through "
+                     "undecided", name_of(function), type(action).__name__, meant)
+        return None
+
+    def _document(self, action: Action | None, outside: str) -> tuple[Action | None, bytes]:
+        """The XML with `action`; without it where that asks for what we do not have."""
+        urls, undecided = self.urls, self._undecided
         if outside and self.settings.trial:
             # Our localhost URLs would lead sipgate nowhere.
-            urls = {}
-            self.throttle.warn("outside", f"this came in for {outside}; restart with --url https://{outside} "
-                                          "to get answer and hangup too")
+            urls, undecided = {}, response_xml()
+            logger.warning("this came in for %s; restart with --url https://%s to get answer and "
+                           "hangup too", outside, outside)
+        if action is None:
+            return None, undecided
+        asks_us = action.tag == "Gather" and not action.attributes[0][1].startswith("http")
+        if asks_us and does_nothing(self.functions.on_dtmf):
+            logger.warning("gather() was returned, but on_dtmf does nothing with the digits")
         try:
-            document = response_xml(action, **urls) if action or not urls else self._undecided
+            return action, response_xml(action, **urls)
         except ValueError as error:
             logger.error("%s; the call goes through undecided", error)
-            document = response_xml(None, **urls)
-        return Reply(200, document, "application/xml")
+            return None, undecided
+
+    def follow(self, answered: Answered) -> None:
+        """Do what follows a reply that has been sent; returns at once."""
+        if self.call_log and answered.action and answered.is_new:
+            self.call_log.record_reply(answered.event, answered.reply.body)
+        if not self.afterwards.put(answered):
+            logger.warning("an event was not printed, and your code not run: too many wait")
+
+    def _follow(self, batch: list[Answered]) -> None:
+        self.show(batch)
+        for answered in batch:
+            if not answered.is_new:
+                continue
+            if isinstance(answered.event, AnswerEvent):
+                self.your_code.run_later(self.functions.on_answer, answered.event)
+            elif isinstance(answered.event, HangupEvent):
+                self.your_code.run_later(self.functions.on_hangup, answered.event)
 
 
 # ------------------------------------------------------------------------------------------
 # HTTP
 # One request after the other from a connection, strictly framed (RFC 9112), in time and
-# within limits; one reply to each. Knows nothing of events, XML and settings.
+# within limits; one reply to each. Knows nothing of events, XML and SQL.
 #
 # The header parser of http.server is not used: it is the e-mail parser, to which a bare CR
 # begins a new header and one bad line ends them all, Content-Length included.
@@ -1549,15 +1419,18 @@ MAX_HEAD = 32 * 1024
 MAX_HEADERS = 64
 MAX_BODY = 64 * 1024
 
-REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) (/[\x21-\x7e]*) HTTP/1\.([01])\r")
-HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}):([\t\x20-\x7e\x80-\xff]*)\r")
+REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) (/[\x21-\x7e]*) HTTP/1\.([01])\r\n")
+HEADER_LINE = re.compile(
+    rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}):([\t\x20-\x7e\x80-\xff]*)\r\n")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,6})\r\n")
-CHUNK_LINE_BEGUN = re.compile(rb"[0-9A-Fa-f]{0,6}|[0-9A-Fa-f]{1,6}\r")
+FORM_TYPE = re.compile(r"application/x-www-form-urlencoded\s*(;|\Z)", re.IGNORECASE)
 HOST = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 # Twice, each of these is a way to make two readers see two different requests.
-SINGLE_HEADERS = {"content-length", "host", "transfer-encoding", "expect", "content-type", "x-sipgate-signature"}
-# What tunnels, proxies and browsers add; an Origin or Sec-Fetch-Site is a web page's, from wherever it was loaded.
-PASSED_ON = ("x-forwarded-", "forwarded", "via", "x-real-ip", "x-original-", "cf-", "true-client-ip", "origin", "sec-fetch-")
+SINGLE_HEADERS = {"content-length", "host", "transfer-encoding", "expect", "content-type",
+                  "x-sipgate-signature"}
+# What tunnels, proxies and browsers add; an Origin or Sec-Fetch-Site is a web page's.
+PASSED_ON = ("x-forwarded-", "forwarded", "via", "x-real-ip", "x-original-", "cf-",
+             "true-client-ip", "origin", "sec-fetch-")
 
 
 class RequestHead(NamedTuple):
@@ -1567,63 +1440,61 @@ class RequestHead(NamedTuple):
     target: str
     minor: int  # of the version: 0 or 1
     headers: dict[str, str]
-    size: int  # bytes of the head
 
     @property
     def path(self) -> str:
+        """The target without its query."""
         return self.target.partition("?")[0]
 
 
-def parse_head(received: bytes) -> RequestHead | None:
-    """Return the request head that `received` begins with, None if more has to come.
+def _line(stream: io.BufferedIOBase) -> bytes:
+    """The next line. Raises WebhookError (431), EOFError where the input ends before its end."""
+    line = stream.readline(MAX_LINE + 3)
+    if len(line) > MAX_LINE + 2:
+        raise WebhookError(431, "line too long")
+    if not line.endswith(b"\n"):
+        raise EOFError
+    return line
 
-    Raises WebhookError (400, 414, 431). Each line is judged when it is complete or too long,
-    so that the verdict does not depend on how the bytes were cut on their way.
+
+@functools.lru_cache(maxsize=128)
+def _header(line: bytes) -> tuple[str, str]:
+    """Name and value of a header line; most requests bring the same ones. Raises WebhookError."""
+    match = HEADER_LINE.fullmatch(line)
+    if match is None:
+        raise WebhookError(400, "malformed header line")
+    return match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
+
+
+def read_head(stream: io.BufferedIOBase) -> RequestHead:
+    """Read a request head, each line judged when it is complete (RFC 9112 2 to 5).
+
+    Raises WebhookError (400, 431), EOFError where the input ends: then no request happened.
     """
-    start = 2 if received.startswith(b"\r\n") else 0  # RFC 9112 2.2
-    head = received[start:MAX_HEAD]
-    end = head.find(b"\r\n\r\n")
-    lines = head[:end + 2 if end >= 0 else None].split(b"\n")
-    rest = lines.pop()
-    matches = []
-    for number, line in enumerate(lines):
-        match = (HEADER_LINE if number else REQUEST_LINE).fullmatch(line)
-        if match is None or len(line) > MAX_LINE + 1 or number > MAX_HEADERS:
-            _check_line(line, number)
-            raise WebhookError(400, "malformed header line" if number else "malformed request line")
-        matches.append(match)
-    _check_line(rest, len(lines))
-    if end < 0:
-        if len(received) >= MAX_HEAD:
-            raise WebhookError(431, "request head too large")
-        return None
-    method, target, minor = matches[0].groups()
-    return RequestHead(method.decode(), target.decode(), int(minor), _headers(matches[1:], minor), start + end + 4)
-
-
-def _check_line(line: bytes, number: int) -> None:
-    """Refuse a line, complete or not, that can no longer become a good one; `line` may end in CR."""
-    if 0 <= line.find(b"\r", 0, MAX_LINE + 1) < len(line) - 1:
-        raise WebhookError(400, "bare carriage return")
-    if len(line) > MAX_LINE + 1:
-        raise WebhookError(431, "header line too long") if number else WebhookError(414, "request line too long")
-    if number > MAX_HEADERS and line not in (b"", b"\r"):
-        raise WebhookError(431, "too many headers")
-
-
-def _headers(matches: Sequence[re.Match[bytes]], minor: bytes) -> dict[str, str]:
+    line = _line(stream)
+    if line == b"\r\n":  # one empty line is skipped (RFC 9112 2.2)
+        line = _line(stream)
+    request = REQUEST_LINE.fullmatch(line)
+    if request is None:
+        raise WebhookError(400, "malformed request line")
+    method, target, minor = request[1].decode(), request[2].decode(), int(request[3])
     headers: dict[str, str] = {}
-    for match in matches:
-        name, value = match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
-        if name not in headers:
-            headers[name] = value
-        elif name in SINGLE_HEADERS:
-            raise WebhookError(400, "a header that must be single is repeated")
-        else:
-            headers[name] += ", " + value
-    if not HOST.fullmatch(headers.get("host", "" if minor == b"1" else "none")):
+    size, count = len(line), 0
+    line = _line(stream)
+    while line != b"\r\n":
+        name, value = _header(line)
+        size, count = size + len(line), count + 1
+        if size > MAX_HEAD or count > MAX_HEADERS:
+            raise WebhookError(431, "too many headers")
+        if name in headers:
+            if name in SINGLE_HEADERS:
+                raise WebhookError(400, "a header that must be single is repeated")
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+        line = _line(stream)
+    if not HOST.fullmatch(headers.get("host", "" if minor else "none")):
         raise WebhookError(400, "Host missing or malformed")
-    return headers
+    return RequestHead(method, target, minor, headers)
 
 
 def body_length(head: RequestHead) -> int | None:
@@ -1651,29 +1522,38 @@ def body_length(head: RequestHead) -> int | None:
     return int(length)
 
 
-def take_chunk(received: bytes, start: int) -> tuple[bytes, int] | None:
-    """Return the chunk at `start` (RFC 9112 7.1; the last is empty) and where the next one begins.
+def _exactly(stream: io.BufferedIOBase, length: int) -> bytes:
+    content = stream.read(length)
+    if len(content) < length:
+        raise EOFError
+    return content
 
-    None if more has to come. Raises WebhookError (400, 413); extensions and trailers are refused.
+
+def read_body(stream: io.BufferedIOBase, length: int | None) -> bytes:
+    """Read a body of `length` bytes; None: a chunked one (RFC 9112 7.1), without extras.
+
+    Raises WebhookError (400, 413), EOFError where the input ends: then no request happened.
     """
-    line = CHUNK_LINE.match(received, start)
-    if line is None:
-        if CHUNK_LINE_BEGUN.fullmatch(received, start):
-            return None
-        raise WebhookError(400, "malformed chunk")
-    size = int(line[1], 16)
-    if size > MAX_BODY:
-        raise WebhookError(413, "body too large")
-    end = line.end() + size
-    if not b"\r\n".startswith(received[end:end + 2]):
-        raise WebhookError(400, "malformed chunk")
-    return (received[line.end():end], end + 2) if len(received) >= end + 2 else None
-
-
-@functools.lru_cache(maxsize=2)
-def http_date(moment: int) -> str:
-    """Unix time in the form of a Date header (RFC 9110 5.6.7)."""
-    return email.utils.formatdate(moment, usegmt=True)
+    if length is not None:
+        return _exactly(stream, length)
+    body, framed, chunk = b"", 0, b"-"
+    while chunk:
+        line = stream.readline(8)
+        match = CHUNK_LINE.fullmatch(line)
+        if match is None:
+            if len(line) < 8 and not line.endswith(b"\n"):
+                raise EOFError
+            raise WebhookError(400, "malformed chunk")
+        size = int(match[1], 16)
+        # The frames count as well: with a byte in each chunk they are the most of it.
+        framed += len(line) + size + 2
+        if len(body) + size > MAX_BODY or framed > 2 * MAX_BODY:
+            raise WebhookError(413, "body too large")
+        chunk = _exactly(stream, size)
+        if _exactly(stream, 2) != b"\r\n":
+            raise WebhookError(400, "malformed chunk")
+        body += chunk
+    return body
 
 
 def outside_host(headers: Mapping[str, str]) -> str:
@@ -1684,29 +1564,45 @@ def outside_host(headers: Mapping[str, str]) -> str:
     host = headers.get("host", "")
     name = HOST.fullmatch(host)
     local = name is not None and is_loopback(name[1].strip("[]"))
-    passed_on = any(key.startswith(PASSED_ON) for key in headers)
-    if local and not passed_on:
+    if local and not any(key.startswith(PASSED_ON) for key in headers):
         return ""
     return host if host and not local else "the-address-of-your-proxy"
 
 
+@functools.lru_cache(maxsize=32)
+def rendered(reply: Reply, is_closing: bool, is_head: bool, moment: int) -> bytes:
+    """The bytes of `reply` at the Unix time `moment`; nearly all replies of a second are one."""
+    phrase = http.HTTPStatus(reply.status).phrase
+    lines = [f"HTTP/1.1 {reply.status} {phrase}",
+             "Date: " + email.utils.formatdate(moment, usegmt=True),
+             "Content-Type: " + reply.content_type,
+             f"Content-Length: {len(reply.body)}",
+             *(f"{name}: {value}" for name, value in reply.headers),
+             *(["Connection: close"] if is_closing else [])]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + (b"" if is_head else reply.body)
+
+
 class Connection:
-    """What the server has to know of a connection; guarded by its lock, but for the deadline."""
+    """What the server has to know of a connection; but for the deadline guarded by its lock."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.since = time.monotonic()  # waiting for a request, or for the client to go
-        self.deadline = math.inf
-        self.in_flight = False  # a complete request is being processed
+        self.deadline = math.inf  # past it, the server cuts the connection
+        self.is_idle = False  # between two requests
+        self.in_flight = False  # a complete request is being answered
         self.is_cut = False
-        self.is_lost = False  # its thread hangs in your code, though the reply has been given
 
-    def cut(self, how: int = socket.SHUT_RDWR) -> None:
+    def allow(self, seconds: float) -> None:
+        """Put the deadline so many seconds from now."""
+        self.deadline = time.monotonic() + seconds
+
+    def cut(self) -> None:
         """Have the connection's thread find the end of its input."""
         self.is_cut = True
         with contextlib.suppress(OSError):  # it may have ended already
-            # Winsock does not promise that SHUT_RD wakes anybody; a 408 cannot be sent there.
-            socket.socket.shutdown(self.sock, socket.SHUT_RDWR if os.name == "nt" else how)
+            # Not SSLSocket's, which drops the state of TLS under the feet of its thread.
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
 
 class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
@@ -1717,237 +1613,146 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
     """
 
     disable_nagle_algorithm = True
-    head_seconds = 10.0
-    body_seconds = 10.0
-    reply_seconds = 10.0
-    idle_seconds = 75.0  # longer than nginx keeps a connection (60), which does not repeat a POST
+    rbufsize = MAX_BODY
+    head_seconds = 10.0  # from the first byte of a request to its last
+    reply_seconds = 10.0  # for the client to take the reply
+    idle_seconds = 75.0  # longer than nginx keeps a connection (60): it does not repeat a POST
     linger_seconds, linger_bytes = 1.0, 4 * 1024 * 1024
-    pipeline_seconds = 0.05
 
     server: WebhookServer
 
     def setup(self) -> None:
-        self.state = self.server.state_of(self.request)
-        self.received = b""
-        self.is_first = True  # no request has come yet
+        self.entry = self.server.entry_of(self.request)
         self.close_connection, self.command = True, ""
-        self.late_reply = threading.Event()  # one has been sent in place of ours
-        self._allow(self.head_seconds)
+        self.entry.allow(self.head_seconds)
         if self.server.tls:
-            self._shake_hands(self.server.tls)
+            # Here and not in the accepting thread, which a silent client would hold up.
+            self.request = self.server.tls.context().wrap_socket(
+                self.request, True, do_handshake_on_connect=False)
+            if not self.server.switch(self.entry, self.request):
+                raise ConnectionAbortedError
+            self.request.do_handshake()
         super().setup()
-
-    def _shake_hands(self, tls: TlsFiles) -> None:
-        """Begin TLS, here and not in the accepting thread, which a silent client would hold up."""
-        plain = self.request.recv(1, socket.MSG_PEEK) not in (b"", b"\x16")
-        if plain:
-            self.server.receiver.throttle.warn("plain", "http on the https port: a plain request came in; the tunnel or "
-                                               "proxy must speak https to this port, or leave out WEBHOOK_TLS_CERT")
-            self.connection = self.request
-            self._send(Reply(400, b"this port speaks https\n"))
-            self._linger()
-            raise ConnectionAbortedError
-        self.request = tls.context().wrap_socket(self.request, True, do_handshake_on_connect=False)
-        if not self.server.switch(self.state, self.request):
-            raise ConnectionAbortedError
-        self.request.do_handshake()
 
     def handle_one_request(self) -> None:
         """Read one request and reply to it."""
         self.close_connection, self.command = True, ""  # until a request says otherwise
         try:
-            self._take_request()
+            if not self._await_request():
+                return
+            head = read_head(self.rfile)
+            self.command = head.method
+            length = body_length(head)
+            self._meet_expectation(head)
+            body = read_body(self.rfile, length)
+        except EOFError:
+            return
         except WebhookError as error:
-            self.server.receiver.throttle.warn(error.reason, f"a request was refused with {error.status}: {error.reason}")
-            self._send(Reply(error.status, error.reason.encode() + b"\n"))
-            self._linger()
-        except Late:
-            self.close_connection = True
-            self.late_reply.wait(self.reply_seconds)
-
-    def _allow(self, seconds: float) -> None:
-        self.state.deadline = time.monotonic() + seconds
-
-    def _take_request(self) -> None:
-        head = self._read_head()
-        if head is None:
+            self._refuse(error)
             return
-        self.command = head.method
-        length = body_length(head)
-        if "expect" in head.headers and not self._meet_expectation(head):
-            return
-        self._allow(self.body_seconds)
-        body = self._read_chunks(head.size) if length is None else self._read_body(head.size, length)
-        if body is None:
-            return
-        self.is_first = False
-        if not self.server.begin(self.state):
-            if not self.server.stopping:
-                raise WebhookError(408, "request too slow")
-            self._send(Reply(503, b"stopping\n"))
-            return
-        options = [option.strip().lower() for option in head.headers.get("connection", "").split(",")]
-        self.close_connection = not head.minor or "close" in options
-        self._finish(self._reply(head, body))
+        if self.server.begin(self.entry):
+            try:
+                self._answer(head, body)
+            finally:
+                self.server.end(self.entry)
 
-    def _read_head(self) -> RequestHead | None:
-        """The next request head, None if the client closes, or says nothing for too long."""
-        if self.received:
-            # Neither sipgate nor a proxy pipelines; who does is not to take the time of a caller.
-            time.sleep(self.pipeline_seconds)
-        idle = not self.is_first and not self.received
-        self._allow(self.idle_seconds if idle else self.head_seconds)
-        head = parse_head(self.received)
-        while head is None:
-            if not self._receive():
-                return None
-            if idle:
-                idle = False
-                self._allow(self.head_seconds)
-            if self.received[0] == 0x16:
-                self.server.receiver.throttle.warn("tls", "https on the http port: a TLS handshake came in; the "
-                                                   "tunnel or proxy must speak http to this port")
-                return None
-            head = parse_head(self.received)
-        return head
+    def _await_request(self) -> bool:
+        """Wait for the first byte of a request; False if the client closes, or speaks TLS."""
+        first = self.rfile.peek(1)[:1]  # type: ignore[attr-defined]
+        self.entry.is_idle, self.entry.since = False, time.monotonic()
+        self.entry.allow(self.head_seconds)
+        if first == b"\x16":
+            logger.warning("https on the http port: a TLS handshake came in; the tunnel or proxy "
+                           "must speak http to this port")
+        return first not in (b"", b"\x16")
 
-    def _meet_expectation(self, head: RequestHead) -> bool:
-        """Ask for the body if it will be taken (RFC 9110 10.1.1); reply if not. Raises WebhookError (417)."""
+    def _meet_expectation(self, head: RequestHead) -> None:
+        """Ask for the body if the client waits for that (RFC 9110 10.1.1)."""
+        if "expect" not in head.headers:
+            return
         if head.headers["expect"].lower() != "100-continue":
             raise WebhookError(417, "expectation not supported")
-        if head.method not in self._allowed(head):
-            self._send(self._reply(head, b""))
-            self._linger()
-            return False
         if head.minor:
-            self._allow(self.reply_seconds)
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return True
 
-    def _read_body(self, start: int, length: int) -> bytes | None:
-        """The body that begins at `start` of what is received, None if the client closes before its end."""
-        while len(self.received) < start + length:
-            if not self._receive():
-                return None
-        body, self.received = self.received[start:start + length], self.received[start + length:]
-        return body
-
-    def _read_chunks(self, start: int) -> bytes | None:
-        """The same for a chunked body."""
-        body, position, chunk = b"", start, b"-"
-        while chunk:
-            taken = take_chunk(self.received, position)
-            if taken is None and not self._receive():
-                return None
-            chunk, position = taken or (chunk, position)
-            body += chunk if taken else b""
-            # The frames count as well: with a byte in each chunk they are the most of it.
-            if len(body) > MAX_BODY or position - start > 2 * MAX_BODY:
-                raise WebhookError(413, "body too large")
-        self.received = self.received[position:]
-        return body
-
-    def _receive(self) -> bool:
-        """Receive what has come; False at the end. Raises WebhookError (408)."""
-        more = self.connection.recv(65536)
-        if not more and self.state.is_cut and self.received and not self.server.stopping:
-            raise WebhookError(408, "request too slow")
-        self.received += more
-        return bool(more)
-
-    def _allowed(self, head: RequestHead) -> tuple[str, ...]:
-        """The methods that the path of `head` knows; none if there is no such path."""
-        if head.path in self.server.health_paths:
-            return ("GET", "HEAD")
-        return ("POST",) if head.path in self.server.receiver.routes else ()
-
-    def _reply(self, head: RequestHead, body: bytes) -> Reply:
+    def _answer(self, head: RequestHead, body: bytes) -> None:
+        """Reply to a complete request."""
+        options = head.headers.get("connection", "").lower().replace(" ", "").split(",")
+        self.close_connection = not head.minor or "close" in options or self.server.is_crowded()
+        allowed = self._allowed(head.path)
         try:
-            method: Callable[..., Reply] = getattr(self, "do_" + head.method, self.do_other)
-            return method(head, body)
-        except Late:
-            raise
+            if allowed and head.method not in allowed:
+                raise WebhookError(405, "takes POST from sipgate" if "POST" in allowed else
+                                   "takes GET")
+            getattr(self, "do_" + head.method, self.do_other)(head, body)
         except WebhookError as error:
             if error.detail or error.status != 404:
-                self.server.receiver.throttle.warn(error.reason, error.detail or f"a webhook was refused: {error.reason}")
-            return Reply(error.status, error.reason.encode() + b"\n")
+                logger.warning(error.detail or "a request was refused: " + error.reason)
+            # The instance lets `check` prove that this very path leads to this very process.
+            headers = (("Allow", ", ".join(allowed)), ("X-Instance", self.server.instance)
+                       ) if error.status == 405 else ()
+            self._send(Reply(error.status, error.reason.encode() + b"\n", headers=headers))
+        except OSError:  # the client has gone
+            raise
         except Exception:
             logger.exception("an error in this program; replied 500")
-            return Reply(500, b"internal error\n")
+            self._send(Reply(500, b"internal error\n"))
 
-    def do_POST(self, head: RequestHead, body: bytes) -> Reply:
-        """A webhook."""
-        if head.path in self.server.health_paths:
-            return self.do_other(head, body)
+    def _allowed(self, path: str) -> tuple[str, ...]:
+        """The methods that `path` knows; none if there is no such path."""
+        if path == self.server.health_path:
+            return ("GET", "HEAD")
+        return ("POST",) if path in self.server.receiver.routes else ()
+
+    def do_POST(self, head: RequestHead, body: bytes) -> None:
+        """A webhook: the reply, and then what follows it."""
         receiver, headers = self.server.receiver, head.headers
-        reply = receiver.receive(head.target, body, headers.get("x-sipgate-signature"), outside_host(headers),
-                                 self._finish_late)
-        form = "application/x-www-form-urlencoded"
-        if body and headers.get("content-type", "").partition(";")[0].strip().lower() != form:
-            receiver.throttle.warn("content type", f"a webhook came without Content-Type: {form}; sipgate sends one")
-        return reply
+        deadline, outside = time.monotonic() + receiver.reply_seconds, outside_host(headers)
+        event = receiver.admit(head.target, body, headers.get("x-sipgate-signature"), outside)
+        answered = receiver.answer(event, deadline, outside)
+        try:
+            self._send(answered.reply)
+        except OSError:
+            answered = answered._replace(action=None)  # which sipgate did not get to know
+            raise
+        finally:
+            receiver.follow(answered)
+        if body and not FORM_TYPE.match(headers.get("content-type", "")):
+            logger.warning("a webhook came without the Content-Type that sipgate sends "
+                           "(application/x-www-form-urlencoded)")
 
-    def do_GET(self, head: RequestHead, body: bytes) -> Reply:
+    def do_GET(self, head: RequestHead, body: bytes) -> None:
         """The health of this process."""
-        if head.method not in self._allowed(head):
-            return self.do_other(head, body)
+        if head.path != self.server.health_path:
+            raise WebhookError(404, "not found")
         wrong = self.server.receiver.health()
-        return Reply(503 if wrong else 200, (wrong or "ok").encode() + b"\n", headers=(("X-Instance", self.server.instance),
-                                            ("X-Refused", str(self.server.receiver.refused)),
-                                            ("Cache-Control", "no-store")))
+        self._send(Reply(503 if wrong else 200, (wrong or "ok").encode() + b"\n", headers=(
+            ("X-Instance", self.server.instance),
+            ("X-Refused", str(self.server.receiver.refused)), ("Cache-Control", "no-store"))))
 
     do_HEAD = do_GET
 
-    def do_other(self, head: RequestHead, body: bytes) -> Reply:
-        """Every method where it does not belong."""
-        allowed = self._allowed(head)
-        if not allowed:
-            raise WebhookError(404, "not found")
-        says = b"takes POST from sipgate\n" if allowed == ("POST",) else b"takes GET\n"
-        return Reply(405, says, headers=(("Allow", ", ".join(allowed)),))
-
-    def _finish(self, reply: Reply) -> None:
-        """Give the reply to a complete request."""
-        self.close_connection |= self.server.stopping
-        try:
-            self._send(reply)
-        finally:
-            try:
-                reply.afterwards()
-            finally:
-                self.server.end(self.state)
-
-    def _finish_late(self, reply: Reply) -> None:
-        """Give the reply in place of our own thread, which is lost to your code, and so is the connection."""
-        self.close_connection = True
-        with contextlib.suppress(OSError):
-            self._finish(reply)
-        self.late_reply.set()
-        self.server.lose(self.state)
+    def do_other(self, head: RequestHead, body: bytes) -> None:
+        """A method that no path knows, on a path that is none."""
+        raise WebhookError(404, "not found")
 
     def _send(self, reply: Reply) -> None:
         """Write `reply` in one piece, so that it is one TCP segment."""
-        lines = [f"HTTP/1.1 {reply.status} {self.responses[reply.status][0]}",
-                 "Date: " + http_date(int(time.time())),
-                 "Content-Type: " + reply.content_type,
-                 f"Content-Length: {len(reply.body)}",
-                 *(f"{name}: {value}" for name, value in reply.headers)]
-        if self.close_connection:
-            lines.append("Connection: close")
-        body = b"" if self.command == "HEAD" else reply.body
-        self._allow(self.reply_seconds)
-        self.connection.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+        self.entry.allow(self.reply_seconds)
+        self.connection.sendall(rendered(reply, self.close_connection, self.command == "HEAD",
+                                         int(time.time())))
+        self.entry.allow(self.idle_seconds)
 
-    def _linger(self) -> None:
-        """Read on for a moment: closed with input unread, the client would see a reset, not the reply."""
-        self._allow(self.linger_seconds)
+    def _refuse(self, error: WebhookError) -> None:
+        """Reply, and read on for a moment: closed with input unread, the client sees a reset."""
+        logger.warning("a request was refused with %d: %s", error.status, error.reason)
+        self._send(Reply(error.status, error.reason.encode() + b"\n"))
         socket.socket.shutdown(self.connection, socket.SHUT_WR)
+        self.entry.allow(self.linger_seconds)
         left = self.linger_bytes
         while left > 0:
-            more = self.connection.recv(65536)
-            if not more:
-                return
-            left -= len(more)
+            more = len(self.connection.recv(65536))
+            left = left - more if more else 0
 
 
 class TlsFiles:
@@ -1963,57 +1768,64 @@ class TlsFiles:
         try:
             self._stamp, self._context = self._read_stamp(), self._load()
         except (OSError, ValueError) as error:
-            raise SettingsError(f'WEBHOOK_TLS_CERT is "{certificate}" and WEBHOOK_TLS_KEY "{key}": {error}; '
-                                "expected a PEM certificate (with its chain) and the key that belongs to it") from None
+            raise SettingsError(f'WEBHOOK_TLS_CERT is "{certificate}" and WEBHOOK_TLS_KEY "{key}": '
+                                f"{error}; expected a PEM certificate (with its chain) and the key "
+                                "that belongs to it") from None
 
     def context(self) -> ssl.SSLContext:
         """The context for a new connection; looks for renewed files at most once a second."""
-        if time.monotonic() - self._checked_at >= self.CHECK_SECONDS and self._lock.acquire(blocking=False):
-            try:
+        with self._lock:
+            if time.monotonic() - self._checked_at >= self.CHECK_SECONDS:
                 self._checked_at = time.monotonic()
-                stamp = self._read_stamp()
-                if stamp != self._stamp:
-                    self._stamp = stamp
-                    self._context = self._load()
-                    logger.warning("the renewed certificate %s is in use", self.certificate)
-            except (OSError, ValueError) as error:
-                logger.error("the renewed certificate %s cannot be used with its key (%s); the old one stays in use",
-                             self.certificate, error)
-            finally:
-                self._lock.release()
-        return self._context
+                self._renew()
+            return self._context
+
+    def _renew(self) -> None:
+        try:
+            stamp = self._read_stamp()
+            if stamp != self._stamp:
+                self._stamp = stamp
+                # Into a new context: the live one would fail while only one file is new.
+                self._context = self._load()
+                logger.warning("the renewed certificate %s is in use", self.certificate)
+        except (OSError, ValueError) as error:
+            logger.error("the renewed certificate %s cannot be used with its key (%s); the old one "
+                         "stays in use", self.certificate, error)
 
     def _read_stamp(self) -> list[tuple[int, int, int]]:
-        stats = [os.stat(path) for path in (self.certificate, self.key)]
-        return [(stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats]
+        found = [os.stat(path) for path in (self.certificate, self.key)]
+        return [(status.st_mtime_ns, status.st_size, status.st_ino) for status in found]
 
     def _load(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.load_cert_chain(self.certificate, self.key, password=lambda: "")  # rather than ask on the terminal
+        # A password rather than a question on the terminal, which nobody would answer.
+        context.load_cert_chain(self.certificate, self.key, password=lambda: "")
         return context
 
 
-class WebhookServer(http.server.ThreadingHTTPServer):
+class WebhookServer(socketserver.ThreadingTCPServer):
     """Listens on the webhook port; a thread for each connection."""
 
     request_queue_size = 128
     max_connections = 256
+    spare_seconds = 5.0  # a connection that has just become idle is about to be used again
+    timeout = 0.1  # until a signal or the stop is seen
     # On Windows it would let a second copy take the same port.
     allow_reuse_address = os.name != "nt"
-    allow_reuse_port = False
+    daemon_threads = True
 
-    receiver: Receiver  # to be set before serve_forever()
+    receiver: Receiver  # to be set before serve_until()
 
-    def __init__(self, host: str, port: int, base_path: str = "", tls: TlsFiles | None = None) -> None:
+    def __init__(self, host: str, port: int, base_path: str = "",
+                 tls: TlsFiles | None = None) -> None:
         """Bind `host` and `port` (0: any free one). Raises OSError."""
-        self.health_paths = {"/healthz", base_path + "/healthz"}
+        self.health_path = base_path + "/healthz"
         self.tls = tls
         self.instance = os.urandom(8).hex()
-        self.stopping = False
-        self._condition = threading.Condition()  # guards the connections
+        self.is_stopping = False
+        self._changed = threading.Condition()  # guards the connections
         self._connections: dict[socket.socket, Connection] = {}
-        self._throttle = Throttle()
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         self.address_family = family
         super().__init__(address, WebhookRequestHandler)  # type: ignore[arg-type]
@@ -2021,112 +1833,118 @@ class WebhookServer(http.server.ThreadingHTTPServer):
     def server_bind(self) -> None:
         if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):  # Windows
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        # HTTPServer's own looks up the name of the address, which can take long.
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+        super().server_bind()
+
+    @property
+    def port(self) -> int:
+        """The port that is listened on."""
+        return int(self.server_address[1])
+
+    def serve_until(self, is_told: Callable[[], bool]) -> None:
+        """Accept connections until `is_told`, which is asked at least ten times a second."""
+        self._is_told = is_told
+        while not is_told():
+            self.handle_request()
+            with self._changed:
+                self._sweep()
+
+    def _sweep(self) -> None:
+        """Cut what has passed its deadline."""
+        now = time.monotonic()
+        for connection in self._connections.values():
+            if connection.deadline < now and not connection.is_cut:
+                connection.cut()
+
+    def _make_room(self) -> None:
+        """Cut the connection that has waited longest; none that is served, or soon will be."""
+        now = time.monotonic()
+        waiting = [connection for connection in self._connections.values()
+                   if not connection.in_flight
+                   and not (connection.is_idle and now - connection.since < self.spare_seconds)]
+        if waiting and not any(connection.is_cut for connection in waiting):
+            min(waiting, key=lambda connection: connection.since).cut()
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection. Raises OSError."""
         try:
             return super().get_request()
         except OSError as error:  # no file descriptor is left, mostly
-            self._make_room(str(error))
+            self._fail_to_accept(error)
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start the connection's thread; at the cap, make room first."""
-        with self._condition:
-            while not self.stopping:
-                held = [connection for connection in self._connections.values() if not connection.is_lost]
-                if len(held) < self.max_connections:
-                    break
-                if not any(connection.is_cut for connection in held):
-                    self._evict()
-                self._condition.wait(0.05)
-                self.service_actions()
+        """Start the connection's thread; at the cap, wait until there is room."""
+        with self._changed:
+            while len(self._connections) >= self.max_connections and not self._is_told():
+                self._make_room()
+                self._changed.wait(0.05)
+                self._sweep()
             self._connections[request] = Connection(request)
         try:
-            super().process_request(request, client_address)
+            # Thread.start() waits for its thread to begin: for ever, if memory has run out.
+            _thread.start_new_thread(self.process_request_thread, (request, client_address))
         except RuntimeError as error:
-            self._make_room(str(error))
+            self._fail_to_accept(error)
             self.shutdown_request(request)
 
-    def _make_room(self, reason: str) -> None:
-        """After a failure to accept: close one, and pause, or it would be tried again at once and forever."""
-        self._throttle.warn("accept", f"a connection could not be accepted: {reason}; the longest-waiting one is closed")
-        with self._condition:
-            self._evict()
+    def _fail_to_accept(self, error: Exception) -> None:
+        """Make room, and pause, or it would be tried again at once and for ever."""
+        logger.warning("a connection could not be accepted: %s; the longest-waiting one is closed",
+                       error)
+        with self._changed:
+            self._make_room()
         time.sleep(0.05)
-
-    def _evict(self) -> None:
-        """Cut the connection that has waited longest; none of which a request is in flight."""
-        waiting = [connection for connection in self._connections.values() if not connection.in_flight and not connection.is_cut]
-        if waiting:
-            min(waiting, key=lambda connection: connection.since).cut()
 
     def shutdown_request(self, request: Any) -> None:
         """Close a connection whose thread is done, or could not be started."""
-        with self._condition:
+        with self._changed:
             connection = self._connections.pop(request, None)
-            self._condition.notify_all()
+            self._changed.notify_all()
         super().shutdown_request(connection.sock if connection else request)
 
-    def state_of(self, request: Any) -> Connection:
-        """What is known of a connection that has been accepted."""
-        with self._condition:
+    def is_crowded(self) -> bool:
+        """Whether connections are to be closed after their reply: with notice no POST is lost."""
+        return self.is_stopping or len(self._connections) > self.max_connections * 3 // 4
+
+    def entry_of(self, request: Any) -> Connection:
+        """What is known of a connection."""
+        with self._changed:
             return self._connections[request]
 
     def switch(self, connection: Connection, sock: socket.socket) -> bool:
         """Have `sock` stand for the connection from now on; whether it has not been cut yet."""
-        with self._condition:
+        with self._changed:
             connection.sock = sock
             return not connection.is_cut
 
-    def lose(self, connection: Connection) -> None:
-        """Count a connection no longer, whose thread is lost to your code."""
-        with self._condition:
-            connection.cut()
-            connection.is_lost = True
-            self._condition.notify_all()
-
     def begin(self, connection: Connection) -> bool:
-        """Whether the complete request may be processed: it is not once the connection has been cut."""
-        with self._condition:
-            connection.in_flight = not (self.stopping or connection.is_cut)
-            connection.deadline = math.inf  # your code has a limit of its own
+        """Whether the complete request may be answered: not once the connection has been cut."""
+        with self._changed:
+            connection.in_flight = not (self.is_stopping or connection.is_cut)
+            connection.deadline = math.inf  # the reply has a limit of its own
             return connection.in_flight
 
     def end(self, connection: Connection) -> None:
         """The request has its reply."""
-        with self._condition:
-            connection.in_flight = False
+        with self._changed:
+            connection.in_flight, connection.is_idle = False, True
             connection.since = time.monotonic()
-            if self.stopping:
-                self._condition.notify_all()
-
-    def service_actions(self) -> None:
-        """Cut what is past its deadline; serve_forever calls this between two connections."""
-        now = time.monotonic()
-        with self._condition:
-            for connection in [known for known in self._connections.values() if known.deadline < now]:
-                # While a request is read, the way for a 408 stays open.
-                connection.cut(socket.SHUT_RDWR if connection.in_flight or connection.is_cut else socket.SHUT_RD)
+            if self.is_stopping:
+                self._changed.notify_all()
 
     def stop(self, seconds: float) -> None:
-        """Close what is incomplete, let what is in flight finish for up to `seconds`, end serve_forever."""
-        with self._condition:
-            self.stopping = True
+        """Close what is not in flight, and wait for what is, for up to `seconds`."""
+        self.server_close()
+        with self._changed:
+            self.is_stopping = True
             for connection in self._connections.values():
                 if not connection.in_flight:
-                    connection.cut(socket.SHUT_RD)  # what has come whole still gets its 503
+                    connection.cut()
             known = self._connections.values()
-            self._condition.wait_for(lambda: not any(one.in_flight and one.deadline == math.inf for one in known), seconds)
-            # A client that does not take its reply is not waited for.
-            self._condition.wait_for(lambda: not any(one.in_flight for one in known), 0.2)
-        self.shutdown()
+            self._changed.wait_for(lambda: not any(one.in_flight for one in known), seconds)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        # A client that goes away leaves an OSError, which is no news; so does a failed TLS handshake.
+        # A client that goes away leaves an OSError, which is no news; so does a failed handshake.
         if not isinstance(sys.exc_info()[1], OSError):
             logger.exception("an error in this program; a connection was closed")
 
@@ -2137,94 +1955,55 @@ class WebhookServer(http.server.ThreadingHTTPServer):
 # ------------------------------------------------------------------------------------------
 
 # Control characters could steer the terminal; bidi controls make text read as what it is not.
-UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\xad\ufeff\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\xad\ufeff\u061c\u200e\u200f\u2028\u2029\u202a-\u202e"
+                         "\u2066-\u2069\ud800-\udfff]")
+STOP_SECONDS = 4.0  # for what is in flight; the call log has a second more
 
 
 def printable(text: str, keep: str = "") -> str:
-    """`text` with control and bidi characters escaped, but those in `keep`: safe on a terminal, in one line."""
-    return UNPRINTABLE.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
+    """`text` with control and bidi characters escaped, but those in `keep`: for a terminal."""
+    return UNPRINTABLE.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1],
+                           text)
 
 
-STOP_SECONDS = REPLY_BUDGET_SECONDS + 0.1  # for what is in flight; the call log has a second more
+class QueuedOutput(io.RawIOBase):
+    """Stands before a real stream: a write never waits, one thread does the writing.
 
-
-class Console(io.TextIOBase):
-    """Stands before a real stream: a write never blocks, whole lines are written by one thread.
-
-    Past `lines` that nobody takes off the real stream, lines are dropped and counted.
+    Past `limit` writes that nobody takes off the real stream, they are dropped and counted.
     """
 
-    def __init__(self, stream: TextIO, lines: int = 5_000) -> None:
-        super().__init__()
-        self.stream, self.lines = stream, lines
-        # The unbuffered stream: a thread stuck in the buffered one would hold its lock at the exit.
-        self._raw = getattr(getattr(stream, "buffer", None), "raw", None)
-        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._partial = threading.local()  # print() writes the text and the line feed one by one
+    def __init__(self, stream: TextIO | None, limit: int = 5000) -> None:
+        # The unbuffered stream: a thread stuck in the buffered one would hold its lock at the
+        # exit. pythonw has no streams at all.
+        buffer: Any = getattr(stream, "buffer", None)
+        self._raw: Any = getattr(buffer, "raw", buffer)  # itself under python -u
+        self._is_terminal = stream is not None and stream.isatty()
         self._dropped = 0
-        threading.Thread(target=self._work, name="console", daemon=True).start()
-
-    def write(self, text: str) -> int:
-        whole, feed, rest = (getattr(self._partial, "text", "") + text).rpartition("\n")
-        self._partial.text = rest
-        if feed:
-            self._put(whole + feed)
-        return len(text)
-
-    def flush(self) -> None:
-        rest, self._partial.text = getattr(self._partial, "text", ""), ""
-        if rest:
-            self._put(rest)
-
-    def drain(self, seconds: float) -> None:
-        """Wait up to `seconds` until all that was written so far is out."""
-        self.flush()
-        out = threading.Event()
-        self._queue.put(out)
-        out.wait(seconds)
-
-    def reconfigure(self, **options: Any) -> None:
-        """Nothing: the real stream's ways are kept."""
-
-    def isatty(self) -> bool:
-        return self.stream.isatty()
-
-    def fileno(self) -> int:
-        return self.stream.fileno()
+        self.worker = Worker("output", self._write, limit, pause=0.01)
 
     def writable(self) -> bool:
         return True
 
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return self.stream.encoding
+    def isatty(self) -> bool:
+        return self._is_terminal
 
-    def _put(self, text: str) -> None:
-        if self._queue.qsize() < self.lines:
-            self._queue.put(text)
-        else:
-            self._dropped += 1
+    def fileno(self) -> int:
+        return int(self._raw.fileno()) if self._raw else super().fileno()
 
-    def _work(self) -> None:
-        while True:
-            batch = [self._queue.get()]
-            while not self._queue.empty():
-                batch.append(self._queue.get())
-            self._write("".join(item for item in batch if isinstance(item, str)))
-            if self._dropped:
-                dropped, self._dropped = self._dropped, 0
-                self._write(f"({dropped} lines were dropped here: nobody took them)\n")
-            for item in batch:
-                if isinstance(item, threading.Event):
-                    item.set()
-            time.sleep(0.01)  # or each line of a busy hour would wake this thread, and cost the calls time
+    def write(self, content: Any) -> int:
+        with self.worker.lock:
+            if not self.worker.put(bytes(content)):
+                self._dropped += bytes(content).count(b"\n")
+        return len(content)
 
-    def _write(self, text: str) -> None:
-        rest = printable(text, keep="\n\t").encode(self.encoding or "utf-8", "backslashreplace")
+    def _write(self, batch: list[bytes]) -> None:
+        rest = b"".join(batch)
+        with self.worker.lock:
+            dropped, self._dropped = self._dropped, 0
+        if dropped:
+            rest += b"(%d lines were dropped here: nobody took them)\n" % dropped
         try:
-            if self._raw is None:
-                self.stream.write(rest.decode(self.encoding or "utf-8"))
-            while self._raw is not None and rest:
+            while self._raw and rest:
                 written = self._raw.write(rest)
                 if written is None:  # a non-blocking stream that is full
                     time.sleep(0.05)
@@ -2233,80 +2012,378 @@ class Console(io.TextIOBase):
             pass
 
 
+class Console(io.TextIOWrapper):
+    """A stream of text that never blocks; what could steer a terminal is escaped."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.output = QueuedOutput(stream)
+        # Taken for a buffered stream, which it is in its own way.
+        super().__init__(self.output, getattr(stream, "encoding", None) or "utf-8",  # type: ignore
+                         "backslashreplace", line_buffering=True)
+
+    def write(self, text: str) -> int:
+        return super().write(printable(text, keep="\n\t"))
+
+
+def has_own_time(stream: TextIO | None) -> bool:
+    """Whether what reads `stream` adds the time itself: journald (systemd.exec(5))."""
+    try:
+        status = os.fstat(stream.fileno()) if stream else None
+    except (OSError, ValueError):
+        return False
+    found = status and f"{status.st_dev}:{status.st_ino}"
+    return found is not None and os.environ.get("JOURNAL_STREAM") == found
+
+
+def wrapped(text: str, stream: TextIO, indent: int = 2) -> str:
+    """`text`, broken between words where `stream` is a terminal; further lines are indented."""
+    if not stream.isatty():
+        return text
+    return textwrap.fill(text, max(shutil.get_terminal_size().columns, 40),
+                         subsequent_indent=" " * indent, break_long_words=False,
+                         break_on_hyphens=False)
+
+
 class DiagnosticFormatter(logging.Formatter):
-    """One line for a message, whatever text from the network is in it; a traceback below it."""
+    """One line for a message, whatever text from the network is in it; its `below` is indented."""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = printable(record.message)
-        where: str = getattr(record, "where", "")
-        return super().formatMessage(record) + ("\n" + where.rstrip("\n") if where else "")
+    def __init__(self, stream: TextIO, with_time: bool) -> None:
+        super().__init__()
+        self.stream, self.with_time = stream, with_time
 
-    def formatException(self, ei: Any) -> str:
+    def format(self, record: logging.LogRecord) -> str:
+        below = getattr(record, "below", "")
+        if record.exc_info and record.exc_info[0]:
+            below = "".join(traceback.format_exception(*record.exc_info))
+        line = printable(f"{record.levelname}: {record.getMessage()}")
+        if self.with_time:
+            line = f"{self.formatTime(record, '%Y-%m-%d %H:%M:%S')} {line}"
         # Indented, so that a line feed in an error's text cannot begin what looks like a message.
-        return textwrap.indent(super().formatException(ei), "    ")
+        text = wrapped(line, self.stream) + "\n" + textwrap.indent(below, "    ")
+        return text.rstrip("\n")
 
 
-def rfc3339(moment: float) -> str:
-    """Unix time as RFC 3339 in UTC, with milliseconds."""
-    whole, thousandths = divmod(round(moment * 1000), 1000)
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + f".{thousandths:03}Z"
+class Throttle(logging.Filter):
+    """Lets the same warning (by its template) through once a minute, and counts the others."""
+
+    SECONDS = 60.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.Lock()
+        self._said: dict[str, tuple[float, int]] = {}  # when, and how many were held back since
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno != logging.WARNING:
+            return True
+        now = time.monotonic()
+        with self._lock:
+            said_at, count = self._said.get(record.msg, (-math.inf, 0))
+            is_due = now - said_at >= self.SECONDS
+            self._said[record.msg] = (now, 0) if is_due else (said_at, count + 1)
+        if is_due and count:
+            record.msg = f"{record.getMessage()} ({count} more since the last message)"
+            record.args = ()
+        return is_due
 
 
-def duration(seconds: float) -> str:
-    """Seconds as 1:32, or 1:02:03."""
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+@contextlib.contextmanager
+def diagnostics(stream: TextIO, with_time: bool = False) -> Iterator[None]:
+    """Lead our messages to `stream`."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(DiagnosticFormatter(stream, with_time))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
-def event_line(event: CallEvent) -> str:
-    """The sentence that is printed for an event."""
-    def known(*values: str) -> str:
-        return printable(next(filter(None, values), "[unknown]"))
-
-    if isinstance(event, NewCallEvent):
-        return f"New call from {known(event.from_number)} to {known(event.to_number)} is ringing..."
-    if isinstance(event, AnswerEvent):
-        return f"{known(event.user, event.answering_number)} answered call from {known(event.from_number)}"
-    if isinstance(event, HangupEvent):
-        remarks = [printable(event.cause)] if event.cause else []
-        if event.call and event.call.ended:
-            answered = event.call.talk_s is not None
-            remarks.append(f"talked {duration(event.call.talk_s)}" if answered else
-                           f"{event.call.outcome} after {duration(event.call.wait_s)}")
-        return "The call has been hung up" + (f" ({', '.join(remarks)})" if remarks else "")
-    if isinstance(event, DtmfEvent):
-        return f"{known(event.call.from_number if event.call else '')} pressed {known(event.dtmf)}"
-    return f"Unknown event {known(event.event)}"
+@contextlib.contextmanager
+def consoles() -> Iterator[tuple[Console, Console]]:
+    """Lead sys.stdout, sys.stderr and our messages through streams that never block."""
+    real = sys.stdout, sys.stderr
+    out, err = sys.stdout, sys.stderr = Console(real[0]), Console(real[1])
+    try:
+        with diagnostics(err, with_time=not has_own_time(real[1])):
+            yield out, err
+    finally:
+        sys.stdout, sys.stderr = real
+        for console in (out, err):
+            console.flush()
+            console.output.worker.finish(0.2)
 
 
-def event_json(event: CallEvent, received_at: float) -> str:
-    """An event as one JSON object, in sipgate's field names and in ASCII."""
-    entry: dict[str, Any] = {"received_at": rfc3339(received_at), "event": event.event}
-    if isinstance(event, NewCallEvent):
-        entry.update((wire, list(getattr(event, python))) for wire, python in LIST_FIELDS.items())
-    for key, values in event.fields.items():
-        if not (isinstance(event, NewCallEvent) and _list_name(key)) and entry.get(key) in (None, []):
-            entry[key] = values[0] if len(values) == 1 else list(values)
-    return json.dumps(entry)
+def notify_ready() -> None:
+    """Tell systemd that we are up (sd_notify(3)); nothing where there is none."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if path and hasattr(socket, "AF_UNIX"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            try:
+                notify.sendto(b"READY=1", "\0" + path[1:] if path.startswith("@") else path)
+            except OSError as error:
+                logger.warning("NOTIFY_SOCKET: %s", error)
 
 
-def show_on(stream: TextIO, form: str) -> Callable[[CallEvent, float], None]:
-    """Return what prints an event on `stream` in the form that CALL_OUTPUT names."""
-    clock_first = stream.isatty()
+def catch_signals() -> list[int]:
+    """Return the list that SIGINT, SIGTERM and SIGHUP go to; a second one ends the process."""
+    arrived: list[int] = []
 
-    def show(event: CallEvent, received_at: float) -> None:
-        if form == "json":
-            stream.write(event_json(event, received_at) + "\n")
-        elif form == "text":
-            moment = time.strftime("%H:%M:%S ", time.localtime(received_at)) if clock_first else ""
-            stream.write(moment + event_line(event) + "\n")
-    return show
+    def on_signal(number: int, frame: Any) -> None:
+        if arrived:
+            os._exit(128 + number)
+        arrived.append(number)
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        # nohup has SIGHUP ignored, and means it.
+        if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+            signal.signal(number, on_signal)
+    return arrived
 
 
-def likely(name: str, names: Sequence[str]) -> str:
+def modified(path: str) -> float:
+    """When the file was changed last, as Unix time; 0 if there is none."""
+    try:
+        return os.stat(path).st_mtime
+    except OSError:
+        return 0.0
+
+
+def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
+          functions: CallFunctions = CallFunctions(),  # noqa: B008 - it is never changed
+          find_call: Callable[[CallEvent], Any] | None = None,
+          tell: Callable[[Answered], str] = lambda answered: "",
+          announce: Callable[[Settings], str] = lambda settings: "") -> int:
+    """Receive webhooks until a signal comes; return the exit status.
+
+    `keys` come before sipgate's own. `find_call` finds the call of an event, `tell` gives the
+    text to print for one, `announce` that for the start. Raises SettingsError, OSError.
+    """
+    arrived = catch_signals()
+    tls = None
+    if settings.webhook_tls_cert:
+        tls = TlsFiles(settings.webhook_tls_cert, settings.webhook_tls_key)
+    with WebhookServer(settings.webhook_host, settings.webhook_port, settings.base_path,
+                       tls) as server, consoles() as (out, err):
+        if settings.call_output == "json":
+            sys.stdout = err  # stdout is for events alone; what your code prints goes here
+        settings = replace(settings, webhook_port=server.port)
+        call_log = None
+        if settings.call_log != "off":
+            call_log = CallLog(settings.call_log, settings.call_log_days)
+        receiver = server.receiver = Receiver(
+            settings, [*keys, PublicKey.from_pem(SIPGATE_PUBLIC_KEY)], functions,
+            lambda batch: out.write("".join(map(tell, batch))), call_log=call_log,
+            find_call=find_call)
+        err.write(announce(settings))
+        notify_ready()
+        throttle = Throttle()
+        logger.addFilter(throttle)
+        loaded = modified(settings.call_handlers)
+
+        def is_told() -> bool:
+            """Asked all the time, so it also says what is wrong meanwhile."""
+            stuck = receiver.your_code.stuck()
+            if stuck:
+                logger.warning("%s", stuck)
+            if modified(settings.call_handlers) != loaded:
+                logger.warning("%s has changed: restart this program to use it",
+                               settings.call_handlers)
+            return bool(arrived)
+
+        server.serve_until(is_told)
+        deadline = time.monotonic() + STOP_SECONDS
+        server.stop(STOP_SECONDS)
+        left = receiver.finish(deadline)
+        if left:
+            logger.error("events left to your on_answer and on_hangup at the stop: %d", left)
+        if call_log:
+            call_log.close(max(deadline - time.monotonic(), 0) + 1)
+        logger.removeFilter(throttle)
+        err.write("Stopped.\n")
+    return 0
+
+
+# ==========================================================================================
+# PART II: LOOKS AT THE LOG
+# Comfort. With all of it cut off, serve(settings) still starts and serves.
+# ==========================================================================================
+
+# ------------------------------------------------------------------------------------------
+# Settings from text
+# The .env reader, and how the text of a setting becomes a value. No file, no environment and
+# no argument is read here.
+# ------------------------------------------------------------------------------------------
+
+ENV_LINE = re.compile(r"""
+    [^\S\n]* (?:export[^\S\n]+)? (?P<name>[A-Za-z_][A-Za-z0-9_]*) [^\S\n]* = [^\S\n]*
+    (?: '(?P<single>[^'\\]*)' [^\S\n]* (?:\#.*)?
+      | "(?P<double>[^"\\]*)" [^\S\n]* (?:\#.*)?
+      | (?P<plain>(?!['"]).*) )""", re.VERBOSE)
+
+
+def parse_dotenv(text: str) -> tuple[dict[str, str], dict[int, str]]:
+    """Return what the lines of a `.env` file set, and the numbers and names of those not read.
+
+    A line is read only where python-dotenv makes the same of it: NAME=value, perhaps with
+    `export`, one pair of quotes, a comment behind a blank. Total; nothing is guessed.
+    """
+    values, unread = {}, {}
+    for number, line in enumerate(re.split("\r\n|\r|\n", text.lstrip("\ufeff")), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        match = ENV_LINE.fullmatch(line)
+        if match is None or "${" in line[match.end("name"):]:
+            name = re.match(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)", line)
+            unread[number] = name[1] if name else ""
+            continue
+        value = match["single"] if match["single"] is not None else match["double"]
+        if value is None:
+            value = re.sub(r"\s+#.*", "", match["plain"]).rstrip()
+        values[match["name"]] = value
+    return values, unread
+
+
+URL_CHARACTERS = re.compile(r"[A-Za-z0-9.:\[\]_-]+(/[A-Za-z0-9._~!$&'()*+,;=:@%-]*)*")
+
+
+def read_url(text: str) -> str:
+    """Return the base URL `text` without a slash at its end; ValueError says what was expected."""
+    whole = "expected a whole address such as https://example.org"
+    try:
+        parts = urllib.parse.urlsplit(text)
+    except ValueError:  # brackets that hold no IPv6 address
+        raise ValueError(whole) from None
+    if "@" in parts.netloc:
+        raise ValueError("leave out user and password, sipgate's webhooks do not need them")
+    if not re.fullmatch(r"https?://[^/?#]+", f"{parts.scheme}://{parts.netloc}"):
+        raise ValueError(whole)
+    if not parts.hostname:
+        raise ValueError(whole)
+    if "?" in text or "#" in text:
+        raise ValueError("leave out everything from the ? or # on")
+    if not URL_CHARACTERS.fullmatch(text.split("://", 1)[1]):
+        raise ValueError("expected a to z, digits, and punctuation that a URL can hold; "
+                         "other letters encoded (xn--, %C3)")
+    if re.search(r"ADDRESS|SECRET-PATH", text):
+        raise ValueError("put the real address in the place of ADDRESS, and a random path in "
+                         f"that of SECRET-PATH, such as {os.urandom(8).hex()}")
+    port = re.search(r":([^:\]]*)\Z", parts.netloc)
+    if port and not (re.fullmatch("[0-9]{1,5}", port[1]) and 0 < int(port[1]) < 65536):
+        raise ValueError("expected a port from 1 to 65535")
+    base = text.rstrip("/")
+    for route in ROUTES:
+        if base.endswith(route):
+            raise ValueError(f"leave out {route}, it is added to {base[:-len(route)]}")
+    return base
+
+
+def read_host(text: str) -> str:
+    """Return the address or name `text`. ValueError says what was expected."""
+    address = text.strip("[]")
+    is_address = re.fullmatch(r"[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*|[A-Za-z0-9._-]+", address)
+    if not is_address or address.count(":") == 1:
+        raise ValueError("expected an address such as 127.0.0.1 or ::1, without a port "
+                         "(see WEBHOOK_PORT)")
+    return address
+
+
+def read_port(text: str) -> int:
+    """Return the port `text`; 0 lets the system choose one. ValueError says what was expected."""
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
+        raise ValueError("expected a whole number from 1 to 65535, or 0 for any free port")
+    return int(text)
+
+
+def read_days(text: str) -> int:
+    """Return the number of days `text`. ValueError says what was expected."""
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) < 1:
+        raise ValueError("expected a whole number of days from 1 to 99999")
+    return int(text)
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """Return a reader that takes one of `choices`, in any case."""
+    def read(text: str) -> str:
+        if text.lower() not in choices:
+            raise ValueError(f"expected {', '.join(choices[:-1])} or {choices[-1]}")
+        return text.lower()
+    return read
+
+
+READERS: dict[str, Callable[[str], Any]] = {
+    "webhook_url": read_url, "webhook_port": read_port, "webhook_host": read_host,
+    "verify_signature": one_of("on", "new-call", "off"), "call_log_days": read_days,
+    "call_output": one_of("text", "json", "off")}
+SETTINGS = [known.name.upper() for known in fields(Settings)]
+
+
+def checked(values: Mapping[str, str], folder: str = "",
+            typed: Mapping[str, str] | None = None) -> Settings:
+    """Check `values` (setting name to text; empty means not set) and return the settings.
+
+    A relative path counts from `folder`; `typed` has the flag in whose place a setting
+    stands. Raises SettingsError with one sentence for each value that is wrong.
+    """
+    found: dict[str, Any] = {}
+    problems = []
+    for name in SETTINGS:
+        text = values.get(name, "").strip()
+        try:
+            if text:
+                found[name.lower()] = READERS.get(name.lower(), str)(text)
+        except ValueError as error:
+            problems.append(f'{(typed or {}).get(name, name)} is "{text}": {error}')
+    for name in ("webhook_tls_cert", "webhook_tls_key", "signature_key_file", "call_handlers",
+                 "call_log"):
+        path = found.get(name, getattr(Settings, name))
+        if path not in ("", "off"):
+            found[name] = os.path.abspath(os.path.join(folder, path))
+    settings = Settings(**found)
+    is_trial = not values.get("WEBHOOK_URL", "").strip()
+    if is_trial and not is_loopback(settings.webhook_host):
+        problems.append(f'WEBHOOK_HOST is "{settings.webhook_host}" but WEBHOOK_URL is not set: '
+                        "without it only this machine may be listened to; set WEBHOOK_URL or "
+                        "leave WEBHOOK_HOST at 127.0.0.1")
+    if bool(settings.webhook_tls_cert) != bool(settings.webhook_tls_key):
+        problems.append("WEBHOOK_TLS_CERT and WEBHOOK_TLS_KEY are set together or not at all: "
+                        "a certificate needs its key")
+    if problems:
+        raise SettingsError(*problems)
+    return settings
+
+
+def warnings_of(settings: Settings) -> Iterator[str]:
+    """What is allowed but probably not meant, a sentence each."""
+    if settings.trial:
+        return
+    url = urllib.parse.urlsplit(settings.webhook_url)
+    if not is_loopback(url.hostname or ""):
+        if url.scheme == "http":
+            yield "WEBHOOK_URL begins with http: sipgate's newer accounts take https only"
+        if not url.path:
+            yield ("WEBHOOK_URL has no path, and every sipgate customer's webhooks carry the "
+                   "same signature: a long random path keeps theirs out, such as "
+                   f"WEBHOOK_URL={settings.webhook_url}/{os.urandom(8).hex()}")
+        port = url.port or (443 if url.scheme == "https" else 80)
+        if port == settings.webhook_port and is_loopback(settings.webhook_host):
+            yield (f"WEBHOOK_URL names port {port} of {url.hostname}, but only "
+                   f"{settings.webhook_host} is listened on: there must be a tunnel or proxy, or "
+                   "WEBHOOK_HOST must be 0.0.0.0")
+    if settings.verify_signature == "off":
+        yield "VERIFY_SIGNATURE=off: anyone who knows the address can invent calls"
+
+
+# ------------------------------------------------------------------------------------------
+# Starting
+# What is read and said before the first call: your functions, keys, the text on the screen.
+# ------------------------------------------------------------------------------------------
+
+def likely(name: str, names: Iterable[str]) -> str:
     """The one of `names` that `name` is a slip of the pen for, "" if it looks like none."""
     import difflib  # seldom needed, and each import delays the start
-    return "".join(difflib.get_close_matches(name, names, 1, 0.8))
+    return "".join(difflib.get_close_matches(name, list(names), 1, 0.8))
 
 
 def load_functions(path: str) -> CallFunctions:
@@ -2316,47 +2393,56 @@ def load_functions(path: str) -> CallFunctions:
     """
     if not path:
         return CallFunctions()
+    wrong = f'CALL_HANDLERS is "{path}": '
     spec = importlib.util.spec_from_file_location("call_handlers", path)
     if spec is None or spec.loader is None:
-        raise SettingsError(f'CALL_HANDLERS is "{path}": expected the name of a Python file, ending in .py')
+        raise SettingsError(wrong + "expected the name of a Python file, ending in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["call_handlers"] = module
     try:
         spec.loader.exec_module(module)
     except BaseException as error:  # noqa: BLE001 - sys.exit() in the file included
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        line = error.lineno if isinstance(error, SyntaxError) and error.filename == path else lines[-1] if lines else None
-        text = error.msg if isinstance(error, SyntaxError) else error.strerror if isinstance(error, OSError) else str(error)
-        raise SettingsError(f'CALL_HANDLERS is "{path}": ' + (f"line {line}: " if line else "")
-                            + printable(f"{type(error).__name__}: {text}")) from None
+        raise SettingsError(wrong + _where_and_why(error, path)) from None
     names = CallFunctions._fields
     for name in vars(module):
         if name not in names and likely(name, names):
             logger.warning("%s: %s is never called; is %s meant?", path, name, likely(name, names))
     found = {name: getattr(module, name) for name in names if hasattr(module, name)}
     if not found:
-        raise SettingsError(f'CALL_HANDLERS is "{path}": expected one of {", ".join(names)} in it')
+        raise SettingsError(wrong + f"expected one of {', '.join(names)} in it")
     for name, function in found.items():
         try:
             inspect.signature(function).bind(CallEvent())
         except (TypeError, ValueError):
-            raise SettingsError(f'CALL_HANDLERS is "{path}": {name} has to be a function of one argument, the event') from None
+            raise SettingsError(wrong + f"{name} has to be a function of one argument, the event"
+                                ) from None
         if inspect.iscoroutinefunction(function):
-            raise SettingsError(f'CALL_HANDLERS is "{path}": {name} has to be a plain function, without async')
+            raise SettingsError(wrong + f"{name} has to be a plain function, without async")
     return CallFunctions(**found)
 
 
+def _where_and_why(error: BaseException, path: str) -> str:
+    """Line and text of an error that the file at `path` raised."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+             if frame.filename == path]
+    line, text = lines[-1] if lines else None, str(error)
+    if isinstance(error, SyntaxError):
+        line, text = error.lineno if error.filename == path else line, error.msg or text
+    elif isinstance(error, OSError):
+        text = error.strerror or text
+    return (f"line {line}: " if line else "") + printable(f"{type(error).__name__}: {text}")
+
+
 def load_keys(path: str) -> list[PublicKey]:
-    """Return sipgate's key, and the one in the file SIGNATURE_KEY_FILE names. Raises SettingsError."""
-    keys = [PublicKey.from_pem(SIPGATE_PUBLIC_KEY)]
-    if path:
-        try:
-            with open(path, encoding="ascii", errors="replace") as file:
-                keys.append(PublicKey.from_pem(file.read()))
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise SettingsError(f'SIGNATURE_KEY_FILE is "{path}": {reason}') from None
-    return keys
+    """Return the key in the file SIGNATURE_KEY_FILE names, if any. Raises SettingsError."""
+    if not path:
+        return []
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            return [PublicKey.from_pem(file.read())]
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SettingsError(f'SIGNATURE_KEY_FILE is "{path}": {reason}') from None
 
 
 def bind_advice(error: Exception, settings: Settings) -> str:
@@ -2364,25 +2450,29 @@ def bind_advice(error: Exception, settings: Settings) -> str:
     port, host = settings.webhook_port, settings.webhook_host
     number = error.errno if isinstance(error, OSError) else None
     if number == errno.EADDRINUSE:
-        advice = f"another program has this port, or another copy of this one; stop it or use --port {port % 65535 + 1}"
+        advice = ("another program has this port, or another copy of this one; stop it or use "
+                  f"--port {port % 65535 + 1}")
     elif number == errno.EACCES and port < 1024:
-        advice = f"ports below 1024 need privileges; use --port 8080 and let a proxy listen on {port}"
+        advice = ("ports below 1024 need privileges; use --port 8080 and let a proxy listen on "
+                  f"{port}")
     elif number == errno.EADDRNOTAVAIL or isinstance(error, (socket.gaierror, UnicodeError)):
-        advice = "this machine has no such address; set WEBHOOK_HOST to 127.0.0.1, or to 0.0.0.0 for all of them"
+        advice = ("this machine has no such address; set WEBHOOK_HOST to 127.0.0.1, or to 0.0.0.0 "
+                  "for all of them")
     else:
         advice = "check WEBHOOK_HOST and WEBHOOK_PORT"
     return f"cannot listen on {host} port {port}: {getattr(error, 'strerror', error)}: {advice}"
 
 
 TRIAL_STEPS = """\
-sipgate_callevents {version} listens on {host}:{port}, for trials on this machine
+sipgate_callevents {version} listens on {host}:{port}, for trials.
+Trial mode proves nothing: any program on this machine can invent calls.
 Your first real call:
   1. Book sipgate.io for your account (the smallest package will do).
   2. In a second terminal, open a tunnel:
-       ssh -R 80:127.0.0.1:{port} ssh.localhost.run
+       ssh -R 80:127.0.0.1:{port} nokey@localhost.run
   3. Restart this program with the https address that the tunnel prints, and
      a secret path:
-       python3 {script}{flags} \\
+       {command}{flags} \\
          --url https://ADDRESS/{secret}
   4. At https://console.sipgate.com, Webhooks > URLs, enter as incoming URL:
        https://ADDRESS/{secret}/new-call
@@ -2400,148 +2490,158 @@ Enter this URL at https://console.sipgate.com, Webhooks > URLs:
 """
 
 SIGNATURES = {
-    "auto": "Signatures are checked: a newCall that sipgate did not sign is refused.",
     "on": "Signatures are checked: any event that sipgate did not sign is refused.",
+    "new-call": "Signatures are checked: a newCall that sipgate did not sign is refused.",
     "off": "Signatures are NOT checked (VERIFY_SIGNATURE=off)."}
 
 
-def notify_ready() -> None:
-    """Tell systemd that we are up (sd_notify(3)); nothing where there is none."""
-    path = os.environ.get("NOTIFY_SOCKET", "")
-    if path and hasattr(socket, "AF_UNIX"):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-            try:
-                notify.sendto(b"READY=1", "\0" + path[1:] if path.startswith("@") else path)
-            except OSError as error:
-                logger.warning("NOTIFY_SOCKET: %s", error)
+def this_command() -> str:
+    """How this script is started, as text for a shell."""
+    return f"{'python' if os.name == 'nt' else 'python3'} {shlex.quote(sys.argv[0])}"
 
 
-def catch_signals() -> queue.SimpleQueue[int]:
-    """Return the queue in which SIGINT, SIGTERM or SIGHUP will arrive; the second ends the process at once."""
-    # A SimpleQueue may be put into by a signal handler; an Event could deadlock there.
-    arrived: queue.SimpleQueue[int] = queue.SimpleQueue()
-
-    def on_signal(number: int, frame: Any) -> None:
-        if stopping:
-            os._exit(128 + number)
-        stopping.append(number)
-        arrived.put(number)
-
-    stopping: list[int] = []
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
-        number = getattr(signal, name, None)
-        # nohup has SIGHUP ignored, and means it.
-        if number is not None and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
-            signal.signal(number, on_signal)
-    return arrived
-
-
-def wait_for(arrived: queue.SimpleQueue[int]) -> None:
-    """Wait until a signal is in the queue, in steps: Windows would not see Ctrl-C otherwise."""
-    while True:
-        try:
-            arrived.get(timeout=0.5)
-            return
-        except queue.Empty:
-            pass
-
-
-def start_text(settings: Settings, call_log: CallLog | None) -> str:
-    """What a person needs next."""
+def announcement(settings: Settings) -> str:
+    """What a person needs next, now that the server listens."""
     kept = "".join(f"{what}\n  {path}\n" for what, path in (
-        ("Calls are decided by", settings.call_handlers), ("A further key is in", settings.signature_key_file),
+        ("Calls are decided by", settings.call_handlers),
+        ("A further key is in", settings.signature_key_file),
         ("The certificate is", settings.webhook_tls_cert)) if path)
-    if not call_log:
+    if settings.call_log == "off":
         kept += "No numbers are kept (CALL_LOG=off).\n"
     else:
-        kept += (f"Numbers of the last {call_log.days} days are in\n  {call_log.path}\n"
-                 f"({call_log.count()} events); CALL_LOG=off keeps nothing.\n")
-    host = f"[{settings.webhook_host}]" if ":" in settings.webhook_host else settings.webhook_host
+        kept += (f"Numbers of the last {plural(settings.call_log_days, 'day')} are in\n"
+                 f"  {settings.call_log}\nCALL_LOG=off keeps nothing.\n")
+    host = settings.webhook_host
     return (TRIAL_STEPS if settings.trial else LIVE_LINES).format(
-        version=__version__, host=host, port=settings.webhook_port, url=settings.webhook_url,
-        flags="" if settings.webhook_port == Settings.webhook_port else f" --port {settings.webhook_port}",
-        secret=os.urandom(8).hex(), kept=kept, script=os.path.basename(__file__), signatures=SIGNATURES[settings.verify_signature])
+        version=__version__, host=f"[{host}]" if ":" in host else host, kept=kept,
+        port=settings.webhook_port, url=settings.webhook_url, command=this_command(),
+        flags="" if settings.webhook_port == 8080 else f" --port {settings.webhook_port}",
+        secret=os.urandom(8).hex(), signatures=SIGNATURES[settings.verify_signature])
 
 
-def serve(settings: Settings, extension: Extension | None = None) -> int:
-    """Receive webhooks until a signal comes; return the exit status. Raises SettingsError."""
-    show = show_on(sys.stdout, settings.call_output)
-    if settings.call_output == "json":
-        sys.stdout = sys.stderr  # stdout is for events alone; what your code prints goes here
-    for warning in settings.warnings():
-        logger.warning("%s", warning)
-    keys, functions = load_keys(settings.signature_key_file), load_functions(settings.call_handlers)
-    arrived = catch_signals()
-    tls = TlsFiles(settings.webhook_tls_cert, settings.webhook_tls_key) if settings.webhook_tls_cert else None
-    try:
-        server = WebhookServer(settings.webhook_host, settings.webhook_port, settings.base_path, tls)
-    except (OSError, UnicodeError) as error:
-        print(f"sipgate_callevents: {bind_advice(error, settings)}", file=sys.stderr)
-        return 1
-    with server:
-        settings = replace(settings, webhook_port=server.server_port)
-        call_log = None if settings.call_log == "off" else CallLog(settings.call_log, settings.call_log_days,
-                                                                   extension=extension)
-        server.receiver = Receiver(settings, keys, functions, show, call_log=call_log)
-        threading.Thread(target=server.serve_forever, args=(0.05,), name="accept", daemon=True).start()
-        sys.stderr.write(start_text(settings, call_log))
-        notify_ready()
-        wait_for(arrived)
-        deadline = time.monotonic() + STOP_SECONDS
-        server.stop(STOP_SECONDS)
-    left = server.receiver.follow_ups.finish(max(deadline - time.monotonic(), 0.1))
-    if left:
-        logger.warning("events left to your on_answer and on_hangup when they were stopped: %d", left)
-    if call_log:
-        call_log.close(max(deadline - time.monotonic(), 0) + 1)
-    print("Stopped.", file=sys.stderr)
-    return 0
+# ------------------------------------------------------------------------------------------
+# Showing events
+# What is printed for an event, once it has its reply.
+# ------------------------------------------------------------------------------------------
+
+def described(action: Action) -> str:
+    """An action in a few words, such as "Dial 4915799912345", "Dial voicemail", "Reject busy"."""
+    words = [action.tag, *(value for name, value in action.attributes if name == "reason")]
+    for child in action.children:
+        words += [child.text or child.tag.lower()] if child.tag != "Play" else []
+    if action.tag == "Gather":
+        words += ["up to", dict(action.attributes).get("maxDigits", "1"), "digits"]
+    return " ".join(words)
 
 
-# ==========================================================================================
-# PART II: LOOKS AT THE LOG
-# Comfort. Nothing here stands between a newCall and its reply; with all of it cut off, Part I
-# still serves.
-# ==========================================================================================
+def rfc3339(moment: float) -> str:
+    """Unix time as RFC 3339 in UTC, with milliseconds."""
+    whole, thousandths = divmod(round(moment * 1000), 1000)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + f".{thousandths:03}Z"
+
+
+def local_time(moment: float) -> str:
+    """Unix time as people here write it: 2026-11-26 15:46:00."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 1:32, or 1:02:03."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def plural(count: int, noun: str) -> str:
+    """`count` and its noun: 1 call, 2 calls."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def event_line(event: CallEvent) -> str:
+    """The sentence that is printed for an event."""
+    def known(*values: str) -> str:
+        return printable(next(filter(None, values), "[unknown]"))
+
+    if isinstance(event, NewCallEvent):
+        return f"New call from {known(event.from_number)} to {known(event.to_number)} is ringing..."
+    if isinstance(event, AnswerEvent):
+        who = known(event.user, event.answering_number)
+        return f"{who} answered call from {known(event.from_number)}"
+    if isinstance(event, HangupEvent):
+        remarks = [printable(event.cause)] if event.cause else []
+        if event.call and event.call.ended is not None:
+            remarks.append(outcome_text(event.call))
+        return "The call has been hung up" + (f" ({', '.join(remarks)})" if remarks else "")
+    if isinstance(event, DtmfEvent):
+        caller = known(event.call.from_number if event.call else "")
+        return f"{caller} pressed {known(event.dtmf)}"
+    return f"Unknown event {known(event.event)}"
+
+
+def outcome_text(call: Any) -> str:
+    """How a Call went, in a few words."""
+    if call.talk_s is not None:
+        return f"talked {duration(call.talk_s)}"
+    waited = "" if call.wait_s is None else f" after {duration(call.wait_s)}"
+    return f"{call.outcome}{waited}"
+
+
+def event_json(event: CallEvent, received_at: float, reply: str = "") -> str:
+    """An event as one JSON object, in sipgate's field names and in ASCII."""
+    entry: dict[str, Any] = {"received_at": rfc3339(received_at), "event": event.event}
+    if isinstance(event, NewCallEvent):
+        entry.update((wire, list(getattr(event, name))) for wire, name in LIST_FIELDS.items())
+    for key, values in event.fields.items():
+        is_list = isinstance(event, NewCallEvent) and LIST_KEY.fullmatch(key)
+        if not is_list and entry.get(key) in (None, []):
+            entry[key] = values[0] if len(values) == 1 else list(values)
+    if reply:
+        entry["reply"] = reply
+    return json.dumps(entry)
+
+
+def teller(form: str, with_time: bool) -> Callable[[Answered], str]:
+    """Return what makes the printed text of an event, in the form that CALL_OUTPUT names."""
+    def tell(answered: Answered) -> str:
+        reply = described(answered.action) if answered.action else ""
+        if form == "off":
+            return ""
+        if form == "json":
+            return event_json(answered.event, answered.received_at, reply) + "\n"
+        moment = local_time(answered.received_at) + " " if with_time else ""
+        lines = [event_line(answered.event)] + ([f"Replied with {reply}"] if reply else [])
+        return "".join(f"{moment}{line}\n" for line in lines)
+    return tell
+
 
 # ------------------------------------------------------------------------------------------
 # Calls
-# From the events of legs to calls as people see them: kept up to date in the transaction that
-# stores an event, and rebuilt from the events where that has not happened.
+# From the stored events of legs to calls as people see them, whenever somebody asks: nothing
+# that is derived is kept. Every step is bounded, so that no odd event holds up a reader.
 # ------------------------------------------------------------------------------------------
 
-CALLS_VERSION = 1  # of the rules too: with another one, calls are put together anew
-CALLS_TABLES = ("derived", "legs", "links", "calls")
-CALLS_SCHEMA = """
-CREATE TABLE derived(version INTEGER, up_to INTEGER);  -- the last event that has been taken in
-CREATE TABLE legs(call_id TEXT PRIMARY KEY, call INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE links(key TEXT, received_at REAL, call_id TEXT, PRIMARY KEY(key, received_at, call_id)) WITHOUT ROWID;
-CREATE INDEX links_received_at ON links(received_at);
-CREATE TABLE calls(id INTEGER PRIMARY KEY, started REAL, last_at REAL, outcome TEXT,
-                   from_number TEXT, to_number TEXT, numbers TEXT, fields TEXT);
-CREATE INDEX calls_started ON calls(started);
-CREATE INDEX calls_from ON calls(from_number, started);
-CREATE INDEX calls_to ON calls(to_number, started);
-"""
-NUMBER_FIELDS = ("from_number", "to_number", "diversion", "answering_number")
-LINK_SECONDS = 24 * 3600  # two events with the same xcid belong together if they are no further apart
-LOST_SECONDS = 6 * 3600  # after the last event, a call whose end was not reported is lost
-FORWARD_SECONDS = 60  # that a forwarded leg waits for the next one
+LINK_EVENTS = 300  # an xcid or origCallId in more events than that joins nothing
+CALL_EVENTS = 1500  # of one callId, and of one call
+APART_SECONDS = 12 * 3600  # that a leg and the one it names as its origin can lie apart
+FORWARD_SECONDS = 60  # after the end of a leg, in which the next one begins
+RINGING_LOST_SECONDS = 3600  # after its last event, a call whose end was not reported is lost
+TALKING_LOST_SECONDS = 12 * 3600  # people do talk for seven hours
+COLUMNS = "id, event, call_id, orig_call_id, xcid, body"
 
 
 @dataclass(frozen=True)
 class Call:
     """A phone call over all its legs. Times are Unix times of ours, None where not known (yet).
 
-    `outcome`: ringing, talking, answered, voicemail, forwarded, missed, unanswered, lost.
-    `wait_s` and `talk_s` are seconds; `digits` are those pressed, joined by commas.
+    `outcome`: ringing, talking, answered, voicemail, missed, unanswered, rejected, lost.
+    `answered_by`: everyone who spoke with the other side. `reply`: our last action, in words.
     """
 
     direction: str
     from_number: str
     to_number: str
-    users: tuple[str, ...]
-    answered_by: str
+    users: tuple[str, ...]  # whose phones rang
+    answered_by: tuple[str, ...]
     started: float
     answered: float | None
     ended: float | None
@@ -2549,304 +2649,375 @@ class Call:
     talk_s: float | None
     outcome: str
     cause: str
-    digits: str
+    digits: str  # those pressed, joined by commas
+    reply: str
     legs: tuple[str, ...]
 
 
-class _Leg:
-    """The events of one callId, earliest first."""
+class StoredEvent(NamedTuple):
+    """A row of the call log: its id (microseconds), its leg, what it names, and what it is."""
 
-    def __init__(self, call_id: str) -> None:
-        self.call_id = call_id
-        self.events: list[tuple[float, CallEvent]] = []
+    id: int
+    leg: str
+    orig: str
+    xcid: str
+    event: Any  # a CallEvent; of a reply, one that says so
+    reply: Action | None = None
 
-    def first(self, kind: type[CallEvent]) -> tuple[float, Any] | None:
-        return next(((at, event) for at, event in self.events if isinstance(event, kind)), None)
+    @property
+    def at(self) -> float:
+        """Unix time of receipt."""
+        return self.id / 1e6
+
+
+def stored_event(row: Sequence[Any]) -> StoredEvent:
+    """Return what a row in the order of COLUMNS holds. Events without a callId are a leg each."""
+    number, kind, call_id, orig, xcid, body = row
+    leg = call_id or f"#{number}"
+    if kind == "reply":
+        return StoredEvent(number, leg, "", "", UnknownEvent(event=kind), read_reply(body))
+    return StoredEvent(number, leg, orig or "", xcid or "", parse_event(body, kind))
+
+
+def read_reply(document: bytes) -> Action | None:
+    """Return the action in a stored reply."""
+    def action(element: ET.Element) -> Action:
+        return Action(element.tag, tuple(element.attrib.items()), tuple(map(action, element)),
+                      element.text or "")
+
+    return next(map(action, ET.fromstring(document)), None)
+
+
+class Leg:
+    """The events of one callId; a repeat changes nothing, but a digit pressed twice does."""
+
+    def __init__(self, stored: Sequence[StoredEvent]) -> None:
+        once: dict[Any, StoredEvent] = {}
+        for entry in stored:
+            is_digit = isinstance(entry.event, DtmfEvent)
+            key = entry.id if is_digit or entry.reply else (entry.event.event, entry.event.body)
+            once.setdefault(key, entry)
+        self.stored = list(once.values())
+        self.name = self.stored[0].leg
+        self.origs = {entry.orig for entry in self.stored} - {""}
+        self.xcids = {entry.xcid for entry in self.stored} - {""}
+        self.new_call = next(iter(self.of(NewCallEvent)), None)
+        self.answers = self.of(AnswerEvent)
+        self.hangup = next(iter(self.of(HangupEvent)), None)
+        self.begun, self.last_at = self.stored[0].at, self.stored[-1].at
+        self.ended = self.hangup.at if self.hangup else None
+        self.replies = [entry for entry in self.stored if entry.reply]
+
+    def of(self, kind: type[CallEvent]) -> list[StoredEvent]:
+        """Its events of one kind, earliest first."""
+        return [entry for entry in self.stored if isinstance(entry.event, kind)]
 
     def text(self, name: str) -> str:
-        """The field `name` of the newCall, else of the first event that has it."""
-        ordered = sorted(self.events, key=lambda pair: not isinstance(pair[1], NewCallEvent))
-        return next(filter(None, (getattr(event, name, "") for _, event in ordered)), "")
+        """The attribute `name` of the newCall, else of the first event that has it."""
+        ordered = ([self.new_call] if self.new_call else []) + self.stored
+        return next(filter(None, (getattr(entry.event, name, "") for entry in ordered)), "")
 
-    def is_voicemail(self, event: AnswerEvent) -> bool:
+    def rang(self) -> list[str]:
+        """The names whose phones rang."""
+        return [name for entry in self.of(NewCallEvent) for name in entry.event.users if name]
+
+    def is_voicemail(self, answer: StoredEvent) -> bool:
         """Whether voicemail answered: it says so, or nobody is named and nothing else rang."""
-        started = self.first(NewCallEvent)
-        rang = {user for user in started[1].users if user} if started else set()
-        return event.user == "voicemail" or (not event.user and rang == {"voicemail"})
+        if answer.event.user:
+            return bool(answer.event.user == "voicemail")
+        if set(self.rang()) == {"voicemail"}:
+            return True
+        sent = [entry.reply for entry in self.replies if entry.reply and entry.at <= answer.at]
+        return bool(sent) and any(child.tag == "Voicemail" for child in sent[-1].children)
 
 
-def put_together(events: Sequence[tuple[float, CallEvent]]) -> Call:
-    """Return the call that `events` (time, event) make up, in whatever order they are given.
-
-    The outcome is what the events say; what time decides is added by `seen_at`.
-    """
-    legs: dict[str, _Leg] = {}
-    order = {kind: rank for rank, kind in enumerate(EVENTS)}
-    for at, event in sorted(events, key=lambda pair: (pair[0], order.get(pair[1].event, 9), pair[1].call_id,
-                                                      str(sorted(pair[1].fields.items())))):
-        legs.setdefault(event.call_id, _Leg(event.call_id)).events.append((at, event))
-    named = {getattr(event, "orig_call_id", "") for leg in legs.values() for _, event in leg.events
-             if getattr(event, "orig_call_id", "") != leg.call_id}
-    first = next((leg for leg in legs.values() if leg.call_id in named), next(iter(legs.values())))
-    answers = sorted(((at, leg.is_voicemail(event), event) for leg in legs.values() for at, event in leg.events
-                      if isinstance(event, AnswerEvent)), key=lambda answer: answer[0])
-    by_people = [(at, event) for at, is_voicemail, event in answers if not is_voicemail]
-    hangups = [leg.first(HangupEvent) for leg in legs.values()]
-    ends = [hangup for hangup in hangups if hangup]
-    is_over = len(ends) == len(legs)
-    causes = [event.cause for _, event in sorted(ends, key=lambda end: (end[0], end[1].call_id))]
-    started = min(leg.events[0][0] for leg in legs.values())
-    answered = by_people[0][0] if by_people else None
-    ended = max(at for at, _ in ends) if is_over else None
-    direction = first.text("direction")
-    if not is_over:
-        outcome = "talking" if by_people else "ringing"
-    elif by_people:
-        outcome = "answered"
-    elif answers:
+def put_together(stored: Iterable[StoredEvent], now: float) -> Call:
+    """Return the call that these events make up, in whatever order, as it stands at `now`."""
+    by_leg: dict[str, list[StoredEvent]] = {}
+    for entry in sorted(stored, key=lambda entry: entry.id):
+        by_leg.setdefault(entry.leg, []).append(entry)
+    legs = sorted(map(Leg, by_leg.values()), key=lambda leg: (leg.begun, leg.name))
+    named = {orig for leg in legs for orig in leg.origs}
+    first = next((leg for leg in legs if leg.name in named), legs[0])
+    direction, to_number = first.text("direction"), first.text("to_number")
+    spoken, voicemails = speakers(legs, first, direction)
+    replies = sorted((entry for leg in legs for entry in leg.replies), key=lambda entry: entry.id)
+    reply = replies[-1].reply if replies else None
+    begun = min((leg.new_call.at for leg in legs if leg.new_call), default=None)
+    answered = spoken[0][0] if spoken else None
+    ended, outcome = how_it_ended(legs, answered, bool(voicemails), now)
+    last_at = max(leg.last_at for leg in legs)
+    if outcome == "over":
+        outcome = "answered" if spoken else "unanswered" if direction == "out" else "missed"
+        if not spoken and not first.new_call:
+            outcome = "lost"
+    if not spoken and voicemails:
         outcome = "voicemail"
-    elif all(cause == "forwarded" for cause in causes):
-        outcome = "forwarded"
-    else:
-        outcome = "unanswered" if direction == "out" else "missed"
-    wait_end = answered if answered is not None else ended
-    rang = [user for leg in legs.values() for _, event in leg.events if isinstance(event, NewCallEvent)
-            for user in event.users if user not in ("", "voicemail")]
-    pressed = sorted(((at, event.dtmf) for leg in legs.values() for at, event in leg.events
-                      if isinstance(event, DtmfEvent) and event.dtmf not in ("", "-1")), key=lambda digits: digits[0])
+    elif not spoken and reply and reply.tag in ("Reject", "Hangup"):
+        outcome = "rejected"
+    waited = answered if spoken else voicemails[0] if voicemails else ended
+    wait_s = None if begun is None or waited is None else max(waited - begun, 0.0)
+    talked = min([at for at in voicemails if spoken and at > spoken[0][0]], default=ended)
+    talk_s = None if answered is None or talked is None else max(talked - answered, 0.0)
+    causes = [hangup.event.cause for hangup in sorted(leg.hangup for leg in legs if leg.hangup)]
+    digits = sorted((entry.id, entry.event.dtmf) for leg in legs for entry in leg.of(DtmfEvent)
+                    if entry.event.dtmf not in ("", "-1"))
     return Call(
-        direction, first.text("from_number"), first.text("to_number"), tuple(dict.fromkeys(rang)),
-        (by_people[0][1].user or by_people[0][1].answering_number) if by_people else "", started, answered, ended,
-        max(wait_end - started, 0.0) if wait_end is not None else None,
-        max(ended - answered, 0.0) if ended is not None and answered is not None else None,
-        outcome, next((cause for cause in reversed(causes) if cause != "forwarded"), causes[-1] if causes else ""),
-        ",".join(digits for _, digits in pressed), tuple(call_id for call_id in legs if not call_id.startswith("#")))
+        direction, first.text("from_number"), to_number,
+        tuple(dict.fromkeys(name for leg in legs for name in leg.rang() if name != "voicemail")),
+        tuple(dict.fromkeys(name for _, name in spoken if name)),
+        begun if begun is not None else legs[0].begun, answered, ended,
+        wait_s, talk_s, outcome, next((cause for cause in reversed(causes) if cause != "forwarded"),
+                      causes[-1] if causes else ""),
+        ",".join(pressed for _, pressed in digits), described(reply) if reply else "",
+        tuple(leg.name for leg in legs if not leg.name.startswith("#")))
 
 
-def seen_at(call: Call, last_at: float, now: float) -> Call:
-    """`call`, whose last event came at `last_at`, as it stands at the Unix time `now`."""
-    if call.outcome in ("ringing", "talking") and now - last_at >= LOST_SECONDS:
-        return replace(call, outcome="lost")
-    if call.outcome == "forwarded" and now - last_at < FORWARD_SECONDS:
-        return replace(call, outcome="ringing", ended=None, wait_s=None)
-    return call
+def speakers(legs: Sequence[Leg], first: Leg, direction: str) -> tuple[list[Any], list[float]]:
+    """Who spoke with the other side, as (time, name), and when voicemail answered.
 
-
-def prepare_calls(connection: sqlite3.Connection) -> None:
-    """Have the tables of calls, empty ones if they follow other rules."""
-    tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}
-    if "derived" in tables and connection.execute("SELECT version FROM derived").fetchone() == (CALLS_VERSION,):
-        return
-    for table in tables & set(CALLS_TABLES):
-        connection.execute(f"DROP TABLE {table}")
-    for statement in CALLS_SCHEMA.split(";"):
-        connection.execute(statement)
-    connection.execute("INSERT INTO derived VALUES (?, 0)", (CALLS_VERSION,))
-
-
-def update_calls(connection: sqlite3.Connection, most: int) -> bool:
-    """Take up to `most` events into the calls, in the caller's transaction; whether there are more."""
-    up_to = connection.execute("SELECT up_to FROM derived").fetchone()[0]
-    rows = connection.execute("SELECT id, received_at, event, call_id, body FROM events WHERE id > ? ORDER BY id LIMIT ?",
-                              (up_to, most)).fetchall()
-    for row in rows:
-        _take_in(connection, *row)
-    if rows:
-        connection.execute("UPDATE derived SET up_to = ?", (rows[-1][0],))
-    return len(rows) == most
-
-
-def _stored_event(number: int, kind: str, body: bytes) -> tuple[str, CallEvent]:
-    """The leg and the event of a stored row. Events without a callId, as in trial mode, are a leg each."""
-    event = parse_event(body, kind)
-    return (event.call_id, event) if event.call_id else (f"#{number}", replace(event, call_id=f"#{number}"))
-
-
-def _take_in(connection: sqlite3.Connection, number: int, received_at: float, kind: str, call_id: str, body: bytes) -> None:
-    """Find the call that an event belongs to, merge those that it links, and put it together anew."""
-    leg, event = _stored_event(number, kind, body)
-    orig, xcid = getattr(event, "orig_call_id", ""), getattr(event, "xcid", "")
-    near = {leg, orig}
-    near.update(row[0] for row in connection.execute("SELECT call_id FROM links WHERE key = ?", ("o" + leg,)))
-    if orig not in ("", leg):
-        connection.execute("INSERT OR IGNORE INTO links VALUES (?, ?, ?)", ("o" + orig, received_at, leg))
-    if xcid:
-        near.update(row[0] for row in connection.execute(
-            "SELECT call_id FROM links WHERE key = ? AND received_at BETWEEN ? AND ?",
-            ("x" + xcid, received_at - LINK_SECONDS, received_at + LINK_SECONDS)))
-        connection.execute("INSERT OR IGNORE INTO links VALUES (?, ?, ?)", ("x" + xcid, received_at, leg))
-    calls = sorted({row[0] for one in near for row in connection.execute("SELECT call FROM legs WHERE call_id = ?", (one,))})
-    legs, numbers = {leg}, {number}
-    for call in calls:
-        its_legs, its_numbers = _parts_of(connection, call)
-        legs.update(its_legs)
-        numbers.update(its_numbers)
-        if call != calls[0]:
-            connection.execute("DELETE FROM calls WHERE id = ?", (call,))
-    rows = _without_repeats(_rows_of(connection, numbers)) if calls else [(number, received_at, kind, call_id, body)]
-    events = [(at, _stored_event(one, its_kind, its_body)[1]) for one, at, its_kind, _, its_body in rows]
-    call, last_at = put_together(events), max(at for at, _ in events)
-    key = calls[0] if calls else number
-    known = {getattr(event, name, "") for _, event in events for name in NUMBER_FIELDS}
-    connection.execute("INSERT OR REPLACE INTO calls VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (
-        key, call.started, last_at, call.outcome, call.from_number, call.to_number, f" {' '.join(sorted(known))} ",
-        json.dumps([call.__dict__, sorted(legs), sorted(row[0] for row in rows)])))
-    connection.executemany("INSERT OR REPLACE INTO legs VALUES (?, ?)", [(one, key) for one in legs])
-
-
-def _parts_of(connection: sqlite3.Connection, call: int) -> tuple[list[str], list[int]]:
-    """The legs of a call, and the numbers of its events."""
-    _, legs, numbers = json.loads(connection.execute("SELECT fields FROM calls WHERE id = ?", (call,)).fetchone()[0])
-    return legs, numbers
-
-
-def _rows_of(connection: sqlite3.Connection, numbers: Iterable[int]) -> list[Any]:
-    """The rows of events that are still there, in the order of recording."""
-    found = (connection.execute("SELECT id, received_at, event, call_id, body FROM events WHERE id = ?", (number,)).fetchone()
-             for number in sorted(numbers))
-    return [row for row in found if row]
-
-
-def _without_repeats(rows: Sequence[Any]) -> list[Any]:
-    """`rows` but those that repeat an earlier one; a digit pressed twice is no repeat."""
-    kept: dict[Any, Any] = {}
-    for row in sorted(rows, key=lambda row: (row[1], row[0])):
-        kept.setdefault(row[0] if row[2] == "dtmf" else row[2:], row)
-    return list(kept.values())
-
-
-def _events_of(connection: sqlite3.Connection, numbers: Iterable[int]) -> list[tuple[float, CallEvent]]:
-    return [(at, _stored_event(number, kind, body)[1]) for number, at, kind, _, body in _rows_of(connection, numbers)]
-
-
-def _as_call(fields: str, last_at: float, now: float) -> Call:
-    """The call that a row of the table holds, as it stands `now`."""
-    values, _, _ = json.loads(fields)
-    call = Call(**{**values, "users": tuple(values["users"]), "legs": tuple(values["legs"])})
-    return seen_at(call, last_at, now)
-
-
-def call_of(connection: sqlite3.Connection, call_id: str) -> Call | None:
-    """Return the call that the leg `call_id` belongs to, as it stands now."""
-    row = connection.execute("SELECT fields, last_at FROM legs JOIN calls ON id = call WHERE call_id = ?", (call_id,)).fetchone()
-    return _as_call(row[0], row[1], time.time()) if row else None
-
-
-def remove_calls(connection: sqlite3.Connection, before: float) -> bool:
-    """Put together anew, or take out, some calls that began before the Unix time `before`; whether there are more.
-
-    Their old events have been deleted; what is left of them counts.
+    A name outranks a number; a queue, or whoever answered at the number called, is nobody.
     """
-    connection.execute("DELETE FROM links WHERE received_at < ?", (before,))  # or they would go on joining legs
-    found = [row[0] for row in connection.execute("SELECT id FROM calls WHERE started < ? LIMIT 100", (before,))]
-    for call in found:
-        if connection.execute("SELECT 1 FROM calls WHERE id = ?", (call,)).fetchone():  # not merged meanwhile
-            rebuild_call(connection, call)
-    return bool(found)
-
-
-def rebuild_call(connection: sqlite3.Connection, call: int) -> None:
-    """Put one call together anew from the events that are left of it."""
-    legs, numbers = _parts_of(connection, call)
-    connection.execute("DELETE FROM calls WHERE id = ?", (call,))
+    names, numbers, nobody, voicemails = [], [], [], []
+    called = {first.text("to_number"), first.text("from_number"), first.text("diversion"), ""}
     for leg in legs:
-        connection.execute("DELETE FROM legs WHERE call_id = ?", (leg,))
-    for row in _rows_of(connection, numbers):
-        _take_in(connection, *row)
+        is_out = leg.text("direction") == "out"
+        for answer in leg.answers:
+            event = answer.event
+            number = event.answering_number or event.to_number
+            if leg.is_voicemail(answer):
+                voicemails.append(answer.at)
+            elif event.user and not (is_out and leg is first):
+                names.append((answer.at, event.user))
+            elif is_out and direction == "in":
+                names.append((answer.at, number))  # a colleague put the caller through to it
+            elif number not in called:
+                numbers.append((answer.at, "" if direction == "out" else number))
+            else:
+                nobody.append((answer.at, ""))
+    is_nobody_left = not voicemails or direction == "out"
+    return sorted(names or numbers or (nobody if is_nobody_left else [])), sorted(voicemails)
 
 
-CALLS = Extension(prepare_calls, update_calls, remove_calls, call_of)
+def how_it_ended(legs: Sequence[Leg], answered: float | None, has_voicemail: bool,
+                 now: float) -> tuple[float | None, str]:
+    """When the call ended, None if that is not known, and "over", or how it stands at `now`."""
+    ends = [leg.ended for leg in legs if leg.ended is not None]
+    is_over = bool(ends)
+    for leg in legs:
+        later = [other.ended for other in legs if other.begun > leg.begun
+                 and other.ended is not None]
+        # The hangup of a leg that was passed on can be lost.
+        patience = RINGING_LOST_SECONDS if leg.answers else 0
+        if leg.ended is None and not (later and now - max(later) >= patience):
+            is_over = False
+    hangups = sorted(leg.hangup for leg in legs if leg.hangup)
+    if is_over and hangups[-1].event.cause == "forwarded":
+        is_over = now - hangups[-1].at >= FORWARD_SECONDS
+    if is_over:
+        return max(ends), "over"
+    quiet = now - max(leg.last_at for leg in legs)
+    limit = RINGING_LOST_SECONDS if answered is None else TALKING_LOST_SECONDS
+    if quiet >= limit:
+        return None, "lost"
+    return None, "ringing" if answered is None else "talking"
+
+
+def rows_of(database: sqlite3.Connection, leg: str) -> list[StoredEvent]:
+    """The events of one leg; if there are very many, those that tell most come first."""
+    if leg.startswith("#"):
+        where, value = "id = ?", leg[1:]
+    else:
+        where, value = "call_id = ?", leg
+    rows = database.execute(f"SELECT {COLUMNS} FROM events WHERE {where} "
+                            f"ORDER BY event = 'dtmf', id LIMIT {CALL_EVENTS}", (value,))
+    return [stored_event(row) for row in rows]
+
+
+def linked(database: sqlite3.Connection, column: str, value: str) -> set[str]:
+    """The legs with `value` in `column`; none where it stands in too many events."""
+    rows = database.execute(f"SELECT call_id FROM events WHERE {column} = ? "
+                            f"LIMIT {LINK_EVENTS + 1}", (value,)).fetchall()
+    return {row[0] for row in rows if row[0]} if len(rows) <= LINK_EVENTS else set()
+
+
+def near(database: sqlite3.Connection, leg: str) -> list[Leg]:
+    """The leg, and all that links join with it, whatever lies between them in time."""
+    found: dict[str, Leg | None] = {}
+    left, count = {leg}, 0
+    while left and count < CALL_EVENTS:
+        name = min(left)
+        left.remove(name)
+        rows = rows_of(database, name)
+        found[name] = Leg(sorted(rows)) if rows else None
+        count += len(rows)
+        one = found[name]
+        if one is None:
+            continue
+        joined = linked(database, "orig_call_id", name)
+        for orig in one.origs:
+            siblings = linked(database, "orig_call_id", orig)
+            joined |= siblings | {orig} if siblings else set()
+        for xcid in one.xcids:
+            joined |= linked(database, "xcid", xcid)
+        left |= joined - set(found)
+    return [one for one in found.values() if one]
+
+
+def belongs(leg: Leg, call: Sequence[Leg]) -> bool:
+    """Whether `leg`, which began later, is one of the same call as the legs in `call`."""
+    last_at = max(other.last_at for other in call)
+    for other in call:
+        is_named = other.name in leg.origs or leg.name in other.origs or leg.origs & other.origs
+        if is_named and leg.begun - last_at <= APART_SECONDS:
+            return True
+    if not any(leg.xcids & other.xcids for other in call):
+        return False
+    ends = [other.ended for other in call if other.ended is not None]
+    is_answered = any(other.answers for other in call)
+    open_until = last_at + (TALKING_LOST_SECONDS if is_answered else RINGING_LOST_SECONDS)
+    end = max(ends) if len(ends) == len(call) else open_until
+    return leg.begun <= end + FORWARD_SECONDS
+
+
+def call_with(database: sqlite3.Connection, leg: str) -> list[StoredEvent]:
+    """The events of the call that the leg is part of."""
+    calls: list[list[Leg]] = []
+    for one in sorted(near(database, leg), key=lambda one: (one.begun, one.name)):
+        mine = [call for call in calls if belongs(one, call)]
+        calls = [call for call in calls if call not in mine]
+        calls.append([*itertools.chain(*mine), one])
+    found = next((call for call in calls if any(one.name == leg for one in call)), [])
+    return [entry for one in found for entry in one.stored][:CALL_EVENTS]
+
+
+def call_of(database: sqlite3.Connection, event: CallEvent, now: float) -> Call | None:
+    """Return the call that an event belongs to, as it stands at `now`; None without a callId."""
+    stored = call_with(database, event.call_id) if event.call_id else []
+    return put_together(stored, now) if stored else None
+
+
+def listed_calls(database: sqlite3.Connection, now: float, since: float = 0.0
+                 ) -> Iterator[tuple[Call, list[StoredEvent]]]:
+    """Yield the calls that had an event since the Unix time `since`, the latest first.
+
+    Each comes once, with its events; whoever stops asking stops the reading. Read in pieces:
+    a transaction that stays open would keep -wal from being emptied.
+    """
+    seen: set[str] = set()
+    rows: list[Any] = [((1 << 63) - 1, "")]
+    while rows:
+        rows = database.execute("SELECT id, call_id FROM events WHERE id < ? AND id >= ? "
+                                "ORDER BY id DESC LIMIT 500",
+                                (rows[-1][0], int(since * 1e6))).fetchall()
+        for number, call_id in rows:
+            leg = call_id or f"#{number}"
+            if leg in seen:
+                continue
+            stored = sorted(call_with(database, leg))
+            seen.update(entry.leg for entry in stored)
+            if stored:
+                yield put_together(stored, now), stored
+
+
+class Caller(NamedTuple):
+    """Somebody to ring back: the number as it was sent, and the calls, latest first."""
+
+    number: str
+    calls: list[Call]
+
+
+def plain(number: str) -> str:
+    """A number without what is written before its country code."""
+    return re.sub(r"\A(\+|00)", "", number)
+
+
+def to_ring_back(calls: Iterable[Call]) -> tuple[list[Caller], int]:
+    """Return whom to ring back, of all `calls`, latest first; and how many calls had no number."""
+    spoken: set[str] = set()
+    callers: dict[str, Caller] = {}
+    withheld = 0
+    for call in calls:
+        is_out = call.direction == "out"
+        number = call.to_number if is_out else call.from_number
+        if call.answered is not None and (call.answered_by or is_out):
+            spoken.add(plain(number))
+        is_lost = call.outcome == "lost" and call.answered is None and call.ended is None
+        if is_out or not (is_lost or call.outcome in ("missed", "voicemail")):
+            continue
+        if number in ("", "anonymous"):
+            withheld += 1
+        elif plain(number) not in spoken:
+            callers.setdefault(plain(number), Caller(number, [])).calls.append(call)
+    return list(callers.values()), withheld
 
 
 # ------------------------------------------------------------------------------------------
 # Showing calls, and forgetting a number
 # The commands `calls` and `forget`: on the same file as a running server, which they never
-# block, and never on a file that is not there yet.
+# block for long, and never on a file that is not there yet.
 # ------------------------------------------------------------------------------------------
 
+TABLE_LIMIT = 20
 FORGOTTEN = "[forgotten]"
+FORGET_ROWS = 200  # rewritten in one transaction: the server waits for it
+CALL_SECONDS = 0.2  # that looking up the call of an event may take
 
 
 class Nothing(Exception):
     """There is nothing to show; the text says why, in a sentence."""
 
 
-def open_calls(path: str) -> sqlite3.Connection:
-    """Connect to the call log at `path` and bring its calls up to date. Raises Nothing, SettingsError."""
+class CommandFailed(Exception):
+    """The command could not do what was asked; the text says why, in a sentence."""
+
+
+def open_log(path: str) -> sqlite3.Connection:
+    """Connect to the call log at `path`. Raises Nothing, CommandFailed, sqlite3.Error."""
     if path == "off":
         raise Nothing("CALL_LOG=off: no calls are kept")
     try:
-        is_empty = not os.stat(path).st_size
-    except FileNotFoundError:
-        is_empty = True
-    except OSError as error:
-        raise SettingsError(f"{path} cannot be read: {error.strerror}: run this as the user whom it belongs to") from None
-    if is_empty:
-        raise Nothing(f"no calls yet: there is nothing in {path}")
-    if not os.access(path, os.R_OK | os.W_OK):
-        command = " ".join(map(shlex.quote, [sys.executable, *sys.argv]))
-        raise SettingsError(f"{path} belongs to {owner(path)}: sudo -u {owner(path)} {command}")
-    try:
-        connection = sqlite3.connect(pathlib.Path(path).as_uri() + "?mode=rw", uri=True, timeout=5, isolation_level=None)
-    except sqlite3.Error as error:
-        raise SettingsError(f"{path} cannot be read: {error}") from None
-    try:
-        if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
-            raise SettingsError(f'CALL_LOG is "{path}": that file is not a call log of this program')
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version > SCHEMA_VERSION:
-            raise SettingsError(f'CALL_LOG is "{path}": a newer version of this program wrote it')
-        if version < SCHEMA_VERSION:
+        if not os.path.exists(path) or not os.stat(path).st_size:
             raise Nothing(f"no calls yet: there is nothing in {path}")
-        with transaction(connection):
-            prepare_calls(connection)
-        more = connection.execute("SELECT up_to < (SELECT max(id) FROM events) FROM derived").fetchone()[0]
-        while more:
-            began = time.monotonic()
-            with transaction(connection):
-                more = update_calls(connection, 100)
-            time.sleep(time.monotonic() - began)  # so that a running server gets its turn
-    except sqlite3.Error as error:
-        connection.close()
-        raise SettingsError(f"{path} cannot be read: {error}") from None
-    except (Nothing, SettingsError):
-        connection.close()
-        raise
-    return connection
+        with open(path, "r+b"):
+            pass
+    except OSError as error:
+        raise CommandFailed(f"{path} cannot be opened ({error.strerror}); as its owner: "
+                            + as_owner(path)) from None
+    database = sqlite3.connect(pathlib.Path(path).as_uri() + "?mode=rw", uri=True, timeout=5,
+                               isolation_level=None)
+    marks = [database.execute(f"PRAGMA {name}").fetchone()[0]
+             for name in ("application_id", "user_version")]
+    if marks != [APPLICATION_ID, SCHEMA_VERSION]:
+        database.close()
+        raise CommandFailed(f"{path} is not a call log of this version of the program")
+    return database
 
 
-def owner(path: str) -> str:
-    """Name of the user whom the file belongs to."""
+def as_owner(path: str) -> str:
+    """What to type to run this command as the user whom the file, or its folder, belongs to."""
+    there = path if os.path.exists(path) else os.path.dirname(path)
     try:
-        return pathlib.Path(path).owner()
+        user = pathlib.Path(there).owner()
     except (KeyError, NotImplementedError, OSError):
-        return "another user"
+        user = f"#{os.stat(there).st_uid}"  # one without a name
+    command = ["sudo", "-u", user, "env", f"CALL_LOG={path}", sys.executable,
+               os.path.abspath(sys.argv[0]), *sys.argv[1:]]
+    return " ".join(map(shlex.quote, command))
 
 
-def find_calls(connection: sqlite3.Connection, now: float, *, missed: bool = False, since: float | None = None,
-               number: str = "", limit: int = 20) -> list[tuple[Call, list[tuple[float, CallEvent]]]]:
-    """Return the latest `limit` calls, newest last, each with time and event of all that is stored for it.
-
-    With `missed`, those to ring back: missed, or with voicemail only, and not spoken to since.
-    `number` is a pattern of digits and *, for the caller or the called party; a whole number is
-    also found where it was dialled first or answered.
-    """
-    where, values = ["1"], []  # type: tuple[list[str], list[Any]]
-    if missed:
-        where.append("outcome IN ('missed', 'voicemail')")
-        for side in ("from_number", "to_number"):
-            where.append(f"(from_number IN ('', 'anonymous', '{FORGOTTEN}') OR NOT EXISTS (SELECT 1 FROM calls AS later WHERE later.{side} = "
-                         "calls.from_number AND later.started > calls.started AND later.outcome IN ('answered', 'talking')))")
-    if since is not None:
-        where.append("started >= ?")
-        values.append(since)
-    if number:
-        where.append("(from_number GLOB ? OR to_number GLOB ? OR instr(numbers, ?))")
-        values += [number, number, f" {number} "]
-    rows = connection.execute(f"SELECT fields, last_at FROM calls WHERE {' AND '.join(where)} "
-                              "ORDER BY started DESC, id DESC LIMIT ?", (*values, limit)).fetchall()
-    return [(_as_call(fields, last_at, now), sorted(_events_of(connection, json.loads(fields)[2]), key=lambda pair: pair[0]))
-            for fields, last_at in reversed(rows)]
+def call_finder(path: str) -> Callable[[CallEvent], Call | None]:
+    """Return what finds the call of an event; None where that takes over CALL_SECONDS."""
+    def find(event: CallEvent) -> Call | None:
+        until = time.monotonic() + CALL_SECONDS
+        try:
+            with contextlib.closing(open_log(path)) as database:
+                database.execute(f"PRAGMA busy_timeout={CALL_SECONDS * 1000:.0f}")
+                database.set_progress_handler(lambda: time.monotonic() > until, 1000)
+                return call_of(database, event, time.time())
+        except (sqlite3.Error, Nothing, CommandFailed):
+            return None
+    return find
 
 
 def with_plus(number: str) -> str:
@@ -2854,513 +3025,455 @@ def with_plus(number: str) -> str:
     return "+" + number if re.fullmatch("[1-9][0-9]{6,}", number) else number or "unknown"
 
 
+def breadth(text: str) -> int:
+    """How many columns of a terminal `text` takes; characters of the far east take two."""
+    return sum(2 if unicodedata.east_asian_width(one) in "WF" else 1 for one in text)
+
+
 def cell(text: str, width: int) -> str:
-    """`text` safe on a terminal, in exactly `width` columns; characters of the far east take two."""
-    shown, taken = "", 0
-    for character in printable(text):
-        taken += 2 if unicodedata.east_asian_width(character) in "WF" else 1
-        if taken > width:
-            break
-        shown += character
-    return shown + " " * (width - sum(2 if unicodedata.east_asian_width(one) in "WF" else 1 for one in shown))
+    """`text` safe on a terminal, in exactly `width` columns."""
+    shown = printable(text)
+    while breadth(shown) > width:
+        shown = shown[:-1]
+    return shown + " " * (width - breadth(shown))
 
 
-def table(calls: Sequence[Call], width: int) -> list[str]:
-    """`calls` as lines of up to `width` columns, of 80 at least."""
+def aligned(rows: Sequence[Sequence[str]], most: Sequence[int]) -> list[str]:
+    """`rows` as lines as wide as the terminal, 80 at least; `most` for all columns but one."""
+    widths = [min(max(breadth(row[place]) for row in rows), limit)
+              for place, limit in enumerate(most)]
+    widths.append(max(shutil.get_terminal_size().columns, 80) - sum(widths) - len(widths))
+    return [" ".join(map(cell, row, widths)).rstrip() for row in rows]
+
+
+def table(calls: Sequence[Call]) -> list[str]:
+    """`calls` as lines for a terminal."""
     rows = [("STARTED", "", "FROM", "TO", "OUTCOME", "WAIT", "TALK", "BY")]
     for call in calls:
-        wait, talk = ("" if seconds is None else duration(seconds) for seconds in (call.wait_s, call.talk_s))
-        rows.append((time.strftime("%m-%d %H:%M", time.localtime(call.started)), call.direction, with_plus(call.from_number),
-                     with_plus(call.to_number), call.outcome, wait.rjust(4), talk.rjust(4), call.answered_by))
-    widths = [min(max(len(row[column]) for row in rows), most) for column, most in enumerate((11, 3, 16, 16, 10, 7, 7))]
-    widths.append(max(width, 80) - sum(widths) - len(widths))
-    return [" ".join(map(cell, row, widths)).rstrip() for row in rows]
+        wait, talk = ("" if seconds is None else duration(seconds)
+                      for seconds in (call.wait_s, call.talk_s))
+        rows.append((local_time(call.started)[5:16], call.direction, with_plus(call.from_number),
+                     with_plus(call.to_number), call.outcome, wait.rjust(4), talk.rjust(4),
+                     ", ".join(call.answered_by)))
+    return aligned(rows, (11, 3, 16, 16, 10, 7, 7))
 
 
 def totals(calls: Sequence[Call]) -> str:
     """One line that sums `calls` up."""
-    def average(seconds: list[float]) -> str:
-        return duration(sum(seconds) / len(seconds)) if seconds else "-"
+    def average(name: str) -> str:
+        known = [getattr(call, name) for call in calls if getattr(call, name) is not None]
+        return duration(sum(known) / len(known)) if known else "-"
 
     outcomes = [call.outcome for call in calls]
-    waits = [call.wait_s for call in calls if call.wait_s is not None]
-    talks = [call.talk_s for call in calls if call.talk_s is not None]
-    return (f"{len(calls)} call{'s' if len(calls) != 1 else ''}, {outcomes.count('answered')} answered, "
-            f"{outcomes.count('missed')} missed, average wait {average(waits)}, average talk {average(talks)}")
+    return (f"{plural(len(calls), 'call')}, {outcomes.count('answered')} answered, "
+            f"{outcomes.count('missed')} missed, average wait {average('wait_s')}, "
+            f"average talk {average('talk_s')}")
 
 
-def call_entry(call: Call) -> dict[str, Any]:
-    """A call as the values of its JSON: raw, times in RFC 3339 and UTC, null for what is not known."""
-    entry: dict[str, Any] = {"from" if name == "from_number" else "to" if name == "to_number" else name: value
-                             for name, value in call.__dict__.items()}
-    for name in ("started", "answered", "ended"):
-        entry[name] = None if entry[name] is None else rfc3339(entry[name])
-    for name in ("wait_s", "talk_s"):
-        entry[name] = None if entry[name] is None else round(entry[name], 3)
-    return {name: None if value == "" else list(value) if isinstance(value, tuple) else value for name, value in entry.items()}
+def call_row(call: Call, moment: Callable[[float], str], seconds: Callable[[float], float]
+             ) -> dict[str, Any]:
+    """A call as names and values for JSON and CSV: None for what is not known."""
+    row: dict[str, Any] = {}
+    for known in fields(Call):
+        name, value = known.name.replace("_number", ""), getattr(call, known.name)
+        if isinstance(value, float):
+            value = seconds(value) if name in ("wait_s", "talk_s") else moment(value)
+        row[name] = None if value == "" else value
+    return row
+
+
+def caller_row(caller: Caller, moment: Callable[[float], str]) -> dict[str, Any]:
+    """Somebody to ring back, in the same way."""
+    last = caller.calls[0]
+    return {"from": caller.number, "calls": len(caller.calls), "last": moment(last.started),
+            "outcome": last.outcome, "to": last.to_number}
 
 
 def csv_cell(value: Any) -> Any:
-    """`value` safe in a spreadsheet: text that it would take for a formula or a number gets an apostrophe."""
-    if isinstance(value, float) or value is None:
+    """`value` safe in a spreadsheet: what it would take for a formula or number gets a '."""
+    if value is None or isinstance(value, int):
         return value
-    text = " ".join(value) if isinstance(value, list) else value
-    is_time = re.fullmatch(r"[0-9-]{10}T[0-9:.]{12}Z", text)
-    return "'" + text if re.match(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|\s*[0-9]", text) and not is_time else text
+    text = printable(", ".join(value) if isinstance(value, tuple) else value)
+    is_risky = re.match(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|\s*[0-9](?!\d{3}-\d\d-\d\d )", text)
+    return "'" + text if is_risky else text
+
+
+def write_rows(rows: Iterable[Mapping[str, Any]], form: str) -> None:
+    """Print `rows` as json, csv, or excel (CSV as a German Excel reads it), as they come."""
+    writer = None
+    for row in rows:
+        if form == "json":
+            print(json.dumps(row))
+            continue
+        if writer is None:
+            sys.stdout.write("\ufeff" if form == "excel" else "")
+            writer = csv.DictWriter(sys.stdout, list(row), lineterminator="\n",
+                                    delimiter=";" if form == "excel" else ",")
+            writer.writeheader()
+        writer.writerow({name: csv_cell(value) for name, value in row.items()})
+
+
+def chosen(options: argparse.Namespace) -> Callable[[Call], bool]:
+    """Return whether a call is one that --number and --since ask for. Raises SettingsError."""
+    pattern = plain(re.sub(r"[\s()/.-]", "", options.number))
+    if options.number and not re.fullmatch("[0-9A-Za-z*]+", pattern):
+        raise SettingsError(f'--number is "{options.number}": expected digits, with * for others')
+    try:
+        since = datetime.datetime.fromisoformat(options.since or "2000-01-01").timestamp()
+    except (ValueError, OverflowError):
+        raise SettingsError(f'--since is "{options.since}": expected a date such as 2026-11-01'
+                            ) from None
+    options.since = since
+    match = re.compile(re.escape(pattern or "*").replace(r"\*", ".*")).fullmatch
+    return lambda call: call.started >= since and any(map(match, (call.from_number,
+                                                                  call.to_number)))
 
 
 def show_calls(options: argparse.Namespace, settings: Settings) -> int:
     """The command `calls`."""
-    since = None
-    if options.since is not None:
-        try:
-            since = datetime.datetime.fromisoformat(options.since).timestamp()
-        except ValueError:
-            raise SettingsError(f'--since is "{options.since}": expected a date such as 2026-11-01') from None
-    number = re.sub(r"[\s()/+-]", "", options.number)
-    if not re.fullmatch("[0-9A-Za-z*]+", number or ("" if options.number else "*")):
-        raise SettingsError(f'--number is "{options.number}": expected digits, with * for any others')
-    with contextlib.closing(open_calls(settings.call_log)) as connection:
-        found = find_calls(connection, time.time(), missed=options.missed, since=since, number=number, limit=options.limit)
-    if not found:
-        raise Nothing("no call matches" if options.missed or since or number else f"no calls yet in {settings.call_log}")
-    calls, events = zip(*found)
-    if options.format == "json":
-        for call, its_events in zip(calls, events):
-            entry = call_entry(call)
-            if options.events:
-                entry["events"] = [json.loads(event_json(event, at)) for at, event in its_events]
-            print(json.dumps(entry))
-    elif options.format == "csv":
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(call_entry(calls[0]))
-        writer.writerows([csv_cell(value) for value in call_entry(call).values()] for call in calls)
-    else:
-        head, *lines = table(calls, shutil.get_terminal_size().columns)
-        print(head)
-        for line, its_events in zip(lines, events):
-            print(line)
-            for at, event in its_events if options.events else ():
-                print(f"  {time.strftime('%H:%M:%S', time.localtime(at))} {printable(event.event):7} {event_line(event)}")
-        print(totals(calls))
+    is_chosen, is_table = chosen(options), options.format == "table"
+    limit = options.limit or (TABLE_LIMIT if is_table else None)
+    is_json = options.format == "json"
+    moment: Callable[[float], str] = rfc3339 if is_json else local_time
+    with contextlib.closing(open_log(settings.call_log)) as database:
+        found = listed_calls(database, time.time(), options.since)
+        withheld = 0
+        if options.missed:
+            callers, withheld = to_ring_back(call for call, _ in found)
+            found = iter([(call, []) for caller in callers for call in caller.calls])
+            callers = [one for one in callers if is_chosen(one.calls[0])]
+        pairs = (pair for pair in found if is_chosen(pair[0]))
+        if options.missed and not options.all:
+            show_callers(options, callers[:limit], moment)
+        elif is_table:
+            show_table(options, pairs, limit or 0)
+        else:
+            write_rows((call_and_events(*pair, options.events and is_json,
+                                        moment, (lambda s: round(s, 3)) if is_json else int)
+                        for pair in itertools.islice(pairs, limit)), options.format)
+        if withheld and is_table:
+            print(f"and {withheld} with no number")
     return 0
+
+
+def call_and_events(call: Call, events: Sequence[StoredEvent], with_events: bool,
+                    moment: Callable[[float], str], seconds: Callable[[float], float]
+                    ) -> dict[str, Any]:
+    """A call for JSON and CSV, for JSON perhaps with what it was put together from."""
+    row = call_row(call, moment, seconds)
+    if with_events:
+        row["events"] = [json.loads(event_json(one.event, one.at, described(one.reply) if one.reply
+                                               else "")) for one in events]
+    return row
+
+
+def show_callers(options: argparse.Namespace, callers: Sequence[Caller],
+                 moment: Callable[[float], str]) -> None:
+    """Print whom to ring back, one line each."""
+    rows = [caller_row(caller, moment) for caller in callers]
+    if options.format != "table":
+        write_rows(rows, options.format)
+        return
+    lines = [("LAST CALL", "FROM", "TIMES", "OUTCOME", "TO")]
+    lines += [(row["last"][:16], with_plus(row["from"]), str(row["calls"]).rjust(5),
+               row["outcome"], with_plus(row["to"])) for row in rows]
+    print("\n".join(aligned(lines, (16, 20, 5, 10))) if rows else "Nobody is to be rung back.")
+
+
+def show_table(options: argparse.Namespace, pairs: Iterator[Any], limit: int) -> None:
+    """Print the latest calls as a table, oldest first. Raises Nothing."""
+    shown = sorted(itertools.islice(pairs, limit), key=lambda pair: pair[0].started)
+    if not shown:
+        raise Nothing("no call matches")
+    head, *lines = table([call for call, _ in shown])
+    print(head)
+    for line, (_, events) in zip(lines, shown):
+        print(line)
+        for stored in events if options.events else ():
+            words = described(stored.reply) if stored.reply else event_line(stored.event)
+            print(f"  {local_time(stored.at)[11:]} {printable(stored.event.event):7} "
+                  + printable(words))
+    print(totals([call for call, _ in shown]))
+    if next(pairs, None):
+        print(f"These are the latest {limit}; --limit N shows more.")
+
+
+def digits_of(text: str) -> str:
+    """The digits of a number as people write it, without zeros before its country code.
+
+    Raises SettingsError for what is no number.
+    """
+    digits = plain(re.sub(r"\(\s*0\s*\)|[\s()/.-]|\A(sip|tel):", "", text.partition("@")[0]))
+    if not re.fullmatch("[0-9]{3,32}", digits):
+        raise SettingsError(f'"{text}": expected a whole number, such as +49 157 91234567')
+    return digits
+
+
+def holds(value: str, digits: str) -> bool:
+    """Whether `value` has the number in it, however it is written; a short one only as a whole."""
+    return plain(value) == digits or (
+        len(digits) > 5 and digits in "".join(re.findall("[0-9]", value)))
+
+
+def blanked(body: bytes, digits: str, token: str = FORGOTTEN) -> bytes:
+    """A stored body with each value blanked that holds the number; `token` stands for an id."""
+    def clean(text: str, word: str = FORGOTTEN) -> str:
+        return word if holds(text, digits) else text
+
+    if body.startswith(b"<"):
+        response = ET.fromstring(body)
+        for element in response.iter():
+            element.text = clean(element.text or "")
+            element.attrib.update({name: clean(text) for name, text in element.attrib.items()})
+        changed = ET.tostring(response)
+        return body if changed == body.strip() else changed
+    pairs = urllib.parse.parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True)
+    ids = ("callId", "origCallId", "xcid")
+    kept = [(clean(name), clean(value, token if name in ids else FORGOTTEN))
+            for name, value in pairs]
+    return body if kept == pairs else urllib.parse.urlencode(kept).encode()
+
+
+def rows_with(database: sqlite3.Connection, digits: str, since: int) -> Iterator[Any]:
+    """The stored rows behind the id `since` that hold the number; read in pieces."""
+    rows: list[Any] = [(since,)]
+    while rows:
+        rows = database.execute("SELECT id, call_id, orig_call_id, xcid, body FROM events "
+                                "WHERE id > ? ORDER BY id LIMIT 1000", (rows[-1][0],)).fetchall()
+        for row in rows:
+            if blanked(row[4], digits) != row[4]:
+                yield row
 
 
 def forget_number(options: argparse.Namespace, settings: Settings) -> int:
     """The command `forget`: every trace of a number leaves the files."""
-    number, path = plain_number(options.number), settings.call_log
-    if not re.fullmatch("[0-9][0-9A-Za-z]{2,}", number):
-        raise SettingsError(f'"{options.number}": expected the digits of a whole number, such as 4915791234567')
-    try:
-        for damaged in filter(os.path.isfile, glob.glob(glob.escape(path) + ".damaged-*")):
-            if number.encode() in pathlib.Path(damaged).read_bytes():
-                os.remove(damaged)
-                print(f"{damaged} held that number, and is removed", file=sys.stderr)
-        with contextlib.closing(open_calls(path)) as connection:
-            connection.execute("PRAGMA secure_delete=ON")
-            found = forget_in(connection, number)
-            connection.execute("VACUUM")
-            connection.execute("PRAGMA busy_timeout=0")  # a running server is not to wait for a reader as well
-            until = time.monotonic() + 60
-            while connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
-                if time.monotonic() > until:
-                    raise SettingsError(f"{path}-wal still holds it, since another program reads the file: end that, run this again")
-                time.sleep(0.1)
-    except (sqlite3.Error, OSError) as error:
-        raise SettingsError(f"{path}: {error}; run this again") from None
-    print(f"{found} call{'s' if found != 1 else ''} held that number; it is gone from {path}")
+    digits, path = digits_of(options.number), os.path.realpath(settings.call_log)
+    with contextlib.closing(open_log(settings.call_log)) as database:
+        rows = list(rows_with(database, digits, 0))
+        if not rows and not remains(path, digits):
+            raise CommandFailed(f"no call holds {options.number}; with the country code?"
+                                + similar(database, digits))
+        if rows:
+            count = len({row[2] or row[1] or row[0] for row in rows})
+            print(f"{plural(count, 'call')} from {local_time(rows[0][0] / 1e6)[:16]} to "
+                  f"{local_time(rows[-1][0] / 1e6)[:16]} {'holds' if count == 1 else 'hold'} "
+                  f"{with_plus(digits)}.", flush=True)
+        if not options.yes and input("Forget the number? The calls stay. (yes/no) ") != "yes":
+            raise CommandFailed("nothing was changed")
+        while rows:
+            blank_rows(database, rows, digits)
+            rows = list(rows_with(database, digits, rows[-1][0]))  # what came meanwhile
+        rewrite(database, os.path.dirname(path))
+    for name in remains(path, digits):
+        if ".damaged-" in name:
+            os.remove(name)
+            print(f"{name} held it, and is removed.")
+    left = remains(path, digits)
+    if left:
+        raise CommandFailed(f"{with_plus(digits)} is still in {', '.join(left)}: end what else "
+                            "reads the file, and run this again")
+    print(f"It is gone from {path}: no byte of it is left there.\nIt may still be in backups, in "
+          "the journal or file that stdout goes to,\nand where your functions have put it.")
     return 0
 
 
-def plain_number(text: str) -> str:
-    """A number without what people write into it, or the part of a SIP address before the @."""
-    return re.sub(r"[\s()/+-]", "", text).partition("@")[0]
-
-
-def forget_in(connection: sqlite3.Connection, number: str) -> int:
-    """Rewrite every event that has `number` as a whole value, and the calls of these; return how many calls."""
-    # One word for all places where it stands as an id, so that what it joins stays joined, and nothing else is.
+def blank_rows(database: sqlite3.Connection, rows: Sequence[Any], digits: str) -> None:
+    """Rewrite rows that hold the number, a few at a time."""
+    # One word where it stands as an id, so that what it joins stays joined, and nothing else is.
     token = f"{FORGOTTEN[:-1]} {os.urandom(4).hex()}]"
-    calls: set[int] = set()
-    rows, last = [], 0
-    query = "SELECT id, call_id, body FROM events WHERE id > ?"
-    for key, call_id, body in connection.execute(query, (0,)):  # reading only, which no writer waits for
-        last = max(last, key)
-        if number in plain_number(call_id) or number in plain_text(body):
-            rows.append((key, call_id, body))
-    with transaction(connection):
-        while update_calls(connection, 1000):
-            pass
-        for key, call_id, body in rows + connection.execute(query, (last,)).fetchall():
-            pairs = urllib.parse.parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True)
-            kept = [(name, _forgotten(name, value, number, token)) for name, value in pairs]
-            if kept != pairs:
-                calls.update(connection.execute("SELECT call FROM legs WHERE call_id = ?", (call_id or f"#{key}",)).fetchone() or ())
-                # The digest told repeats of these very bytes, and could tell whether a guess at them is right.
-                connection.execute("UPDATE events SET body = ?, digest = NULL, call_id = ? WHERE id = ?", (
-                    urllib.parse.urlencode(kept).encode(), _forgotten("callId", call_id, number, token), key))
-        connection.execute("DELETE FROM links WHERE key IN (?, ?) OR call_id = ?", ("x" + number, "o" + number, number))
-        for call in calls:
-            if connection.execute("SELECT 1 FROM calls WHERE id = ?", (call,)).fetchone():
-                rebuild_call(connection, call)
-    return len(calls)
+    database.execute("PRAGMA secure_delete=ON")
+    for start in range(0, len(rows), FORGET_ROWS):
+        database.execute("BEGIN IMMEDIATE")
+        for key, *ids, body in rows[start:start + FORGET_ROWS]:
+            clean = [token if text and holds(text, digits) else text for text in ids]
+            # The digest told repeats of these very bytes, and whether a guess at them is right.
+            database.execute("UPDATE events SET call_id = ?, orig_call_id = ?, xcid = ?, body = ?, "
+                             "digest = NULL WHERE id = ?",
+                             (*clean, blanked(body, digits, token), key))
+        database.execute("COMMIT")
+        time.sleep(0.02)  # so that a running server gets its turn
 
 
-def plain_text(body: bytes) -> str:
-    """A form's text, decoded and without what people write into numbers."""
-    return re.sub(r"[\s()/+-]", "", urllib.parse.unquote_plus(body.decode("utf-8", "replace")))
+def rewrite(database: sqlite3.Connection, folder: str) -> None:
+    """Write the file anew and empty its -wal, without what rows as they were have left."""
+    database.execute("PRAGMA temp_store_directory='{}'".format(folder.replace("'", "''")))
+    database.execute("VACUUM")
+    database.execute("PRAGMA busy_timeout=0")  # a running server is not to wait for a reader, too
+    for _ in range(600):
+        if not database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+            break
+        time.sleep(0.1)  # what is left after a minute is found, and named
 
 
-def _forgotten(name: str, value: str, number: str, token: str) -> str:
-    if name in ("event", "direction", "cause") or plain_number(value) != number:
-        return value
-    return token if name in ("callId", "origCallId", "xcid") else FORGOTTEN
+def remains(path: str, digits: str) -> list[str]:
+    """Those of the call log's files whose bytes hold the digits in a row."""
+    found = []
+    for name in [path, path + "-wal", *glob.glob(glob.escape(path) + ".damaged-*")]:
+        with contextlib.suppress(FileNotFoundError), open(name, "rb") as file:
+            piece, before = file.read(1 << 20), b""
+            while piece and digits.encode() not in before + piece:
+                piece, before = file.read(1 << 20), piece[-len(digits):]
+            found += [name] if piece else []
+    return found
+
+
+def similar(database: sqlite3.Connection, digits: str) -> str:
+    """The stored numbers that end like one that no call holds."""
+    end = digits.lstrip("0")
+    found: set[str] = set()
+    for (body,) in database.execute("SELECT body FROM events ORDER BY id DESC LIMIT 100000"):
+        if end.encode() in body:
+            found.update(map(plain, re.findall(rf"[0-9]+{end}\b", body.decode("ascii", "replace"))))
+    return " " + ", ".join(map(with_plus, sorted(found)[:5])) if found else ""
 
 
 # ------------------------------------------------------------------------------------------
 # Rehearsal
-# The command `simulate`: the script plays sipgate, over real HTTP, and is strict where sipgate
-# is silent. What it knows of the receiver is its address.
+# The command `simulate`: plays sipgate in trial mode towards a Receiver of its own, follows the
+# URLs of its replies, obeys its actions, and leaves nothing behind.
 # ------------------------------------------------------------------------------------------
 
-class Step(NamedTuple):
-    """An event of a scenario: of which leg, and its fields beyond those of the call."""
-
-    event: str
-    leg: str
-    fields: Mapping[str, Any] = {}
-
-
-FORWARDED = (Step("newCall", "A"), Step("hangup", "A", {"cause": "forwarded"}),
-             Step("newCall", "B", {"user[]": ["voicemail"], "userId[]": [], "fullUserId[]": []}))
-SCENARIOS: dict[str, tuple[Step, ...]] = {
-    "answered": (Step("newCall", "A"), Step("answer", "A"), Step("hangup", "A")),
-    "missed": (Step("newCall", "A"), Step("hangup", "A", {"cause": "cancel"})),
-    "busy": (Step("newCall", "A"), Step("hangup", "A", {"cause": "busy"})),
-    "declined": (Step("newCall", "A"), Step("hangup", "A", {"cause": "noAnswer"})),
-    "group": (Step("newCall", "A", {"user[]": ["Alice", "Bob", "Carl"], "userId[]": ["w0", "w1", "w2"],
-                                    "fullUserId[]": ["1234567w0", "1234567w1", "1234567w2"]}),
-              Step("answer", "A", {"user": "Bob", "userId": "w1", "fullUserId": "1234567w1"}), Step("hangup", "A")),
-    "anonymous": (Step("newCall", "A", {"from": "anonymous"}), Step("answer", "A", {"from": "anonymous"}),
-                  Step("hangup", "A", {"from": "anonymous"})),
-    "outgoing": (Step("newCall", "A", {"direction": "out"}), Step("answer", "A", {"direction": "out"}),
-                 Step("hangup", "A", {"direction": "out"})),
-    "voicemail": (*FORWARDED, Step("answer", "B", {"user": "voicemail"}), Step("hangup", "B")),
-    "transfer": (Step("newCall", "A"), Step("answer", "A"),
-                 Step("newCall", "B", {"user[]": ["Carl"], "userId[]": ["w2"], "fullUserId[]": ["1234567w2"]}),
-                 Step("answer", "B", {"user": "Carl", "userId": "w2", "fullUserId": "1234567w2"}),
-                 Step("hangup", "A"), Step("hangup", "B")),
-    "menu": (Step("newCall", "A"), Step("hangup", "A")),
+# Events in their order; behind a colon who rings or answers, or why it ends. "B." is another leg.
+SCENARIOS = {
+    "answered": "newCall answer hangup",
+    "missed": "newCall hangup:cancel",
+    "busy": "newCall hangup:busy",
+    "declined": "newCall hangup:noAnswer",
+    "outgoing": "newCall answer hangup",
+    "voicemail": "newCall hangup:forwarded B.newCall:voicemail B.answer:voicemail B.hangup",
+    "transfer": "newCall answer B.newCall:Carl B.answer:Carl hangup B.hangup",
+    "menu": "newCall answer hangup",
 }
-SLOW_SECONDS = 3.0  # sipgate waits 10; a caller hears the silence before that
-
-
-class Asked(NamedTuple):
-    """What a reply asks of sipgate, and what is wrong with it."""
-
-    action: ET.Element | None
-    on_answer: str
-    on_hangup: str
-    complaints: list[str]
-
-
-def understand(status: int, content_type: str, body: bytes, seconds: float) -> Asked:
-    """Read the reply to a newCall or dtmf as sipgate does, and say what it would ignore or misunderstand."""
-    complaints = []
-    if seconds > SLOW_SECONDS:
-        complaints.append(f"the reply took {seconds:.1f} s: the caller hears nothing meanwhile; 3 s is the most that is bearable")
-    if status != 200:
-        return Asked(None, "", "", [*complaints, f"the status is {status}: sipgate takes 200 only, and lets the call go on"])
-    if content_type.partition(";")[0].strip().lower() != "application/xml":
-        complaints.append(f"the Content-Type is {content_type or 'missing'}: expected application/xml")
-    try:
-        response = ET.fromstring(body)
-    except (ET.ParseError, ValueError, LookupError) as error:  # the latter two: of an encoding it names
-        return Asked(None, "", "", [*complaints, f"the reply is no XML ({error}): sipgate lets the call go on"])
-    if response.tag != "Response":
-        return Asked(None, "", "", [*complaints, f"the root is <{response.tag}>: expected <Response>"])
-    for name in ("onAnswer", "onHangup"):
-        complaints += _url_complaints(name, response.get(name, "http://x/"))
-    for action in response:
-        complaints += _action_complaints(action)
-    if len(response) > 1:
-        complaints.append(f"{len(response)} actions in one <Response>: sipgate documents one")
-    return Asked(response[0] if len(response) else None, response.get("onAnswer", ""), response.get("onHangup", ""), complaints)
-
-
-def _url_complaints(name: str, url: str) -> list[str]:
-    return [] if _place(url) else [f"{name} is {url!r}: expected a whole URL with http(s)://"]
-
-
-def _place(url: str) -> tuple[str, int] | None:
-    """Host and port of a URL that sipgate could follow, None for any other."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        parts.netloc.encode("idna")
-    except ValueError:
-        return None
-    return (parts.hostname, port) if re.fullmatch(r"https?://[!-~]+", url) and parts.hostname else None
-
-
-def _action_complaints(action: ET.Element) -> list[str]:
-    known = {"Dial": ("Number", "Voicemail"), "Play": ("Url",), "Gather": ("Play",), "Reject": (), "Hangup": ()}
-    if action.tag not in known:
-        return [f"<{action.tag}> is no action of sipgate's: it is ignored"]
-    complaints = [f"<{child.tag}> does not belong into <{action.tag}>: it is ignored"
-                  for child in action if child.tag not in known[action.tag]]
-    if action.tag == "Dial":
-        numbers = action.findall("Number")
-        if len(numbers) > 5 or (not numbers and action.find("Voicemail") is None):
-            complaints.append(f"<Dial> has {len(numbers)} numbers: expected 1 to 5, or <Voicemail/>")
-        complaints += [f"<Number> is {number.text!r}: expected digits without +" for number in numbers
-                       if not re.fullmatch("[0-9]+", (number.text or "").strip())]
-    if action.tag == "Reject" and action.get("reason", "rejected") not in ("rejected", "busy"):
-        complaints.append(f"reason is {action.get('reason')!r}: expected rejected or busy")
-    for url in action.iter("Url"):
-        complaints += _url_complaints("<Url>", url.text or "")
-    if action.tag == "Play" and action.find("Url") is None:
-        complaints.append("<Play> has no <Url>: nothing is played")
-    if action.tag == "Gather":
-        complaints += _gather_complaints(action)
-    return complaints
-
-
-def _gather_complaints(gather: ET.Element) -> list[str]:
-    complaints = _url_complaints("onData", gather.get("onData", "")) if "onData" in gather.attrib else [
-        "<Gather> has no onData: the digits go nowhere"]
-    for name in ("maxDigits", "timeout"):
-        value = gather.get(name, "1000")
-        if not re.fullmatch("[0-9]{1,9}", value) or int(value) < 1:
-            complaints.append(f"{name} is {value[:40]!r}: expected a whole number of 1 or more")
-        elif name == "timeout" and int(value) < 100:
-            complaints.append(f"timeout is {value}: it counts in milliseconds; is {int(value) * 1000} meant?")
-    return complaints
-
-
-def described(action: ET.Element | None) -> str:
-    """An action in a few words."""
-    if action is None:
-        return "no action"
-    words = [action.tag, *(number.text or "" for number in action.findall("Number")), *(url.text or "" for url in action.iter("Url"))]
-    if action.find("Voicemail") is not None:
-        words.append("voicemail")
-    if action.tag == "Gather":
-        words.append(f"up to {action.get('maxDigits', '1')} digits")
-    return printable(" ".join(words + [action.get("reason", "")]).strip())
-
-
-class ThrowAwayKey:
-    """An RSA key for one rehearsal, known to its receiver alone. 1024 bits are enough for a few seconds."""
-
-    def __init__(self) -> None:
-        p, q = self._prime(), self._prime()
-        self.public = PublicKey(p * q, 65537)
-        self._secret = pow(65537, -1, (p - 1) * (q - 1))
-
-    @staticmethod
-    def _prime() -> int:
-        while True:
-            number = int.from_bytes(os.urandom(64), "big") | 3 << 510 | 1
-            if number % 65537 != 1 and all(pow(base, number - 1, number) == 1 for base in (2, 3, 5, 7)):
-                return number
-
-    def sign(self, body: bytes) -> str:
-        """The X-Sipgate-Signature of `body` (RFC 8017 8.2.1)."""
-        digest = SHA256_PREFIX + hashlib.sha256(body).digest()
-        block = b"\x00\x01" + b"\xff" * (self.public.size - len(digest) - 3) + b"\x00" + digest
-        number = pow(int.from_bytes(block, "big"), self._secret, self.public.modulus)
-        return base64.b64encode(number.to_bytes(self.public.size, "big")).decode()
+MENU_LIMIT = 20  # of <Gather> in a row
 
 
 class Sipgate:
-    """Plays sipgate towards one server, and tells `say` what is said."""
+    """Plays sipgate towards `receiver`, and prints what is said."""
 
-    def __init__(self, url: str, options: argparse.Namespace, say: Callable[[str], None], key: ThrowAwayKey | None = None,
-                 alias: str = "") -> None:
-        """`url`: of the newCall; `alias`: a URL whose host stands for that of `url`; `key`: to sign with."""
-        self.url, self.options, self.say, self.key, self.alias = urllib.parse.urlsplit(url), options, say, key, alias
+    def __init__(self, receiver: Receiver, options: argparse.Namespace) -> None:
+        self.receiver, self.options = receiver, options
         self.digits = options.digits.split(",")
-        self.complaints = 0
-        run = os.urandom(32).hex().upper()
-        self.call_ids = {leg: run[:-1] + leg for leg in "AB"}
-        self.xcid = os.urandom(8).hex()
+        self.faults = 0
+        self.run, self.xcid = os.urandom(32).hex().upper()[1:], os.urandom(8).hex()
+        self.urls: dict[str, str] = {}  # of the follow-ups, by event
+        self.answering: dict[str, str] = {}  # who answers in place of the first one who rang
+        self.cause = ""  # why our reply has ended the call
 
-    def play(self, steps: Sequence[Step]) -> None:
+    def play(self, name: str) -> None:
         """Play a scenario, and do what the replies say."""
-        legs: dict[str, tuple[Asked, str, dict[str, Any]]] = {}  # what was asked, why it is over, who answers instead
-        for step in steps:
-            if step.leg == "B" and legs["A"][1]:
+        print(f"\n{name}", flush=True)
+        for word in SCENARIOS[name].split():
+            leg, _, event = word.rpartition(".")
+            event, _, detail = event.partition(":")
+            if leg and self.cause:
                 continue  # a call that was refused is neither forwarded nor transferred
-            if step.event == "newCall":
-                asked = self._converse(self.url.geturl(), step.leg, self._fields(step))
-                legs[step.leg] = (asked, *self._course(asked))
-                continue
-            asked, over, by = legs[step.leg]
-            if step.event == "hangup" and asked.on_hangup:
-                self._post_follow_up(asked.on_hangup, step, {"cause": over} if over else {})
-            elif step.event == "answer" and asked.on_answer and not over:
-                self._post_follow_up(asked.on_answer, step, by)
+            fields = self._fields(event, leg or "A", detail)
+            if name == "outgoing":
+                fields.update({"direction": "out", "from": fields["to"], "to": fields["from"]})
+            if event == "newCall":
+                self._converse(fields, name == "menu")
+            elif event == "answer" and "answer" in self.urls and not self.cause:
+                self._post(self.urls["answer"], {**fields, **self.answering})
+            elif event == "hangup" and "hangup" in self.urls:
+                self._post(self.urls["hangup"], {**fields, "cause": self.cause or fields["cause"]})
 
-    def _course(self, asked: Asked) -> tuple[str, dict[str, Any]]:
-        """Why the call is over at once ("" if it is not), and who answers it instead."""
-        action = asked.action
-        if action is None or action.tag == "Play":
-            return "", {}
-        if action.tag == "Reject":
-            return "busy" if action.get("reason") == "busy" else "noAnswer", {}
-        if action.tag == "Hangup":
-            return "normalClearing", {}
-        if action.find("Voicemail") is not None:
-            return "", {"user": "voicemail", "userId": "", "fullUserId": ""}
-        numbers = [number.text or "" for number in action.findall("Number")]
-        return "", {"user": "", "userId": "", "fullUserId": "", "answeringNumber": numbers[0]} if numbers else {}
-
-    def _fields(self, step: Step) -> dict[str, Any]:
-        options, users = self.options, self.options.user or ["Alice", "Bob"]
-        fields: dict[str, Any] = {"event": step.event, "direction": "in", "from": options.sender, "to": options.to,
-                                  "callId": self.call_ids[step.leg], "origCallId": self.call_ids["A"], "xcid": self.xcid}
-        if step.event == "newCall":
-            fields.update({"user[]": users, "userId[]": [f"w{n}" for n in range(len(users))],
-                           "fullUserId[]": [f"1234567w{n}" for n in range(len(users))]})
-        elif step.event == "answer":
-            fields.update({"user": users[0], "userId": "w0", "fullUserId": "1234567w0", "answeringNumber": options.to})
+    def _fields(self, event: str, leg: str, detail: str) -> dict[str, Any]:
+        users = [detail] if detail else self.options.user or ["Alice", "Bob"]
+        fields: dict[str, Any] = {
+            "event": event, "direction": "in", "from": self.options.sender, "to": self.options.to,
+            "callId": self.run + leg, "origCallId": self.run + "A", "xcid": self.xcid}
+        if leg == "B":
+            fields["diversion"] = self.options.to
+        if event == "newCall":
+            ids = [f"w{number}" for number in range(len(users)) if detail != "voicemail"]
+            fields.update({"user[]": users, "userId[]": ids,
+                           "fullUserId[]": ["1234567" + name for name in ids]})
+        elif event == "answer":
+            fields.update({"user": users[0], "userId": "w0", "fullUserId": "1234567w0",
+                           "answeringNumber": self.options.to})
         else:
-            fields["cause"] = "normalClearing"
-        if step.leg == "B":
-            fields["diversion"] = options.to
-        fields.update(step.fields)
-        if fields["direction"] == "out":
-            fields.update({"from": options.to, "to": options.sender})
+            fields["cause"] = detail or "normalClearing"
         return fields
 
-    def _post_follow_up(self, url: str, step: Step, changed: Mapping[str, Any]) -> None:
-        fields = {**self._fields(step), **changed}
-        status, _, _, _ = self._post(url, fields, fields["cause"] if step.event == "hangup" else
-                                     fields["user"] or fields.get("answeringNumber", ""))
-        if status not in (200, 0):
-            self._complain(f"the status is {status}: expected 200")
-
-    def _converse(self, url: str, leg: str, fields: Mapping[str, Any]) -> Asked:
-        """Send a newCall, follow each Gather with digits; return what the last reply asked for."""
-        users = f" ({', '.join(fields.get('user[]', []))})" if fields.get("user[]") else ""
-        asked = self._ask(url, fields, f"{fields['from']} to {fields['to']}{users}")
-        on_answer, on_hangup = asked.on_answer, asked.on_hangup
-        for _ in range(20):
-            if asked.action is None or asked.action.tag != "Gather" or not asked.action.get("onData"):
+    def _converse(self, fields: Mapping[str, Any], is_menu: bool) -> None:
+        """Send a newCall, follow each Gather with digits, and note what comes of the call."""
+        base = self.receiver.settings.base_url
+        action = self._post(base + "/new-call", fields)
+        if is_menu and (action is None or action.tag != "Gather"):
+            print("    (your functions ask for no digits)")
+        for _ in range(MENU_LIMIT):
+            if action is None or action.tag != "Gather":
                 break
-            digits = self.digits.pop(0) if self.digits else ""
-            fields = {"event": "dtmf", "dtmf": digits, "callId": self.call_ids[leg]}
-            asked = self._ask(asked.action.get("onData", ""), fields, digits or "(no key pressed)")
-            on_answer, on_hangup = asked.on_answer or on_answer, asked.on_hangup or on_hangup
+            url, digits = action.get("onData", ""), self.digits.pop(0) if self.digits else ""
+            if not url.startswith(base + "/"):
+                print(f"    {printable(url)} is on another server: it is not followed")
+                break
+            action = self._post(url, {"event": "dtmf", "dtmf": digits, "callId": fields["callId"]})
         else:
-            self._complain("20 times <Gather> in a row: the menu never ends")
-        return asked._replace(on_answer=on_answer, on_hangup=on_hangup)
-
-    def _ask(self, url: str, fields: Mapping[str, Any], words: str) -> Asked:
-        status, content_type, body, seconds = self._post(url, fields, words, quiet=True)
-        if not status:
-            return Asked(None, "", "", [])
-        asked = understand(status, content_type, body, seconds)
-        paths = [urllib.parse.urlsplit(follow).path for follow in (asked.on_answer, asked.on_hangup) if _place(follow)]
-        self.say(f"<-- {status} in {seconds * 1000:.0f} ms  {described(asked.action)}"
-                 + (f", follow-ups to {printable(' and '.join(paths))}" if paths else ", no follow-ups"))
-        for complaint in asked.complaints:
-            self._complain(complaint)
-        if status == 403:
-            self.say("    (403: that server checks signatures, and a rehearsal against --url is not signed by sipgate)")
-        return asked
-
-    def _is_ours(self, url: str) -> bool:
-        """Whether `url` is on the host that is rehearsed with; in a rehearsal of our own, WEBHOOK_URL stands for it."""
-        return _place(url) in (_place(self.url.geturl()), _place(self.alias))
+            self._complain(f"{MENU_LIMIT} times <Gather> in a row: the menu never ends")
+        self.answering = {}
+        if action is not None and action.tag == "Dial":
+            number = action.findtext("Number")
+            who = {"answeringNumber": number} if number else {"user": "voicemail"}
+            self.answering = {"user": "", "userId": "", "fullUserId": "", **who}
+        elif action is not None:
+            ends = {"Reject": "busy" if action.get("reason") else "noAnswer",
+                    "Hangup": "normalClearing"}
+            self.cause = ends.get(action.tag, "")
 
     def _complain(self, text: str) -> None:
-        self.complaints += 1
-        self.say(f"!!! {printable(text)}")
+        self.faults += 1
+        print(f"!!! {printable(text)}", flush=True)
 
-    def _post(self, url: str, fields: Mapping[str, Any], words: str, quiet: bool = False) -> tuple[int, str, bytes, float]:
-        """POST an event as sipgate does; return status (0: nothing came), Content-Type, body and seconds."""
+    def _post(self, url: str, fields: Mapping[str, Any]) -> ET.Element | None:
+        """Send an event as sipgate does; return the action that the reply asks for."""
         time.sleep(self.options.pause)
-        self.say(f"--> {fields['event']:8} {printable(words)}")
-        if not _place(url):
-            return 0, "", b"", 0.0  # which has been complained of
-        if not self._is_ours(url):
-            self._complain(f"{url} is on another host: it is not followed")
-            return 0, "", b"", 0.0
-        target = urllib.parse.urlsplit(url)
+        words = fields.get("cause") or fields.get("user") or fields.get("answeringNumber", "")
+        if fields["event"] == "newCall":
+            words = f"{fields['from']} to {fields['to']} ({', '.join(fields['user[]'])})"
+        elif fields["event"] == "dtmf":
+            words = fields["dtmf"] or "(no key pressed)"
+        print(f"--> {fields['event']:8} {printable(words)}", flush=True)
         body = urllib.parse.urlencode(fields, doseq=True, errors="replace").encode()
-        headers = {"Accept": "application/xml, text/plain, text/html", "Accept-Charset": "utf-8", "User-Agent": "sipgate.io",
-                   "X-SIPGATE-JOBS": "http://www.sipgate.de/jobs",
-                   "Content-Type": "application/x-www-form-urlencoded; charset=UTF-8", "Accept-Encoding": "identity"}
-        if self.key:
-            headers["X-Sipgate-Signature"] = self.key.sign(body)
-        kind = http.client.HTTPSConnection if self.url.scheme == "https" else http.client.HTTPConnection
         began = time.monotonic()
-        try:
-            with contextlib.closing(kind(self.url.netloc, timeout=10)) as connection:
-                connection.request("POST", (target.path or "/") + (f"?{target.query}" if target.query else ""), body, headers)
-                reply = connection.getresponse()
-                content, seconds = reply.read(1_000_000), time.monotonic() - began
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            self._complain(f"no reply: {error or type(error).__name__}")
-            return 0, "", b"", 0.0
-        if not quiet:
-            self.say(f"<-- {reply.status} in {seconds * 1000:.0f} ms")
-        return reply.status, reply.headers.get("Content-Type", ""), content, seconds
+        event = self.receiver.admit(url[len(self.receiver.settings.base_url):], body)
+        answered = self.receiver.answer(event, began + self.receiver.reply_seconds)
+        took = f"<-- {answered.reply.status} in {(time.monotonic() - began) * 1000:.0f} ms"
+        self.receiver.follow(answered)
+        if not self.receiver.is_quiet(10):
+            self._complain("your on_answer or on_hangup has not returned after 10 s")
+        if answered.reply.content_type != "application/xml":
+            print(took, flush=True)
+            return None
+        response = ET.fromstring(answered.reply.body)
+        for name, kind in (("onAnswer", "answer"), ("onHangup", "hangup")):
+            self.urls.update({kind: response.get(name, "")} if name in response.attrib else {})
+        action = printable(described(answered.action)) if answered.action else "no action"
+        paths = [urllib.parse.urlsplit(url).path for url in response.attrib.values()]
+        print(f"{took}  {action}, follow-ups to {' and '.join(paths) or 'nowhere'}", flush=True)
+        for sound in response.iter("Url"):
+            if not (sound.text or "").partition("?")[0].lower().endswith(".wav"):
+                print(f"    is {printable(sound.text or '')} a WAV file? sipgate plays no other")
+        return next(iter(response), None)
 
 
-def check_sound(path: str) -> str:
-    """What keeps sipgate from playing the file, "" if nothing does. Raises SettingsError if it cannot be read."""
+def check_sound(path: str) -> int:
+    """Say whether sipgate would play the file; return the exit status. Raises SettingsError."""
     import wave
     try:
         with wave.open(path, "rb") as sound:
             found = (sound.getnchannels(), sound.getsampwidth() * 8, sound.getframerate())
+        fault = "" if found == (1, 16, 8000) else "it has {} channels, {} bit, {} Hz".format(*found)
     except (wave.Error, EOFError) as error:
-        return f"it is no PCM WAV file ({error or 'it is cut off'})"
+        fault = f"it is no PCM WAV file ({error or 'it is cut off'})"
     except OSError as error:
         raise SettingsError(f"{path} cannot be read: {error.strerror}") from None
-    return "" if found == (1, 16, 8000) else "it has {} channels, {} bit, {} Hz".format(*found)
+    print(f"{path}: " + (f"sipgate skips it: {fault}; expected mono, 16 bit, 8000 Hz" if fault
+                         else "sipgate plays it"))
+    return 1 if fault else 0
 
 
-def simulate(options: argparse.Namespace, settings: Settings) -> int:
-    """The command `simulate`."""
-    if options.sound:
-        fault = check_sound(options.sound)
-        print(f"{options.sound}: " + (f"sipgate skips it: {fault}; expected mono, 16 bit, 8000 Hz" if fault else "sipgate plays it"))
-        return 1 if fault else 0
-    names = list(SCENARIOS) if options.all else [options.scenario]
-    if options.target:
-        if _url_complaints("--url", options.target):
-            raise SettingsError(_url_complaints("--url", options.target)[0])
-        return min(1, sum(_rehearse(name, Sipgate(options.target, options, print)) for name in names))
-    print("Rehearsal: nothing leaves this machine, but your functions really run"
-          + (f" ({settings.call_handlers})" if settings.call_handlers else "") + ".")
-    functions, key = load_functions(settings.call_handlers), ThrowAwayKey()
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as at_the_end:
-        server = at_the_end.enter_context(WebhookServer("127.0.0.1", 0, settings.base_path))
-        log = CallLog(os.path.join(folder, "calls.db"), 1, extension=CALLS)
-        at_the_end.callback(log.close, 5)
-        server.receiver = Receiver(replace(settings, webhook_port=server.server_port), [key.public], functions, call_log=log)
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        at_the_end.callback(server.stop, 1)
-        errors = _ErrorCount()
-        logger.addHandler(errors)
-        at_the_end.callback(logger.removeHandler, errors)
-        faults = 0
-        for name in names:
-            player = Sipgate(f"http://127.0.0.1:{server.server_port}{settings.base_path}/new-call", options, print, key,
-                             server.receiver.settings.base_url)
-            faults += _rehearse(name, player)
-            if server.receiver.follow_ups.finish(10):
-                faults += 1
-                print("!!! your on_answer or on_hangup has not returned after 10 s; the rehearsal does not wait for it")
-            call = log.call(player.call_ids["A"])
-            print("\n".join(table([call], shutil.get_terminal_size().columns)) if call else "no call was stored")
-    return 1 if faults or errors.count else 0
-
-
-class _ErrorCount(logging.Handler):
+class ErrorCount(logging.Handler):
     """Counts what is reported of your code."""
 
     count = 0
@@ -3369,250 +3482,271 @@ class _ErrorCount(logging.Handler):
         self.count += record.levelno >= logging.ERROR
 
 
-def _rehearse(name: str, player: Sipgate) -> int:
-    player.say(f"\n{name}")
-    player.play(SCENARIOS[name])
-    return player.complaints
+def simulate(options: argparse.Namespace, settings: Settings) -> int:
+    """The command `simulate`."""
+    if options.sound:
+        return check_sound(options.sound)
+    functions = load_functions(settings.call_handlers)
+    print("Rehearsal: nothing leaves this machine, but your functions really run"
+          + (f"\n({settings.call_handlers})" if settings.call_handlers else "") + ".")
+    errors, faults = ErrorCount(), 0
+    logger.addHandler(errors)
+    with tempfile.TemporaryDirectory() as folder:
+        log = CallLog(os.path.join(folder, "calls.db"), 1)
+        receiver = Receiver(Settings(webhook_port=settings.webhook_port), [], functions,
+                            call_log=log, find_call=call_finder(log.path))
+        for name in list(SCENARIOS) if options.all else [options.scenario]:
+            player = Sipgate(receiver, options)
+            player.play(name)
+            faults += player.faults
+            with contextlib.closing(open_log(log.path)) as database:
+                call, _ = next(listed_calls(database, time.time()))
+            print("\n".join(table([call])), flush=True)
+        log.close(5)
+    logger.removeHandler(errors)
+    return 1 if faults or errors.count else 0
 
 
 # ------------------------------------------------------------------------------------------
 # Check
 # The command `check`: all that stands between a call and its line on the screen, one line each.
-# It runs nothing of yours and creates no file. A finding is a pair: "ok", "warning" or
-# "problem", and a sentence.
+# A finding is a pair: "ok", "warning" or "problem", and a sentence.
 # ------------------------------------------------------------------------------------------
 
 # Signed by sipgate, from the tests of its Node SDK (MIT). It is no event: its callId is empty.
-VECTOR_BODY = (b"callId=&direction=in&event=newCall&from=4912354678&fullUserId%5B%5D%5B0%5D=123456789&originalCallId="
-               b"&to=49999999&user%5B%5D%5B0%5D=TestUser&userId%5B%5D%5B0%5D=123456789&xcid=")
+VECTOR_BODY = (
+    b"callId=&direction=in&event=newCall&from=4912354678&fullUserId%5B%5D%5B0%5D=123456789"
+    b"&originalCallId=&to=49999999&user%5B%5D%5B0%5D=TestUser&userId%5B%5D%5B0%5D=123456789&xcid=")
 VECTOR_SIGNATURE = (
-    "hlY7r9Vad0NP/7xJxf+vcDqjWaGWHOcIrj+rcP5aqQQcHtbSLsElp2kRNRPBL5unWbq6bExVPZB49HHM+Y/fWSVL19q7KSJhYPHfikcME0r0mCYB"
-    "4S/VnJwnIvpiqz6s7Dpnk3wDCy65B3WQLwBVWA9oh6ojNM/g+87YnoMTKRx1KoFqosKNfBp1c1I8XjXusGOW/VlGnMb6wHhUVdwi9K7FfUgxj2pn"
-    "V+M1Xv9rYs6RAi4V1OcUPqdT5geHsxWa09sk+AEHSUm1EFnAvx7PhIkugpNwST7yPKHf0+iyei4qUQCBZtfQVOI4mLZTRfQuyVo3YuJfvHaNPYY3"
-    "4/1ZCZGCKeu+HS6WHs1vGUyKxSi8v4JJqog2VOlWruf8pMGg+syuAFwuxiCnWsSXgaaUfe9JrBAFjBxUmNP9DzR1bbkwxkJnthacu7jALXjGsubj"
-    "SSSl955QgenV/ZpODHgWDPg0fe6qGILtk+kXLjyfSsoR/qgzE5W5OAyZq8W64h01KAt9Q283N7/2nogy6keiIWL3qjPolWnrchSP7iJUatM2YiTc"
-    "pkNKnJ70UE05cdw3swuNe7zqD51MdOX3rAioEOFgOIFMSrxMVX+V4XK7sa5o43smN8lHoa+0AogQMuIrC7k2axdRbulSSNfyqVAZIT4qS0cItiv3"
-    "aPXsdDKkkA0=")
+    "hlY7r9Vad0NP/7xJxf+vcDqjWaGWHOcIrj+rcP5aqQQcHtbSLsElp2kRNRPBL5unWbq6bExVPZB49HHM+Y/fWSVL"
+    "19q7KSJhYPHfikcME0r0mCYB4S/VnJwnIvpiqz6s7Dpnk3wDCy65B3WQLwBVWA9oh6ojNM/g+87YnoMTKRx1KoFq"
+    "osKNfBp1c1I8XjXusGOW/VlGnMb6wHhUVdwi9K7FfUgxj2pnV+M1Xv9rYs6RAi4V1OcUPqdT5geHsxWa09sk+AEH"
+    "SUm1EFnAvx7PhIkugpNwST7yPKHf0+iyei4qUQCBZtfQVOI4mLZTRfQuyVo3YuJfvHaNPYY34/1ZCZGCKeu+HS6W"
+    "Hs1vGUyKxSi8v4JJqog2VOlWruf8pMGg+syuAFwuxiCnWsSXgaaUfe9JrBAFjBxUmNP9DzR1bbkwxkJnthacu7jA"
+    "LXjGsubjSSSl955QgenV/ZpODHgWDPg0fe6qGILtk+kXLjyfSsoR/qgzE5W5OAyZq8W64h01KAt9Q283N7/2nogy"
+    "6keiIWL3qjPolWnrchSP7iJUatM2YiTcpkNKnJ70UE05cdw3swuNe7zqD51MdOX3rAioEOFgOIFMSrxMVX+V4XK7"
+    "sa5o43smN8lHoa+0AogQMuIrC7k2axdRbulSSNfyqVAZIT4qS0cItiv3aPXsdDKkkA0=")
 LITTLE_ROOM = 100 * 1024 * 1024  # bytes
+LOOK_SECONDS = 10.0  # for one answer from the network, however slowly it drips
+Finding = Tuple[str, str]
 
 
 class Health(NamedTuple):
-    """What GET /healthz of some address gave: a status, and the instance id if it was a copy of this script."""
+    """What a GET of some address gave; `instance` is that of a copy of this script, or ""."""
 
     status: int
-    instance: str
-    refused: str
+    instance: str = ""
+    refused: str = "0"
+    text: str = ""
 
 
-def get_health(url: str, seconds: float = 5.0) -> Health:
-    """GET `url`/healthz. Raises OSError, http.client.HTTPException."""
-    parts = urllib.parse.urlsplit(url)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    with contextlib.closing(kind(parts.netloc, timeout=seconds)) as connection:
-        connection.request("GET", parts.path + "/healthz")
-        reply = connection.getresponse()
-        reply.read(1000)
-    return Health(reply.status, reply.headers.get("X-Instance", ""), reply.headers.get("X-Refused", "0"))
+def get_health(url: str, context: ssl.SSLContext | None = None) -> Health:
+    """GET `url`, for LOOK_SECONDS at most. Raises OSError, http.client.HTTPException."""
+    outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def get() -> None:
+        try:
+            parts = urllib.parse.urlsplit(url)
+            connection = http.client.HTTPConnection(parts.netloc, timeout=LOOK_SECONDS)
+            if parts.scheme == "https":
+                connection = http.client.HTTPSConnection(parts.netloc, timeout=LOOK_SECONDS,
+                                                         context=context)
+            with contextlib.closing(connection):
+                connection.request("GET", parts.path)
+                reply = connection.getresponse()
+                text = reply.read(200).decode("utf-8", "replace").strip()
+            outcome.put(Health(reply.status, reply.headers.get("X-Instance", ""),
+                               reply.headers.get("X-Refused", "0"), text))
+        except Exception as error:
+            outcome.put(error)
+
+    threading.Thread(target=get, daemon=True).start()
+    try:
+        found = outcome.get(timeout=LOOK_SECONDS)
+    except queue.Empty:
+        raise socket.timeout("timed out") from None  # noqa: UP041 - before Python 3.10
+    if isinstance(found, Exception):
+        raise found
+    assert isinstance(found, Health)
+    return found
 
 
-def check_basics(settings: Settings) -> Iterator[tuple[str, str]]:
-    """Versions, signature arithmetic, and the files that the settings name."""
-    yield "ok", f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}"
+def local_health(settings: Settings) -> Health:
+    """The health of the copy of this script that runs here. Raises as get_health does."""
+    host = settings.webhook_host
+    host = "127.0.0.1" if host in ("0.0.0.0", "::", "localhost") else host
+    scheme = "https" if settings.webhook_tls_cert else "http"
+    place = f"[{host}]" if ":" in host else host
+    # Our own, on this machine: its certificate is for another name.
+    context = ssl._create_unverified_context() if scheme == "https" else None
+    return get_health(f"{scheme}://{place}:{settings.webhook_port}{settings.base_path}/healthz",
+                      context)
+
+
+def check_basics(settings: Settings, sources: str) -> Iterator[Finding]:
+    """Versions, signature arithmetic, the settings, and the files that they name."""
+    yield "ok", f"Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}"
     is_right = is_signed(VECTOR_BODY, VECTOR_SIGNATURE, [PublicKey.from_pem(SIPGATE_PUBLIC_KEY)])
     yield ("ok", "signatures: sipgate's own example is verified") if is_right else (
-        "problem", "signatures: sipgate's own example is not verified: get a fresh copy of this script")
-    for warning in settings.warnings():
+        "problem", "signatures: sipgate's own example is not verified: get a fresh copy of this "
+        "script")
+    yield "ok", f"settings: {sources}"
+    for warning in warnings_of(settings):
         yield "warning", warning
     try:
         load_keys(settings.signature_key_file)
         if settings.webhook_tls_cert:
             TlsFiles(settings.webhook_tls_cert, settings.webhook_tls_key)
+        if settings.call_handlers:
+            load_functions(settings.call_handlers)
+            yield "ok", f"your code: {settings.call_handlers} is loaded"
     except SettingsError as error:
         yield "problem", str(error)
-    if settings.call_handlers:
-        try:
-            compile(pathlib.Path(settings.call_handlers).read_bytes(), settings.call_handlers, "exec")
-            yield "ok", f"your code: {settings.call_handlers} compiles"
-        except (OSError, SyntaxError, ValueError) as error:
-            yield "problem", f'CALL_HANDLERS is "{settings.call_handlers}": {error}'
 
 
-def check_log(path: str) -> Iterator[tuple[str, str]]:
-    """The call log: whether it can be written, is healthy, private, and has room; and what it tells."""
+def check_log(path: str) -> Iterator[Finding]:
+    """The call log: whether it can be written, is healthy, private, and has room."""
     if path == "off":
         yield "ok", "call log: off, nothing is kept"
         return
     folder, exists = os.path.dirname(path), os.path.lexists(path)
     if (exists and not os.path.isfile(path)) or not os.path.isdir(folder):
-        yield "problem", f"call log: {path} is no file, or its folder does not exist: set CALL_LOG to a file, or to off"
+        yield "problem", (f"call log: {path} is no file, or its folder does not exist: set "
+                          "CALL_LOG to a file, or to off")
         return
     # SQLite keeps files beside it, so the folder counts as well.
-    if not os.access(folder, os.W_OK | os.X_OK) or (exists and not os.access(path, os.R_OK | os.W_OK)):
-        yield "problem", f"call log: {path} or its folder cannot be written by this user: set CALL_LOG to a file that can, or to off"
+    can_write = not exists or os.access(path, os.R_OK | os.W_OK)
+    if not can_write or not os.access(folder, os.W_OK | os.X_OK):
+        yield "problem", (f"call log: {path} or its folder cannot be written by this user: set "
+                          "CALL_LOG to a file that can, or to off")
         return
     if shutil.disk_usage(folder).free < LITTLE_ROOM:
-        yield "warning", f"call log: less than {LITTLE_ROOM // 1024 // 1024} MB are free for {path}"
-    if not os.path.exists(path) or not os.path.getsize(path):
+        yield "warning", f"call log: less than {LITTLE_ROOM >> 20} MB are free for {path}"
+    if not exists or not os.path.getsize(path):
         yield "ok", f"call log: {path} will be created"
         return
     if os.name != "nt" and os.stat(path).st_mode & 0o077:
         yield "warning", f"call log: {path} can be read by others: chmod 600 {path}"
     try:
-        with contextlib.closing(open_calls(path)) as connection:
-            fault = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        with contextlib.closing(open_log(path)) as database:
+            fault = database.execute("PRAGMA quick_check(1)").fetchone()[0]
             if fault != "ok":
                 raise sqlite3.DatabaseError(fault)
             yield "ok", f"call log: {path} is healthy"
-            yield from check_story(connection, time.time())
-    except (SettingsError, sqlite3.Error) as error:
-        is_damage = re.search("malformed|not a database|image", str(error)) or type(error) is sqlite3.DatabaseError
-        yield "problem", f"call log: {error}" + (": the server puts a damaged file aside and begins a new one" if is_damage else "")
+            yield from check_story(database, time.time())
+    except (CommandFailed, Nothing) as error:
+        yield "problem", f"call log: {error}"
+    except sqlite3.Error as error:
+        yield "problem", (f"call log: {error}: the server puts a damaged file aside and begins a "
+                          "new one")
 
 
-def check_story(connection: sqlite3.Connection, now: float) -> Iterator[tuple[str, str]]:
+def check_story(database: sqlite3.Connection, now: float) -> Iterator[Finding]:
     """What the stored events tell of the way that they took."""
-    last = connection.execute("SELECT received_at FROM events ORDER BY id DESC LIMIT 1").fetchone()
-    if not last:
-        yield "warning", "events: none yet; enter the URL in sipgate's console, choose the sources, and call"
+    latest = database.execute("SELECT id, event FROM events ORDER BY id DESC LIMIT 1000").fetchall()
+    if not latest:
+        yield "warning", ("events: none yet; enter the URL in sipgate's console, choose the "
+                          "sources, and call")
         return
-    yield "ok", f"events: the last one came {duration(max(now - last[0], 0))} ago"
-    recent = dict(connection.execute("SELECT event, count(*) FROM (SELECT event FROM events ORDER BY id DESC LIMIT 1000) GROUP BY event"))
-    if recent.get("newCall", 0) >= FOLLOW_UPS_MISSED and not recent.get("answer") and not recent.get("hangup"):
-        yield "problem", ("follow-ups do not arrive: there are newCalls, but never an answer or a hangup; the URLs in the "
-                          "replies begin with WEBHOOK_URL, which must be reached from the internet")
+    yield "ok", f"events: the last one came {ago(now - latest[0][0] / 1e6)}"
+    kinds = [kind for _, kind in latest]
+    if kinds.count("newCall") >= 5 and "answer" not in kinds and "hangup" not in kinds:
+        yield "problem", ("follow-ups do not arrive: there are newCalls, but never an answer or a "
+                          "hangup; the URLs in the replies begin with WEBHOOK_URL, which must be "
+                          "reached from the internet")
 
 
-def check_port(settings: Settings) -> tuple[tuple[str, str], str]:
-    """Whether the port is free or held, and the instance id if it is held by a copy of this script."""
-    scheme = "https" if settings.webhook_tls_cert else "http"
-    host = "127.0.0.1" if settings.webhook_host in ("0.0.0.0", "::", "localhost") else settings.webhook_host
-    place = f"port {settings.webhook_port} of {host}"
+def ago(seconds: float) -> str:
+    """How long ago that was, in the largest unit that fits."""
+    for size, noun in ((86400, "day"), (3600, "hour"), (60, "minute")):
+        if seconds >= size:
+            return f"{plural(int(seconds // size), noun)} ago"
+    return "in the last minute"
+
+
+def check_port(settings: Settings) -> tuple[Finding, str]:
+    """Whether somebody listens, and the instance of the copy of this script that does."""
+    place = f"port {settings.webhook_port} of {settings.webhook_host}"
     try:
-        with socket.create_connection((host, settings.webhook_port), 5):
-            pass
-    except OSError:
+        health = local_health(settings)
+    except (OSError, UnicodeError, http.client.HTTPException) as failure:
         try:
             with WebhookServer(settings.webhook_host, settings.webhook_port):
-                return ("ok", f"{place} is free"), ""
+                return ("warning", f"{place} is free: no server runs there, so nothing can arrive; "
+                        "start it"), ""
         except (OSError, UnicodeError) as error:
-            return ("problem", bind_advice(error, settings)), ""
-    try:
-        kind = ssl._create_unverified_context() if scheme == "https" else None  # our own, on this machine
-        connection = (http.client.HTTPSConnection(host, settings.webhook_port, timeout=5, context=kind) if kind else
-                      http.client.HTTPConnection(host, settings.webhook_port, timeout=5))
-        with contextlib.closing(connection):
-            connection.request("GET", "/healthz")
-            reply = connection.getresponse()
-            said = reply.read(1000).decode("utf-8", "replace").strip()
-    except (OSError, http.client.HTTPException):
-        return ("problem", f"{place} is held by another program: stop it, or choose another port"), ""
-    instance, refused = reply.headers.get("X-Instance", ""), reply.headers.get("X-Refused", "0")
-    if reply.status == 503 and (instance or said == "stopping"):
-        return ("problem", f"{place}: the running copy says: {printable(said)}"), instance
-    if not instance:
-        return ("problem", f"{place} is held by another program: stop it, or choose another port"), ""
-    if refused != "0":
-        return ("warning", f"{place} is held by a running copy, which has refused {printable(refused)} webhooks: its stderr says why"), instance
-    return ("ok", f"{place} is held by a running copy of this script"), instance
+            if getattr(error, "errno", 0) != errno.EADDRINUSE:
+                return ("problem", bind_advice(error, settings)), ""
+            text = f"{place} is held, but does not answer as this script would ({failure})"
+            return ("problem", printable(text)), ""
+    if not health.instance:
+        return ("problem", f"{place} is held by another program, or by a copy of this script with "
+                "other settings: give check the settings of that copy (--env-file, --url)"), ""
+    if health.status == 503:
+        return ("problem", f"{place}: the running copy says: {printable(health.text)}"
+                ), health.instance
+    if health.refused != "0":
+        return ("warning", f"{place}: the running copy has refused webhooks (so far: "
+                f"{printable(health.refused[:9])}); its stderr says why"), health.instance
+    return ("ok", f"{place}: a copy of this script runs"), health.instance
 
 
-def check_way_in(settings: Settings, instance: str) -> tuple[str, str]:
-    """Whether WEBHOOK_URL leads, through the internet, to the process with this instance id."""
+def check_way_in(settings: Settings, instance: str) -> Finding:
+    """Whether each URL of ours leads, through the internet, to the process with this instance."""
     url = settings.webhook_url
-    try:
-        health = get_health(url)
-    except ssl.SSLCertVerificationError as error:
-        return "problem", f"{url}: sipgate will not accept the certificate: {error.verify_message}; get one from Let's Encrypt, for instance"
-    except ssl.SSLError as error:
-        return "problem", f"{url} does not speak https there: {error.reason or error}"
-    except socket.timeout:  # noqa: UP041 - no TimeoutError before Python 3.10
-        return "warning", f"{url} does not answer in time; from inside, that may be a router that cannot reach its own public address"
-    except (OSError, UnicodeError, http.client.HTTPException) as error:
-        return "problem", f"{url} cannot be reached ({error or type(error).__name__}): is the tunnel or proxy running?"
-    if instance and health.instance == instance:
-        return "ok", f"{url} leads to this script"
-    if health.instance:
-        return "problem", f"{url} leads to another copy of this script: check the port that the tunnel or proxy leads to"
-    parts = urllib.parse.urlsplit(url)
-    with contextlib.suppress(OSError, UnicodeError, http.client.HTTPException):
-        if instance and parts.path and get_health(f"{parts.scheme}://{parts.netloc}").instance == instance:
-            return "problem", (f"{url}: the path {parts.path} does not get through: let the proxy pass it on, or take it out of "
-                               "WEBHOOK_URL, if the running copy has the same one")
-    if health.status == 404:
-        return "problem", f"{url}/healthz is not found there (404): the path or the address is another one"
-    return "problem", f"{url} leads to another server (status {health.status}): check where the tunnel or proxy leads"
+    for route in ROUTES:
+        try:
+            health = get_health(url + route)
+        except ssl.SSLCertVerificationError as error:
+            return "problem", (f"{url}: sipgate will not accept the certificate: "
+                               f"{error.verify_message}; get one from Let's Encrypt, for instance")
+        except ssl.SSLError as error:
+            return "problem", f"{url} does not speak https there: {error.reason or error}"
+        except socket.timeout:  # noqa: UP041 - no TimeoutError before Python 3.10
+            return "warning", (f"{url} does not answer in time; from inside, that may be a router "
+                               "that cannot reach its own public address")
+        except (OSError, UnicodeError, http.client.HTTPException) as error:
+            return "problem", (f"{url} cannot be reached ({printable(str(error))}): is the tunnel "
+                               "or proxy running?")
+        if not health.instance:
+            return "problem", (f"{url}{route} does not get through (status {health.status}): the "
+                               "proxy leads elsewhere, or changes the path on its way")
+        if health.instance != instance:
+            return "problem", (f"{url}{route} leads to another copy of this script: check the port "
+                               "that the tunnel or proxy leads to")
+    return "ok", f"{url} leads to the running copy, with each of its paths"
 
 
-def check_network(settings: Settings) -> Iterator[tuple[str, str]]:
-    """The port, and the way to it; if nobody listens, this listens itself for a moment."""
+def check_network(settings: Settings) -> Iterator[Finding]:
+    """The port, and the way to it."""
     finding, instance = check_port(settings)
     yield finding
-    if settings.trial:
+    if instance and settings.trial:
         yield "warning", "no WEBHOOK_URL: trial mode, sipgate cannot reach this machine"
-    elif instance or finding[0] == "problem":
+    elif instance:
         yield check_way_in(settings, instance)
-    else:
-        try:
-            tls = TlsFiles(settings.webhook_tls_cert, settings.webhook_tls_key) if settings.webhook_tls_cert else None
-        except SettingsError:
-            return  # said already, with the files
-        with WebhookServer(settings.webhook_host, settings.webhook_port, settings.base_path, tls) as server:
-            server.receiver = Receiver(settings, [], CallFunctions())
-            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-            yield check_way_in(settings, server.instance)
-            server.stop(1)
 
 
 def check(options: argparse.Namespace, settings: Settings) -> int:
     """The command `check`."""
-    findings: list[Iterator[tuple[str, str]]] = [check_basics(settings), check_log(settings.call_log), check_network(settings)]
+    findings = itertools.chain(check_basics(settings, options.sources),
+                               check_log(settings.call_log), check_network(settings))
     worst = 0
-    for kind, text in itertools.chain.from_iterable(findings):
-        print(f"{kind:8} {text}")
+    for kind, text in findings:
+        print(wrapped(f"{kind:8} {text}", sys.stdout, 9), flush=True)
         worst |= kind == "problem"
     return worst
 
 
 # ------------------------------------------------------------------------------------------
 # Command line
-# The only place that reads files, the environment and arguments.
+# The only place that reads the environment and arguments.
 # ------------------------------------------------------------------------------------------
-
-@contextlib.contextmanager
-def consoles() -> Iterator[None]:
-    """Lead sys.stdout and sys.stderr through Consoles."""
-    real = sys.stdout, sys.stderr
-    # pythonw has no streams at all.
-    out, err = (Console(stream or open(os.devnull, "w", encoding="utf-8")) for stream in real)  # noqa: SIM115
-    sys.stdout, sys.stderr = out, err
-    try:
-        yield
-    finally:
-        out.drain(0.2)
-        err.drain(0.2)
-        sys.stdout, sys.stderr = real
-
-
-@contextlib.contextmanager
-def diagnostics() -> Iterator[None]:
-    """Lead our messages to sys.stderr."""
-    handler = logging.StreamHandler(sys.stderr)
-    # journald writes the time itself.
-    moment = "" if os.environ.get("JOURNAL_STREAM") else "%(asctime)s "
-    handler.setFormatter(DiagnosticFormatter(moment + "%(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
-    logger.addHandler(handler)
-    logger.propagate = False
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-
 
 def read_env_file(path: str) -> str:
     """Return the text of a .env file. Raises SettingsError."""
     try:
-        with open(path, "rb") as file:
-            content = file.read()
+        content = pathlib.Path(path).read_bytes()
     except OSError as error:
         raise SettingsError(f"{path} cannot be read: {error.strerror}") from None
     if content[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in content:
@@ -3620,30 +3754,62 @@ def read_env_file(path: str) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise SettingsError(f"{path} is not in UTF-8, see line {content.count(10, 0, error.start) + 1}: "
-                            "save it as UTF-8") from None
+        line = content.count(b"\n", 0, error.start) + 1
+        raise SettingsError(f"{path} is not in UTF-8, see line {line}: save it as UTF-8") from None
+
+
+def find_env_file(options: argparse.Namespace) -> str:
+    """Return the path of the .env file: the one named, beside the script, or here; "" for none."""
+    if options.env_file:
+        return os.path.abspath(options.env_file)
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".env")
+    found = [path for path in (beside, os.path.abspath(".env")) if os.path.isfile(path)]
+    return found[0] if found else ""
+
+
+def warn_of_names(values: Iterable[str]) -> None:
+    """Name what looks like a setting and is none."""
+    for name in sorted(set(values) - set(SETTINGS)):
+        close = likely(name.upper(), SETTINGS)
+        if close or re.match("(WEBHOOK|CALL)_", name):
+            meant = f"; is {close} meant?" if close else ""
+            logger.warning("there is no setting %s%s", name, meant)
 
 
 def read_settings(options: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
-    """Return the settings: a flag counts before the environment, that before .env. Raises SettingsError."""
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".env")
-    found = [path for path in (beside, os.path.abspath(".env")) if os.path.isfile(path)]
-    path = os.path.abspath(options.env_file) if options.env_file else found[0] if found else ""
-    text = read_env_file(path) if path else ""
-    if path:
+    """Return the settings: a flag counts before the environment, that before .env.
+
+    Says in `options.sources` where they are from. Raises SettingsError.
+    """
+    path = find_env_file(options)
+    in_file, unread = parse_dotenv(read_env_file(path)) if path else ({}, {})
+    if path and options.command != "check":
         print(f"Settings are read from {path}", file=sys.stderr)
-    values = {**parse_dotenv(text, environ), **environ}
+    expected = "expected NAME=value, quotes closed, without ${...}, \\ or text behind them"
+    problems = [f"{path} line {number}: {name} cannot be read: {expected}"
+                for number, name in unread.items() if name in SETTINGS]
+    if problems:
+        raise SettingsError(*problems)
+    for number in unread:
+        logger.warning("%s: line %d is skipped: %s", path, number, expected)
     flags = {"WEBHOOK_URL": options.url, "WEBHOOK_PORT": options.port}
-    values.update((name, value) for name, value in flags.items() if value is not None)
-    known = [setting.name.upper() for setting in fields(Settings)]
-    for name in known:
-        if environ.get(name) == "" and re.search(rf"(?m)^\s*(export\s+)?{name}\s*=\s*\S", text):
-            logger.warning("%s is empty in the environment, which switches off the one in .env", name)
-    for name in sorted(set(values) - set(known)):
-        close = likely(name.upper(), known)
-        if close or re.match("(WEBHOOK|CALL)_", name):
-            logger.warning("there is no setting %s%s", name, f"; is {close} meant?" if close else "")
-    return Settings.from_values(values, os.path.dirname(path))
+    typed = {name: value for name, value in flags.items() if value is not None}
+    for name in SETTINGS:
+        if environ.get(name) == "" and in_file.get(name):
+            logger.warning("%s is empty in the environment, which switches off the one in .env",
+                           name)
+    values = {**in_file, **environ, **typed}
+    warn_of_names(values)
+    sources = ((typed, "typed"), (environ, "from the environment"), (in_file, f"from {path}"))
+    said, left = [], [name for name in SETTINGS if values.get(name)]
+    for source, words in sources:
+        names = [name for name in left if name in source]
+        left = [name for name in left if name not in source]
+        said += [f"{', '.join(names)} {words}"] if names else []
+    options.sources = "; ".join([*said, "the others are defaults" if said else "all are defaults"])
+    names_typed = {"WEBHOOK_URL": "--url", "WEBHOOK_PORT": "--port"}
+    return checked(values, os.path.dirname(path or os.path.abspath(__file__)),
+                   {name: names_typed[name] for name in typed})
 
 
 def some_seconds(text: str) -> float:
@@ -3660,49 +3826,120 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that names a flag it does not know, and not the word behind it."""
+
+    def error(self, message: str) -> NoReturn:
+        known = list(self._option_string_actions)
+        for word in sys.argv[1:]:
+            name = word.partition("=")[0]
+            if "invalid choice" in message and name.startswith("--") and name not in known:
+                close = likely(name, known)
+                super().error(f"there is no option {name}" + (f"; is {close} meant?" if close
+                                                              else ""))
+        super().error(message)
+
+
 def command_line() -> argparse.ArgumentParser:
     """The commands and their options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=os.path.basename(__file__), allow_abbrev=False,
         description="Receive the call events of sipgate.io. Without a command: serve.",
         epilog="Further settings, in the environment or in a .env file: "
-        + ", ".join(known.name.upper() for known in fields(Settings)[2:]) + ". See the README.")
-    parser.add_argument("--url", metavar="URL", help="public base URL of the webhooks (WEBHOOK_URL)")
-    parser.add_argument("--port", metavar="PORT", help="port to listen on (WEBHOOK_PORT, default 8080)")
-    parser.add_argument("--env-file", metavar="FILE", help="read this file instead of .env")
+        + ", ".join(SETTINGS[2:]) + ". See the README.")
     parser.add_argument("--version", action="version", version=f"sipgate_callevents {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    calls = commands.add_parser("calls", help="show the latest calls", allow_abbrev=False, description="Show the latest calls, "
-                                "newest last. Times in the table are local, in JSON and CSV UTC.", epilog="In CSV an apostrophe "
-                                "stands before what a spreadsheet would take for a formula or a number to be rounded.")
-    calls.add_argument("--missed", action="store_true", help="those to ring back: missed or on voicemail, not spoken to since")
-    calls.add_argument("--since", metavar="DATE", help="from this day or moment on, such as 2026-11-01")
-    calls.add_argument("--number", metavar="NUMBER", default="", help="from or to this number; * stands for any digits")
-    calls.add_argument("--limit", metavar="N", type=whole_number, default=20, help="at most so many (20)")
-    calls.add_argument("--events", action="store_true", help="with the events of each call (not in CSV)")
-    calls.add_argument("--format", choices=("table", "csv", "json"), default="table")
-    forget = commands.add_parser("forget", help="remove every trace of a number", allow_abbrev=False,
-                                 description="Remove every trace of a number from the call log. The calls stay.")
-    forget.add_argument("number", help="the whole number, such as 4915791234567")
-    simulate = commands.add_parser("simulate", help="rehearse calls without a phone", allow_abbrev=False, description="Rehearse a "
-                                   "call: play sipgate towards this script with your settings and your functions.")
-    simulate.add_argument("scenario", nargs="?", choices=list(SCENARIOS), default="answered", metavar="SCENARIO",
-                          help=f"{', '.join(SCENARIOS)} (default: answered)")
-    simulate.add_argument("--all", action="store_true", help="every scenario in turn")
-    simulate.add_argument("--from", dest="sender", metavar="NUMBER", default="492111234567", help="the caller")
-    simulate.add_argument("--to", metavar="NUMBER", default="4915791234567", help="the number called")
-    simulate.add_argument("--user", metavar="NAME", action="append", help="who rings (repeatable)")
-    simulate.add_argument("--digits", metavar="1,0042", default="1", help="what the caller presses, menu by menu; empty: nothing")
-    simulate.add_argument("--pause", metavar="SECONDS", type=some_seconds, default=0.05, help="between the events (0.05)")
-    simulate.add_argument("--url", dest="target", metavar="URL", help="play against another server: its full newCall address")
-    simulate.add_argument("--sound", metavar="FILE", help="only check whether sipgate would play this file")
-    check = commands.add_parser("check", help="find out why nothing arrives", allow_abbrev=False,
-                                description="Go through all that stands between a call and its line on the screen.")
-    check.add_argument("--url", metavar="URL", default=argparse.SUPPRESS, help="as given to the server")
-    check.add_argument("--port", metavar="PORT", default=argparse.SUPPRESS, help="as given to the server")
-    for command in (calls, forget, simulate, check):
-        command.add_argument("--env-file", metavar="FILE", default=argparse.SUPPRESS, help="read this file instead of .env")
+    parsers = [parser]
+    for name, words, describe in (
+            ("calls", "show the latest calls", describe_calls),
+            ("forget", "remove every trace of a number", describe_forget),
+            ("simulate", "rehearse calls without a phone", describe_simulate),
+            ("check", "find out why nothing arrives", None),
+            ):
+        command = commands.add_parser(name, help=words, allow_abbrev=False,
+                                      description=words[0].upper() + words[1:] + ".")
+        if describe:
+            describe(command)
+        parsers.append(command)
+    for each in parsers:
+        default = None if each is parser else argparse.SUPPRESS
+        each.add_argument("--url", metavar="URL", default=default,
+                          help="public base URL of the webhooks (WEBHOOK_URL)")
+        if each.prog.split()[-1] != "page":
+            each.add_argument("--port", metavar="PORT", default=default,
+                              help="port to listen on (WEBHOOK_PORT, default 8080)")
+        each.add_argument("--env-file", metavar="FILE", default=default,
+                          help="read this file instead of .env")
     return parser
+
+
+def describe_calls(calls: argparse.ArgumentParser) -> None:
+    """The options of `calls`."""
+    calls.epilog = ("Times are local, in JSON UTC. In CSV an apostrophe stands before what a "
+                    "spreadsheet would take for a formula or a number to be rounded.")
+    calls.add_argument("--missed", action="store_true",
+                       help="whom to ring back: missed or on voicemail, not spoken to since")
+    calls.add_argument("--all", action="store_true", help="with --missed: each call, not caller")
+    calls.add_argument("--since", metavar="DATE", help="from this day on, such as 2026-11-01")
+    calls.add_argument("--number", metavar="NUMBER", default="",
+                       help="from or to this number; * stands for any digits")
+    calls.add_argument("--limit", metavar="N", type=whole_number,
+                       help="at most so many (in a table 20)")
+    calls.add_argument("--events", action="store_true", help="with their events (not in CSV)")
+    calls.add_argument("--format", choices=("table", "csv", "excel", "json"), default="table",
+                       help="excel: CSV as a German Excel reads it")
+
+
+def describe_forget(forget: argparse.ArgumentParser) -> None:
+    """The options of `forget`."""
+    forget.add_argument("number", help="the number with its country code, written as you like")
+    forget.add_argument("--yes", action="store_true", help="do not ask")
+
+
+def describe_simulate(simulate: argparse.ArgumentParser) -> None:
+    """The options of `simulate`."""
+    add = simulate.add_argument
+    add("scenario", nargs="?", choices=list(SCENARIOS), default="answered", metavar="SCENARIO",
+        help=f"{', '.join(SCENARIOS)} (default: answered)")
+    add("--all", action="store_true", help="every scenario in turn")
+    add("--from", dest="sender", metavar="NUMBER", default="492111234567", help="the caller")
+    add("--to", metavar="NUMBER", default="4915791234567", help="the number called")
+    add("--user", metavar="NAME", action="append", help="who rings (repeatable)")
+    add("--digits", metavar="1,0042", default="1",
+        help="what the caller presses, menu by menu; empty: nothing")
+    add("--pause", metavar="SECONDS", type=some_seconds, default=0.05,
+        help="between the events (0.05)")
+    add("--sound", metavar="FILE", help="only check whether sipgate would play this file")
+
+
+def run_server(options: argparse.Namespace) -> int:
+    """Serve until a signal comes."""
+    with diagnostics(sys.stderr):
+        settings = read_settings(options, os.environ)
+        for warning in warnings_of(settings):
+            logger.warning("%s", warning)
+        if time.time() < 1_577_836_800:  # 2020
+            logger.warning("the clock of this machine says %s: set it, or calls get wrong times",
+                           local_time(time.time()))
+        keys, functions = load_keys(settings.signature_key_file), load_functions(
+            settings.call_handlers)
+    tell = teller(settings.call_output, not has_own_time(sys.stdout))
+    try:
+        return serve(settings, keys=keys, functions=functions, tell=tell, announce=announcement,
+                     find_call=None if settings.call_log == "off" else call_finder(settings.call_log))
+    except (OSError, UnicodeError) as error:
+        raise SystemExit(f"sipgate_callevents: {bind_advice(error, settings)}") from None
+
+
+def run_command(options: argparse.Namespace) -> int:
+    """Run a command; return its exit status."""
+    commands = {"calls": show_calls, "forget": forget_number, "simulate": simulate,
+                "check": check}
+    with diagnostics(sys.stderr):
+        settings = read_settings(options, os.environ)
+        status = commands[options.command](options, settings)
+        sys.stdout.flush()
+        return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -3710,35 +3947,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = command_line().parse_args(argv)
     # A file named in CALL_HANDLERS imports this very module, whatever the script is called.
     sys.modules["sipgate_callevents"] = sys.modules[__name__]
-    commands = {"calls": show_calls, "forget": forget_number, "simulate": simulate, "check": check}
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # rather than end at a name that the terminal cannot show
-    # A command may wait for whoever reads its output; a server may not.
-    with contextlib.nullcontext() if options.command else consoles(), diagnostics():
-        try:
-            settings = read_settings(options, os.environ)
-            status = commands[options.command](options, settings) if options.command else serve(settings, CALLS)
-            sys.stdout.flush()
-            return status
-        except OSError as error:
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - nothing is left to flush
-            if isinstance(error, BrokenPipeError):  # such as head, which has seen enough
-                return 0
-            print(f"sipgate_callevents: {error}", file=sys.stderr)
-            return 1
-        except sqlite3.Error as error:
-            print(f"sipgate_callevents: {settings.call_log} cannot be read: {error}", file=sys.stderr)
-            return 1
-        except Nothing as nothing:
-            print(f"{str(nothing)[0].upper()}{str(nothing)[1:]}.", file=sys.stderr)
-            return 0
-        except SettingsError as error:
-            for problem in error.problems:
-                if options.command == "check":
-                    print(f"problem  {problem}")
-                else:
-                    print(f"sipgate_callevents: {problem}", file=sys.stderr)
-            return 1 if options.command == "check" else 2
+        sys.stdout.reconfigure(errors="backslashreplace")  # rather than end at an odd name
+    try:
+        return run_command(options) if options.command else run_server(options)
+    except SettingsError as error:
+        for problem in error.problems:
+            print(wrapped(f"sipgate_callevents: {problem}", sys.stderr), file=sys.stderr)
+        return 2
+    except CommandFailed as error:
+        print(wrapped(f"sipgate_callevents: {error}", sys.stderr), file=sys.stderr)
+        return 1
+    except Nothing as nothing:
+        text = str(nothing)
+        print(wrapped(f"{text[0].upper()}{text[1:]}.", sys.stderr), file=sys.stderr)
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # such as head, which has seen enough
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - nothing to flush
+        return 0
+    except (sqlite3.Error, OSError) as error:
+        if not options.command:
+            raise
+        print(f"sipgate_callevents: {printable(str(error))}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
