@@ -1060,27 +1060,6 @@ def _nothing(event: CallEvent) -> None:
     """Your functions as they come."""
 
 
-def name_of(function: Callable[[Any], Any]) -> str:
-    """What to call one of your functions in a message."""
-    return str(getattr(function, "__name__", "your code"))
-
-
-def does_nothing(function: Callable[[Any], Any]) -> bool:
-    """Whether `function` has nothing but its docstring: then it needs no thread to run in."""
-    code, empty = getattr(function, "__code__", None), _nothing.__code__
-    return code is not None and (code.co_code, code.co_names, code.co_consts[1:]) == (
-        empty.co_code, empty.co_names, empty.co_consts[1:])
-
-
-def error_text(error: BaseException) -> str:
-    """The traceback of an error in your code, from your code on."""
-    try:
-        trace = error.__traceback__ and error.__traceback__.tb_next
-        return "".join(traceback.format_exception(type(error), error, trace))
-    except Exception:  # its own __str__, or, before Python 3.9, a very long chain of them
-        return type(error).__name__
-
-
 class YourCode:
     """Runs your functions: on_new_call and on_dtmf while the caller waits, the others later.
 
@@ -1092,15 +1071,22 @@ class YourCode:
     HOOKS = 1000  # runs of on_answer and on_hangup that may wait
     HOOK_SECONDS = 60.0  # that one may take before it is named
 
-    def __init__(self) -> None:
+    def __init__(self, functions: CallFunctions) -> None:
+        self.functions = functions
         self._slots = threading.Semaphore(self.SLOTS)
         self._began: dict[int, float] = {}  # by thread, when a decision that has not ended began
         self._hook, self._hook_since = "", 0.0  # the one that runs now
-        self._hooks = Worker("hooks", self._run_hook, self.HOOKS, most=1)
+        self.hooks = Worker("hooks", self._run_hook, self.HOOKS, most=1)
 
-    def decide(self, function: Callable[[Any], Any], event: CallEvent, deadline: float) -> Any:
-        """Return what `function` makes of `event`; None if it fails, or not by `deadline`."""
-        if does_nothing(function):
+    def does_nothing(self, name: str) -> bool:
+        """Whether that function has nothing but its docstring: then it needs no thread."""
+        code, empty = getattr(getattr(self.functions, name), "__code__", None), _nothing.__code__
+        return code is not None and (code.co_code, code.co_names, code.co_consts[1:]) == (
+            empty.co_code, empty.co_names, empty.co_consts[1:])
+
+    def decide(self, name: str, event: CallEvent, deadline: float) -> Action | None:
+        """Return what that function makes of `event`; None if it fails, or not by `deadline`."""
+        if self.does_nothing(name):
             return None
         if not self._slots.acquire(timeout=self.SLOT_SECONDS):
             logger.warning("all %d slots for your code are taken, by code that has not returned; "
@@ -1109,76 +1095,70 @@ class YourCode:
         outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
         try:
             # Thread.start() waits for its thread to begin: for ever, if memory has run out.
-            thread = _thread.start_new_thread(self._run, (function, event, outcome))
+            thread = _thread.start_new_thread(self._run, (name, event, outcome))
         except RuntimeError as error:
             self._slots.release()
-            logger.error("%s was not run: %s; the call goes through undecided",
-                         name_of(function), error)
+            logger.error("%s was not run: %s; the call goes through undecided", name, error)
             return None
         try:
-            return outcome.get(timeout=max(deadline - time.monotonic(), 0))
+            action = outcome.get(timeout=max(deadline - time.monotonic(), 0))
         except queue.Empty:
+            frame = sys._current_frames().get(thread)
+            where = traceback.format_stack(frame)[2:] if frame else []  # less our own two
             logger.error("%s has not returned in time; the call goes through undecided. It is at",
-                         name_of(function), extra={"below": self._where(thread)})
+                         name, extra={"below": "".join(where)})
             return None
+        if action is None or isinstance(action, Action):
+            return action
+        meant = f"; is {action.__name__}() meant?" if inspect.isfunction(action) else ""
+        logger.error("%s returned a %s, not an action such as dial(...)%s; the call goes through "
+                     "undecided", name, type(action).__name__, meant)
+        return None
 
-    def run_later(self, function: Callable[[Any], Any], event: CallEvent) -> None:
-        """Have `function` called with `event`, soon, one after the other; never waits."""
-        if not does_nothing(function) and not self._hooks.put((function, event)):
-            logger.warning("%s was not run: %d events wait for your code", name_of(function),
-                           self.HOOKS)
-
-    def is_idle(self) -> bool:
-        """Whether nothing is left to run later."""
-        return not self._hooks.waiting()
-
-    def finish(self, seconds: float) -> int:
-        """Wait up to `seconds` for what is to run later; return how many events are left."""
-        return len(self._hooks.finish(seconds))
+    def run_later(self, name: str, event: CallEvent) -> None:
+        """Have that function called with `event`, soon, one after the other; never waits."""
+        if not self.does_nothing(name) and not self.hooks.put((name, event)):
+            logger.warning("%s was not run: %d events wait for your code", name, self.HOOKS)
 
     def stuck(self) -> str:
         """What of your code does not return, "" if there is nothing."""
         now = time.monotonic()
-        late = sum(now - began > REPLY_SECONDS for began in list(self._began.values()))
-        if late >= self.SLOTS:
+        late = [began for began in list(self._began.values()) if now - began > REPLY_SECONDS]
+        if len(late) >= self.SLOTS:
             return "your code is stuck: calls go through undecided"
         if self._hook and now - self._hook_since > self.HOOK_SECONDS:
             return f"your code is stuck: {self._hook} has been running for over a minute"
         return ""
 
-    def _run(self, function: Callable[[Any], Any], event: CallEvent, outcome: Any) -> None:
-        """Run a decision, in a thread of its own."""
+    def _run(self, name: str, event: CallEvent, outcome: queue.SimpleQueue[Any]) -> None:
         thread = threading.get_ident()
         self._began[thread] = time.monotonic()
         try:
-            outcome.put(self._called(function, event, "the call goes through undecided"))
+            outcome.put(self._called(name, event))
         finally:
             del self._began[thread]
             self._slots.release()
 
     def _run_hook(self, batch: list[Any]) -> None:
-        for function, event in batch:
-            self._hook, self._hook_since = name_of(function), time.monotonic()
-            self._called(function, event, "the event counts as handled")
+        for name, event in batch:
+            self._hook, self._hook_since = name, time.monotonic()
+            self._called(name, event)
             self._hook = ""
 
-    def _called(self, function: Callable[[Any], Any], event: CallEvent, consequence: str) -> Any:
+    def _called(self, name: str, event: CallEvent) -> Any:
         try:
-            result = function(event)
+            result = getattr(self.functions, name)(event)
             print(end="", flush=True)  # what print(..., end="") has left
             return result
         except BaseException as error:  # noqa: BLE001 - sys.exit() in your code is no end of ours
-            # Made into text here: its own __str__ could hang, and the logger's lock with it.
-            logger.error("%s raised %s; %s", name_of(function), type(error).__name__, consequence,
-                         extra={"below": error_text(error)})
+            try:
+                # Text from here on: its own __str__ could hang, and the logger's lock with it.
+                below = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+            except Exception:  # noqa: BLE001 - that __str__ can raise, too
+                below = ""
+            logger.error("%s raised %s; the call goes on without it", name, type(error).__name__,
+                         extra={"below": below})
             return None
-
-    def _where(self, thread: int) -> str:
-        """The lines that your code in `thread` is at, innermost last."""
-        frames = traceback.walk_stack(sys._current_frames().get(thread))
-        yours = itertools.takewhile(lambda pair: pair[0].f_code.co_filename != __file__
-                                    or pair[0].f_code.co_name != "_called", frames)
-        return "".join(reversed(traceback.StackSummary.extract(yours).format()))
 
 
 class Reply(NamedTuple):
@@ -1200,26 +1180,27 @@ class Answered(NamedTuple):
     action: Action | None = None
 
 
-# The three refusals of a signature: reply, and what to do about it.
-MISSING = (
-    "signature missing, see VERIFY_SIGNATURE",
-    "a webhook was refused, X-Sipgate-Signature is missing: it is not from sipgate, or a proxy "
-    "drops that header")
-MALFORMED = (
-    "signature malformed, see SIGNATURE_KEY_FILE",
-    "a webhook was refused, X-Sipgate-Signature is malformed: it is not from sipgate, or a proxy "
-    "changes that header")
-MISMATCH = (
-    "signature does not match, see SIGNATURE_KEY_FILE",
-    "a webhook was refused, X-Sipgate-Signature does not match: it is not from sipgate, or a "
-    "proxy changes the body, or sipgate has a new key (SIGNATURE_KEY_FILE)")
-UNSIGNED_TRIAL = (" (in trial mode only requests of this machine go without: curl to "
+# What is refused: the reply, and for stderr what to do about it.
+MISSING = "signature missing, see VERIFY_SIGNATURE"
+MALFORMED = "signature malformed, see SIGNATURE_KEY_FILE"
+MISMATCH = "signature does not match, see SIGNATURE_KEY_FILE"
+REMEDIES = {
+    MISSING: "a proxy drops X-Sipgate-Signature",
+    MALFORMED: "a proxy changes X-Sipgate-Signature",
+    MISMATCH: "a proxy changes the body, or sipgate has a new key (SIGNATURE_KEY_FILE)"}
+UNSIGNED_TRIAL = (" (in trial mode only requests of this machine need none: curl to "
                   "http://localhost, through no proxy or tunnel)")
 UNSIGNED_FOLLOW_UP = ("; if sipgate itself sends this event without one, VERIFY_SIGNATURE=new-call "
                       "takes it")
 WRONG_PATH = ("a webhook came in at %s, where nothing is: either the URL entered at sipgate is "
               "not WEBHOOK_URL plus /new-call, or a proxy cuts off or changes the path")
 DISCARDED = Reply(200, b"This response will be discarded")
+
+
+def refusal(reason: str, more: str = "") -> WebhookError:
+    """The error for a signature that is not right."""
+    return WebhookError(403, reason, f"a webhook was refused, {reason.partition(',')[0]}: it is "
+                        f"not from sipgate, or {REMEDIES[reason]}{more}")
 
 
 class Receiver:
@@ -1231,47 +1212,25 @@ class Receiver:
                  show: Callable[[list[Answered]], Any] = lambda batch: None, *,
                  call_log: CallLog | None = None, clock: Callable[[], float] = time.time,
                  find_call: Callable[[CallEvent], Any] | None = None) -> None:
-        """`show` gets what has been answered, in order; `find_call` finds its call."""
-        self.settings, self.keys, self.functions, self.show = settings, keys, functions, show
-        self.call_log, self.clock, self.find_call = call_log, clock, find_call
+        """`show` gets what has been answered, in order; `find_call` finds the call of an event."""
+        self.settings, self.keys, self.show, self.find_call = settings, keys, show, find_call
+        self.call_log, self.clock = call_log, clock
         base = settings.base_path
         self.routes = {base + route: event for route, event in ROUTES.items()}
         # Somebody entered WEBHOOK_URL at sipgate as it stands: the body says which event it is.
         self.routes.update({base + "/": "", base or "/": ""})
         self.urls = {name: settings.base_url + route for name, route in
-                     (("on_answer", "/on-answer"), ("on_hangup", "/on-hangup"),
-                      ("on_data", "/on-data"))}
+                     zip(("on_answer", "on_hangup", "on_data"), list(ROUTES)[1:])}
         self._undecided = response_xml(None, **self.urls)  # most replies are this one
-        self.refused = 0  # webhooks, since the start
-        self._lock = threading.Lock()
-        self.your_code = YourCode()
+        self.refused = 0  # webhooks, since the start; about
+        self.your_code = YourCode(functions)
         # A pause, or each line of a busy hour would wake this thread, and cost the calls time.
         self.afterwards = Worker("afterwards", self._follow, 10_000, pause=0.01)
 
     def health(self) -> str:
         """What is wrong, "" if nothing is."""
-        if self.call_log and self.call_log.behind:
-            return "the call log is behind"
-        return self.your_code.stuck()
-
-    def finish(self, deadline: float) -> int:
-        """Wait until `deadline` for what follows; return how many of your functions are left."""
-        self.afterwards.finish(max(deadline - time.monotonic(), 0.1))
-        return self.your_code.finish(max(deadline - time.monotonic(), 0.1))
-
-    def is_quiet(self, seconds: float) -> bool:
-        """Wait up to `seconds` for all that follows what was answered; whether that is done."""
-        until = time.monotonic() + seconds
-        while self.afterwards.waiting() or not self.your_code.is_idle():
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.005)
-        return True
-
-    def count_refusal(self) -> None:
-        """One more webhook was refused."""
-        with self._lock:
-            self.refused += 1
+        is_behind = self.call_log and self.call_log.behind
+        return "the call log is behind" if is_behind else self.your_code.stuck()
 
     def admit(self, target: str, body: bytes, signature: str | None = None,
               outside: str = "") -> CallEvent:
@@ -1291,7 +1250,7 @@ class Receiver:
                                 find_call=self.find_call)
             self._check(event, signature, outside)
         except WebhookError:
-            self.count_refusal()
+            self.refused += 1
             raise
         if self.routes[path] not in ("", event.event) and event.event in EVENTS:
             logger.warning("event %s came in on %s, the path of another event: check the URLs "
@@ -1304,27 +1263,25 @@ class Receiver:
 
     def _verify(self, path: str, body: bytes, signature: str | None, outside: str) -> None:
         """Refuse, before anything is decoded, what sipgate did not sign."""
-        is_checked = self.settings.verify_signature != "off"
+        mode = self.settings.verify_signature
         if signature is not None:
-            if is_checked and not is_signed(body, signature, self.keys):
-                known = len(decode_signature(signature)) in [key.size for key in self.keys]
-                raise WebhookError(403, *(MISMATCH if known else MALFORMED))
-        elif not self._is_open(outside):
-            if self.settings.trial:
-                raise WebhookError(403, MISSING[0], MISSING[1] + UNSIGNED_TRIAL)
-            if self.settings.verify_signature == "on":
-                is_follow_up = self.routes[path] not in ("", "newCall")
-                raise WebhookError(403, MISSING[0],
-                                   MISSING[1] + (UNSIGNED_FOLLOW_UP if is_follow_up else ""))
+            if mode != "off" and not is_signed(body, signature, self.keys):
+                sizes = [key.size for key in self.keys]
+                raise refusal(MISMATCH if len(decode_signature(signature)) in sizes else MALFORMED)
+        elif self.settings.trial and not self._is_open(outside):
+            raise refusal(MISSING, UNSIGNED_TRIAL)
+        elif mode == "on" and not self._is_open(outside):
+            is_follow_up = self.routes[path] not in ("", "newCall")
+            raise refusal(MISSING, UNSIGNED_FOLLOW_UP if is_follow_up else "")
 
     def _check(self, event: CallEvent, signature: str | None, outside: str) -> None:
         """Refuse what is not to be taken, now that it is known which event it is."""
         if self._is_open(outside):
             return
         if signature is None and not isinstance(event, (AnswerEvent, HangupEvent, DtmfEvent)):
-            raise WebhookError(403, *MISSING)
+            raise refusal(MISSING)
         if not event.call_id:
-            raise WebhookError(400, "callId is missing", "a webhook was refused, it has no callId")
+            raise WebhookError(400, "callId is missing")
 
     def answer(self, event: CallEvent, deadline: float, outside: str = "") -> Answered:
         """Store the event, decide, and return the reply: by `deadline` (time.monotonic()).
@@ -1339,13 +1296,12 @@ class Receiver:
             if isinstance(event, UnknownEvent):
                 reply = Reply(200, response_xml(), "application/xml")
                 return Answered(event, reply, received_at, is_new)
-            action, document = self._document(self._decision(event, deadline), outside)
-            reply = Reply(200, document, "application/xml")
-            return Answered(event, reply, received_at, is_new, action)
+            name = "on_new_call" if isinstance(event, NewCallEvent) else "on_dtmf"
+            action, document = self._document(self.your_code.decide(name, event, deadline), outside)
         except Exception:
             logger.exception("an error in this program; the call goes through undecided")
-            reply = Reply(200, self._document(None, outside)[1], "application/xml")
-            return Answered(event, reply, received_at)
+            is_new, (action, document) = True, self._document(None, outside)
+        return Answered(event, Reply(200, document, "application/xml"), received_at, is_new, action)
 
     def _record(self, event: CallEvent, received_at: float) -> bool:
         """Have the event stored; whether it is not an exact repeat (where signatures count)."""
@@ -1355,18 +1311,6 @@ class Receiver:
         if isinstance(event, LegEvent) and not self._is_open(""):
             digest = hashlib.sha256(event.event.encode() + b"\0" + event.body).digest()
         return self.call_log.record(event, received_at, digest) is not False
-
-    def _decision(self, event: CallEvent, deadline: float) -> Action | None:
-        is_new_call = isinstance(event, NewCallEvent)
-        function = self.functions.on_new_call if is_new_call else self.functions.on_dtmf
-        action = self.your_code.decide(function, event, deadline)
-        if action is None or isinstance(action, Action):
-            return action
-        name = getattr(action, "__name__", "")
-        meant = f"; is {name}() meant?" if callable(action) and name else ""
-        logger.error("%s returned a %s, not an action such as dial(...)%s; the call goes through "
-                     "undecided", name_of(function), type(action).__name__, meant)
-        return None
 
     def _document(self, action: Action | None, outside: str) -> tuple[Action | None, bytes]:
         """The XML with `action`; without it where that asks for what we do not have."""
@@ -1379,7 +1323,7 @@ class Receiver:
         if action is None:
             return None, undecided
         asks_us = action.tag == "Gather" and not action.attributes[0][1].startswith("http")
-        if asks_us and does_nothing(self.functions.on_dtmf):
+        if asks_us and self.your_code.does_nothing("on_dtmf"):
             logger.warning("gather() was returned, but on_dtmf does nothing with the digits")
         try:
             return action, response_xml(action, **urls)
@@ -1396,13 +1340,18 @@ class Receiver:
 
     def _follow(self, batch: list[Answered]) -> None:
         self.show(batch)
-        for answered in batch:
-            if not answered.is_new:
-                continue
-            if isinstance(answered.event, AnswerEvent):
-                self.your_code.run_later(self.functions.on_answer, answered.event)
-            elif isinstance(answered.event, HangupEvent):
-                self.your_code.run_later(self.functions.on_hangup, answered.event)
+        for event in (answered.event for answered in batch if answered.is_new):
+            if isinstance(event, (AnswerEvent, HangupEvent)):
+                self.your_code.run_later("on_" + event.event, event)
+
+    def is_quiet(self, seconds: float) -> bool:
+        """Wait up to `seconds` for all that follows what was answered; whether that is done."""
+        until = time.monotonic() + seconds
+        while self.afterwards.waiting() or self.your_code.hooks.waiting():
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.005)
+        return True
 
 
 # ------------------------------------------------------------------------------------------
@@ -1622,14 +1571,14 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
     server: WebhookServer
 
     def setup(self) -> None:
-        self.entry = self.server.entry_of(self.request)
+        self.entry = self.server.connections[self.request]
         self.close_connection, self.command = True, ""
         self.entry.allow(self.head_seconds)
         if self.server.tls:
             # Here and not in the accepting thread, which a silent client would hold up.
-            self.request = self.server.tls.context().wrap_socket(
+            self.request = self.entry.sock = self.server.tls.context().wrap_socket(
                 self.request, True, do_handshake_on_connect=False)
-            if not self.server.switch(self.entry, self.request):
+            if self.entry.is_cut:  # in its old form, which had no effect
                 raise ConnectionAbortedError
             self.request.do_handshake()
         super().setup()
@@ -1679,34 +1628,24 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
         """Reply to a complete request."""
         options = head.headers.get("connection", "").lower().replace(" ", "").split(",")
         self.close_connection = not head.minor or "close" in options or self.server.is_crowded()
-        allowed = self._allowed(head.path)
         try:
-            if allowed and head.method not in allowed:
-                raise WebhookError(405, "takes POST from sipgate" if "POST" in allowed else
-                                   "takes GET")
             getattr(self, "do_" + head.method, self.do_other)(head, body)
         except WebhookError as error:
-            if error.detail or error.status != 404:
+            if error.status != 404:
                 logger.warning(error.detail or "a request was refused: " + error.reason)
-            # The instance lets `check` prove that this very path leads to this very process.
-            headers = (("Allow", ", ".join(allowed)), ("X-Instance", self.server.instance)
-                       ) if error.status == 405 else ()
-            self._send(Reply(error.status, error.reason.encode() + b"\n", headers=headers))
+            self._send(Reply(error.status, error.reason.encode() + b"\n"))
         except OSError:  # the client has gone
             raise
         except Exception:
             logger.exception("an error in this program; replied 500")
             self._send(Reply(500, b"internal error\n"))
 
-    def _allowed(self, path: str) -> tuple[str, ...]:
-        """The methods that `path` knows; none if there is no such path."""
-        if path == self.server.health_path:
-            return ("GET", "HEAD")
-        return ("POST",) if path in self.server.receiver.routes else ()
-
     def do_POST(self, head: RequestHead, body: bytes) -> None:
         """A webhook: the reply, and then what follows it."""
         receiver, headers = self.server.receiver, head.headers
+        if head.path == self.server.health_path:
+            self.do_other(head, body)
+            return
         deadline, outside = time.monotonic() + receiver.reply_seconds, outside_host(headers)
         event = receiver.admit(head.target, body, headers.get("x-sipgate-signature"), outside)
         answered = receiver.answer(event, deadline, outside)
@@ -1724,17 +1663,25 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
     def do_GET(self, head: RequestHead, body: bytes) -> None:
         """The health of this process."""
         if head.path != self.server.health_path:
-            raise WebhookError(404, "not found")
-        wrong = self.server.receiver.health()
+            self.do_other(head, body)
+            return
+        receiver = self.server.receiver
+        wrong = receiver.health()
         self._send(Reply(503 if wrong else 200, (wrong or "ok").encode() + b"\n", headers=(
-            ("X-Instance", self.server.instance),
-            ("X-Refused", str(self.server.receiver.refused)), ("Cache-Control", "no-store"))))
+            *self.server.marks, ("X-Refused", str(receiver.refused)),
+            ("Cache-Control", "no-store"))))
 
     do_HEAD = do_GET
 
     def do_other(self, head: RequestHead, body: bytes) -> None:
-        """A method that no path knows, on a path that is none."""
-        raise WebhookError(404, "not found")
+        """A method where it does not belong."""
+        is_health = head.path == self.server.health_path
+        if not is_health and head.path not in self.server.receiver.routes:
+            raise WebhookError(404, "not found")
+        allowed, text = ("GET, HEAD", b"takes GET\n") if is_health else (
+            "POST", b"takes POST from sipgate\n")
+        # By the marks `check` proves that this very path leads to this very process.
+        self._send(Reply(405, text, headers=(("Allow", allowed), *self.server.marks)))
 
     def _send(self, reply: Reply) -> None:
         """Write `reply` in one piece, so that it is one TCP segment."""
@@ -1764,9 +1711,10 @@ class TlsFiles:
         """Load the PEM files. Raises SettingsError."""
         self.certificate, self.key = certificate, key
         self._lock = threading.Lock()
-        self._checked_at = time.monotonic()
+        self._stamp: list[tuple[int, int]] = []
+        self._checked_at = -math.inf
         try:
-            self._stamp, self._context = self._read_stamp(), self._load()
+            self._look()
         except (OSError, ValueError) as error:
             raise SettingsError(f'WEBHOOK_TLS_CERT is "{certificate}" and WEBHOOK_TLS_KEY "{key}": '
                                 f"{error}; expected a PEM certificate (with its chain) and the key "
@@ -1775,33 +1723,27 @@ class TlsFiles:
     def context(self) -> ssl.SSLContext:
         """The context for a new connection; looks for renewed files at most once a second."""
         with self._lock:
-            if time.monotonic() - self._checked_at >= self.CHECK_SECONDS:
-                self._checked_at = time.monotonic()
-                self._renew()
+            try:
+                self._look()
+            except (OSError, ValueError) as error:
+                logger.error("the renewed certificate %s cannot be used with its key (%s); the old "
+                             "one stays in use", self.certificate, error)
             return self._context
 
-    def _renew(self) -> None:
-        try:
-            stamp = self._read_stamp()
-            if stamp != self._stamp:
-                self._stamp = stamp
-                # Into a new context: the live one would fail while only one file is new.
-                self._context = self._load()
-                logger.warning("the renewed certificate %s is in use", self.certificate)
-        except (OSError, ValueError) as error:
-            logger.error("the renewed certificate %s cannot be used with its key (%s); the old one "
-                         "stays in use", self.certificate, error)
-
-    def _read_stamp(self) -> list[tuple[int, int, int]]:
+    def _look(self) -> None:
+        if time.monotonic() - self._checked_at < self.CHECK_SECONDS:
+            return
+        self._checked_at = time.monotonic()
         found = [os.stat(path) for path in (self.certificate, self.key)]
-        return [(status.st_mtime_ns, status.st_size, status.st_ino) for status in found]
-
-    def _load(self) -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        # A password rather than a question on the terminal, which nobody would answer.
-        context.load_cert_chain(self.certificate, self.key, password=lambda: "")
-        return context
+        stamp = [(status.st_mtime_ns, status.st_ino) for status in found]
+        if stamp != self._stamp:
+            self._stamp = stamp
+            # Into a new context: the live one would fail while only one of the files is new.
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
+            # A password rather than a question on the terminal, which nobody would answer.
+            context.load_cert_chain(self.certificate, self.key, password=lambda: "")
+            self._context = context
 
 
 class WebhookServer(socketserver.ThreadingTCPServer):
@@ -1823,22 +1765,19 @@ class WebhookServer(socketserver.ThreadingTCPServer):
         self.health_path = base_path + "/healthz"
         self.tls = tls
         self.instance = os.urandom(8).hex()
+        self.marks = (("X-Instance", self.instance),)
         self.is_stopping = False
         self._changed = threading.Condition()  # guards the connections
-        self._connections: dict[socket.socket, Connection] = {}
+        self.connections: dict[socket.socket, Connection] = {}
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         self.address_family = family
         super().__init__(address, WebhookRequestHandler)  # type: ignore[arg-type]
+        self.port = int(self.server_address[1])
 
     def server_bind(self) -> None:
         if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):  # Windows
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         super().server_bind()
-
-    @property
-    def port(self) -> int:
-        """The port that is listened on."""
-        return int(self.server_address[1])
 
     def serve_until(self, is_told: Callable[[], bool]) -> None:
         """Accept connections until `is_told`, which is asked at least ten times a second."""
@@ -1851,14 +1790,14 @@ class WebhookServer(socketserver.ThreadingTCPServer):
     def _sweep(self) -> None:
         """Cut what has passed its deadline."""
         now = time.monotonic()
-        for connection in self._connections.values():
+        for connection in self.connections.values():
             if connection.deadline < now and not connection.is_cut:
                 connection.cut()
 
     def _make_room(self) -> None:
         """Cut the connection that has waited longest; none that is served, or soon will be."""
         now = time.monotonic()
-        waiting = [connection for connection in self._connections.values()
+        waiting = [connection for connection in self.connections.values()
                    if not connection.in_flight
                    and not (connection.is_idle and now - connection.since < self.spare_seconds)]
         if waiting and not any(connection.is_cut for connection in waiting):
@@ -1875,11 +1814,11 @@ class WebhookServer(socketserver.ThreadingTCPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start the connection's thread; at the cap, wait until there is room."""
         with self._changed:
-            while len(self._connections) >= self.max_connections and not self._is_told():
+            while len(self.connections) >= self.max_connections and not self._is_told():
                 self._make_room()
                 self._changed.wait(0.05)
                 self._sweep()
-            self._connections[request] = Connection(request)
+            self.connections[request] = Connection(request)
         try:
             # Thread.start() waits for its thread to begin: for ever, if memory has run out.
             _thread.start_new_thread(self.process_request_thread, (request, client_address))
@@ -1898,24 +1837,13 @@ class WebhookServer(socketserver.ThreadingTCPServer):
     def shutdown_request(self, request: Any) -> None:
         """Close a connection whose thread is done, or could not be started."""
         with self._changed:
-            connection = self._connections.pop(request, None)
+            connection = self.connections.pop(request, None)
             self._changed.notify_all()
         super().shutdown_request(connection.sock if connection else request)
 
     def is_crowded(self) -> bool:
         """Whether connections are to be closed after their reply: with notice no POST is lost."""
-        return self.is_stopping or len(self._connections) > self.max_connections * 3 // 4
-
-    def entry_of(self, request: Any) -> Connection:
-        """What is known of a connection."""
-        with self._changed:
-            return self._connections[request]
-
-    def switch(self, connection: Connection, sock: socket.socket) -> bool:
-        """Have `sock` stand for the connection from now on; whether it has not been cut yet."""
-        with self._changed:
-            connection.sock = sock
-            return not connection.is_cut
+        return self.is_stopping or len(self.connections) > self.max_connections * 3 // 4
 
     def begin(self, connection: Connection) -> bool:
         """Whether the complete request may be answered: not once the connection has been cut."""
@@ -1937,10 +1865,10 @@ class WebhookServer(socketserver.ThreadingTCPServer):
         self.server_close()
         with self._changed:
             self.is_stopping = True
-            for connection in self._connections.values():
+            for connection in self.connections.values():
                 if not connection.in_flight:
                     connection.cut()
-            known = self._connections.values()
+            known = self.connections.values()
             self._changed.wait_for(lambda: not any(one.in_flight for one in known), seconds)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -2195,9 +2123,10 @@ def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
         server.serve_until(is_told)
         deadline = time.monotonic() + STOP_SECONDS
         server.stop(STOP_SECONDS)
-        left = receiver.finish(deadline)
+        receiver.afterwards.finish(max(deadline - time.monotonic(), 0.1))
+        left = receiver.your_code.hooks.finish(max(deadline - time.monotonic(), 0.1))
         if left:
-            logger.error("events left to your on_answer and on_hangup at the stop: %d", left)
+            logger.error("events left to your on_answer and on_hangup at the stop: %d", len(left))
         if call_log:
             call_log.close(max(deadline - time.monotonic(), 0) + 1)
         logger.removeFilter(throttle)
@@ -3528,16 +3457,15 @@ VECTOR_SIGNATURE = (
     "sa5o43smN8lHoa+0AogQMuIrC7k2axdRbulSSNfyqVAZIT4qS0cItiv3aPXsdDKkkA0=")
 LITTLE_ROOM = 100 * 1024 * 1024  # bytes
 LOOK_SECONDS = 10.0  # for one answer from the network, however slowly it drips
-Finding = Tuple[str, str]
 
 
 class Health(NamedTuple):
     """What a GET of some address gave; `instance` is that of a copy of this script, or ""."""
 
     status: int
-    instance: str = ""
-    refused: str = "0"
-    text: str = ""
+    instance: str
+    refused: str
+    text: str
 
 
 def get_health(url: str, context: ssl.SSLContext | None = None) -> Health:
@@ -3547,17 +3475,15 @@ def get_health(url: str, context: ssl.SSLContext | None = None) -> Health:
     def get() -> None:
         try:
             parts = urllib.parse.urlsplit(url)
-            connection = http.client.HTTPConnection(parts.netloc, timeout=LOOK_SECONDS)
-            if parts.scheme == "https":
-                connection = http.client.HTTPSConnection(parts.netloc, timeout=LOOK_SECONDS,
-                                                         context=context)
-            with contextlib.closing(connection):
-                connection.request("GET", parts.path)
-                reply = connection.getresponse()
-                text = reply.read(200).decode("utf-8", "replace").strip()
-            outcome.put(Health(reply.status, reply.headers.get("X-Instance", ""),
-                               reply.headers.get("X-Refused", "0"), text))
-        except Exception as error:
+            secure = {"context": context} if parts.scheme == "https" else {}
+            kind: Any = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+            with contextlib.closing(kind(parts.netloc, timeout=LOOK_SECONDS, **secure)) as link:
+                link.request("GET", parts.path)
+                reply = link.getresponse()
+                text = printable(reply.read(200).decode("utf-8", "replace").strip())
+                outcome.put(Health(reply.status, reply.headers.get("X-Instance", ""),
+                                   reply.headers.get("X-Refused", "0")[:9], text))
+        except Exception as error:  # noqa: BLE001 - raised where it is waited for
             outcome.put(error)
 
     threading.Thread(target=get, daemon=True).start()
@@ -3565,25 +3491,23 @@ def get_health(url: str, context: ssl.SSLContext | None = None) -> Health:
         found = outcome.get(timeout=LOOK_SECONDS)
     except queue.Empty:
         raise socket.timeout("timed out") from None  # noqa: UP041 - before Python 3.10
-    if isinstance(found, Exception):
-        raise found
-    assert isinstance(found, Health)
-    return found
+    if isinstance(found, Health):
+        return found
+    raise found
 
 
 def local_health(settings: Settings) -> Health:
     """The health of the copy of this script that runs here. Raises as get_health does."""
     host = settings.webhook_host
     host = "127.0.0.1" if host in ("0.0.0.0", "::", "localhost") else host
+    place = f"{f'[{host}]' if ':' in host else host}:{settings.webhook_port}"
     scheme = "https" if settings.webhook_tls_cert else "http"
-    place = f"[{host}]" if ":" in host else host
     # Our own, on this machine: its certificate is for another name.
-    context = ssl._create_unverified_context() if scheme == "https" else None
-    return get_health(f"{scheme}://{place}:{settings.webhook_port}{settings.base_path}/healthz",
-                      context)
+    return get_health(f"{scheme}://{place}{settings.base_path}/healthz",
+                      ssl._create_unverified_context())
 
 
-def check_basics(settings: Settings, sources: str) -> Iterator[Finding]:
+def check_basics(settings: Settings, sources: str) -> Iterator[tuple[str, str]]:
     """Versions, signature arithmetic, the settings, and the files that they name."""
     yield "ok", f"Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}"
     is_right = is_signed(VECTOR_BODY, VECTOR_SIGNATURE, [PublicKey.from_pem(SIPGATE_PUBLIC_KEY)])
@@ -3604,56 +3528,51 @@ def check_basics(settings: Settings, sources: str) -> Iterator[Finding]:
         yield "problem", str(error)
 
 
-def check_log(path: str) -> Iterator[Finding]:
+def check_log(path: str) -> Iterator[tuple[str, str]]:
     """The call log: whether it can be written, is healthy, private, and has room."""
+    folder = os.path.dirname(path)
     if path == "off":
         yield "ok", "call log: off, nothing is kept"
-        return
-    folder, exists = os.path.dirname(path), os.path.lexists(path)
-    if (exists and not os.path.isfile(path)) or not os.path.isdir(folder):
+    elif (os.path.lexists(path) and not os.path.isfile(path)) or not os.path.isdir(folder):
         yield "problem", (f"call log: {path} is no file, or its folder does not exist: set "
                           "CALL_LOG to a file, or to off")
-        return
-    # SQLite keeps files beside it, so the folder counts as well.
-    can_write = not exists or os.access(path, os.R_OK | os.W_OK)
-    if not can_write or not os.access(folder, os.W_OK | os.X_OK):
-        yield "problem", (f"call log: {path} or its folder cannot be written by this user: set "
-                          "CALL_LOG to a file that can, or to off")
-        return
-    if shutil.disk_usage(folder).free < LITTLE_ROOM:
-        yield "warning", f"call log: less than {LITTLE_ROOM >> 20} MB are free for {path}"
-    if not exists or not os.path.getsize(path):
+    elif not os.access(folder, os.W_OK | os.X_OK):  # SQLite keeps files beside it
+        yield "problem", f"call log: this user may not write in {folder}: set CALL_LOG, or off"
+    elif not os.path.exists(path) or not os.path.getsize(path):
         yield "ok", f"call log: {path} will be created"
-        return
-    if os.name != "nt" and os.stat(path).st_mode & 0o077:
-        yield "warning", f"call log: {path} can be read by others: chmod 600 {path}"
+    else:
+        if os.name != "nt" and os.stat(path).st_mode & 0o077:
+            yield "warning", f"call log: {path} can be read by others: chmod 600 {path}"
+        if shutil.disk_usage(folder).free < LITTLE_ROOM:
+            yield "warning", f"call log: less than {LITTLE_ROOM >> 20} MB are free for {path}"
+        yield from check_story(path, time.time())
+
+
+def check_story(path: str, now: float) -> Iterator[tuple[str, str]]:
+    """Whether the file is whole, and what its events tell of the way that they took."""
     try:
         with contextlib.closing(open_log(path)) as database:
             fault = database.execute("PRAGMA quick_check(1)").fetchone()[0]
             if fault != "ok":
                 raise sqlite3.DatabaseError(fault)
-            yield "ok", f"call log: {path} is healthy"
-            yield from check_story(database, time.time())
-    except (CommandFailed, Nothing) as error:
+            latest = database.execute("SELECT event, id FROM events ORDER BY id DESC LIMIT 1000"
+                                      ).fetchall()
+    except CommandFailed as error:
         yield "problem", f"call log: {error}"
+        return
     except sqlite3.Error as error:
-        yield "problem", (f"call log: {error}: the server puts a damaged file aside and begins a "
-                          "new one")
-
-
-def check_story(database: sqlite3.Connection, now: float) -> Iterator[Finding]:
-    """What the stored events tell of the way that they took."""
-    latest = database.execute("SELECT id, event FROM events ORDER BY id DESC LIMIT 1000").fetchall()
+        yield "problem", f"call log: {error}: the server puts a damaged file aside"
+        return
+    yield "ok", f"call log: {path} is healthy"
+    kinds = [kind for kind, _ in latest]
     if not latest:
         yield "warning", ("events: none yet; enter the URL in sipgate's console, choose the "
                           "sources, and call")
-        return
-    yield "ok", f"events: the last one came {ago(now - latest[0][0] / 1e6)}"
-    kinds = [kind for _, kind in latest]
-    if kinds.count("newCall") >= 5 and "answer" not in kinds and "hangup" not in kinds:
-        yield "problem", ("follow-ups do not arrive: there are newCalls, but never an answer or a "
-                          "hangup; the URLs in the replies begin with WEBHOOK_URL, which must be "
-                          "reached from the internet")
+    elif kinds.count("newCall") >= 5 and not {"answer", "hangup"} & set(kinds):
+        yield "problem", ("events: no answer and no hangup follows the newCalls; the URLs in the "
+                          "replies begin with WEBHOOK_URL, which must be reached from the internet")
+    else:
+        yield "ok", f"events: the last one came {ago(now - latest[0][1] / 1e6)}"
 
 
 def ago(seconds: float) -> str:
@@ -3664,36 +3583,31 @@ def ago(seconds: float) -> str:
     return "in the last minute"
 
 
-def check_port(settings: Settings) -> tuple[Finding, str]:
+def check_port(settings: Settings) -> tuple[tuple[str, str], str]:
     """Whether somebody listens, and the instance of the copy of this script that does."""
     place = f"port {settings.webhook_port} of {settings.webhook_host}"
     try:
         health = local_health(settings)
-    except (OSError, UnicodeError, http.client.HTTPException) as failure:
+    except (OSError, UnicodeError, http.client.HTTPException):
         try:
             with WebhookServer(settings.webhook_host, settings.webhook_port):
                 return ("warning", f"{place} is free: no server runs there, so nothing can arrive; "
                         "start it"), ""
         except (OSError, UnicodeError) as error:
-            if getattr(error, "errno", 0) != errno.EADDRINUSE:
-                return ("problem", bind_advice(error, settings)), ""
-            text = f"{place} is held, but does not answer as this script would ({failure})"
-            return ("problem", printable(text)), ""
+            return ("problem", bind_advice(error, settings)), ""
     if not health.instance:
         return ("problem", f"{place} is held by another program, or by a copy of this script with "
                 "other settings: give check the settings of that copy (--env-file, --url)"), ""
     if health.status == 503:
-        return ("problem", f"{place}: the running copy says: {printable(health.text)}"
-                ), health.instance
+        return ("problem", f"{place}: the running copy says: {health.text}"), health.instance
     if health.refused != "0":
         return ("warning", f"{place}: the running copy has refused webhooks (so far: "
-                f"{printable(health.refused[:9])}); its stderr says why"), health.instance
+                f"{printable(health.refused)}); its stderr says why"), health.instance
     return ("ok", f"{place}: a copy of this script runs"), health.instance
 
 
-def check_way_in(settings: Settings, instance: str) -> Finding:
-    """Whether each URL of ours leads, through the internet, to the process with this instance."""
-    url = settings.webhook_url
+def check_way_in(url: str, instance: str) -> tuple[str, str]:
+    """Whether each path under `url` leads, through the internet, to the process `instance`."""
     for route in ROUTES:
         try:
             health = get_health(url + route)
@@ -3717,22 +3631,20 @@ def check_way_in(settings: Settings, instance: str) -> Finding:
     return "ok", f"{url} leads to the running copy, with each of its paths"
 
 
-def check_network(settings: Settings) -> Iterator[Finding]:
-    """The port, and the way to it."""
-    finding, instance = check_port(settings)
-    yield finding
-    if instance and settings.trial:
-        yield "warning", "no WEBHOOK_URL: trial mode, sipgate cannot reach this machine"
-    elif instance:
-        yield check_way_in(settings, instance)
-
-
 def check(options: argparse.Namespace, settings: Settings) -> int:
     """The command `check`."""
-    findings = itertools.chain(check_basics(settings, options.sources),
-                               check_log(settings.call_log), check_network(settings))
+    def findings() -> Iterator[tuple[str, str]]:
+        yield from check_basics(settings, options.sources)
+        yield from check_log(settings.call_log)
+        finding, instance = check_port(settings)
+        yield finding
+        if instance and settings.trial:
+            yield "warning", "no WEBHOOK_URL: trial mode, sipgate cannot reach this machine"
+        elif instance:
+            yield check_way_in(settings.webhook_url, instance)
+
     worst = 0
-    for kind, text in findings:
+    for kind, text in findings():
         print(wrapped(f"{kind:8} {text}", sys.stdout, 9), flush=True)
         worst |= kind == "problem"
     return worst
