@@ -9,6 +9,7 @@ Copy this one file to a server and start it; Python 3.8 or newer is all it needs
     python3 sipgate_callevents.py simulate      rehearse a call, without a phone
     python3 sipgate_callevents.py check         find out why nothing arrives
     python3 sipgate_callevents.py calls         the latest calls, with their outcome
+    python3 sipgate_callevents.py page          the same to look at, in a browser
 
 sipgate POSTs a newCall when a call starts. The XML reply decides about the call and asks
 for the later events: answer, hangup, and dtmf (the digits of a <Gather>).
@@ -67,6 +68,7 @@ import errno
 import functools
 import glob
 import hashlib
+import hmac
 import http.client
 import http.server
 import importlib.util
@@ -200,6 +202,7 @@ class Settings:
     call_log: str = "calls.db"
     call_log_days: int = 30
     call_output: str = "text"
+    call_page_key: str = ""
 
     @property
     def trial(self) -> bool:
@@ -464,9 +467,10 @@ def parse_event(body: bytes, default_event: str, state: str = "", **more: Any) -
     if body and b"=" not in body:
         raise WebhookError(400, "the body is no form (application/x-www-form-urlencoded)")
     try:
-        # Decoded before parse_qs, which fails on bytes above 127 in Python 3.8 to 3.12.1.
-        form = urllib.parse.parse_qs(body.decode("utf-8", "replace"), keep_blank_values=True,
-                                     max_num_fields=MAX_FIELDS)
+        # Decoded before parse_qs, which fails on bytes above 127 in Python 3.8 to 3.12.1; and the
+        # brackets too, which it takes a quarter of its time for.
+        text = body.decode("utf-8", "replace").replace("%5B%5D=", "[]=")
+        form = urllib.parse.parse_qs(text, keep_blank_values=True, max_num_fields=MAX_FIELDS)
     except ValueError:
         raise WebhookError(400, f"the form has more than {MAX_FIELDS} fields") from None
     name = _single(form, "event") or default_event
@@ -694,22 +698,23 @@ class Worker:
                 if self._is_closing and not self._items:
                     break
                 batch = list(itertools.islice(self._items, self._most))
-            if self._is_done(batch):
-                with self.lock:
-                    for _ in batch:
-                        self._items.popleft()
-                if self._pause:
-                    time.sleep(self._pause)
-            else:
+            if not self._is_done(batch):
                 time.sleep(self.RETRY_SECONDS)
+            elif self._pause:
+                time.sleep(self._pause)
         self._ended.set()
 
     def _is_done(self, batch: list[Any]) -> bool:
+        """Work on `batch` and take it off the queue; False if it is to come again."""
         try:
-            return self._work(batch) is not False
+            if self._work(batch) is False:
+                return False
         except Exception:  # the thread serves all that comes later, too
             logger.exception("an error in this program; %d entries are passed over", len(batch))
-            return True
+        with self.lock:
+            for _ in batch:
+                self._items.popleft()
+        return True
 
 
 # ------------------------------------------------------------------------------------------
@@ -776,7 +781,7 @@ class CallLog:
         self.path, self.days, self.clock = os.path.realpath(path), days, clock
         self.behind = ""  # why events wait; "" while they do not
         self._database: sqlite3.Connection | None = None
-        self._identity = (0, 0)
+        self._identity: os.stat_result | None = None
         self._last_id = 0
         self._newest_at_start = 0.0
         self._started = self._last_event = time.monotonic()
@@ -799,21 +804,18 @@ class CallLog:
         Waits for the commit up to STORE_SECONDS, but not at all while the log is behind.
         Returns whether the event is new, None if that is not known yet.
         """
-        orig, xcid = getattr(event, "orig_call_id", ""), getattr(event, "xcid", "")
-        orig = orig if orig != event.call_id else ""
-        entry = _Entry((event.event, event.call_id, orig or None, xcid or None, event.body, digest))
+        orig, xcid = getattr(event, "orig_call_id", ""), getattr(event, "xcid", "") or None
+        orig = orig if orig not in ("", event.call_id) else None
+        entry = _Entry((event.event, event.call_id, orig, xcid, event.body, digest))
         self._last_event = time.monotonic()
         if not self._queue(entry, received_at):
             return None
         if self._is_vacuuming and self._database:
             self._database.interrupt()
-        if self.behind:
-            self._fall_behind(self.behind)
-            return None
         try:
-            return entry.outcome.get(timeout=STORE_SECONDS)
+            return entry.outcome.get(timeout=0 if self.behind else STORE_SECONDS)
         except queue.Empty:
-            self._fall_behind("storing takes longer than a call can wait")
+            self._fall_behind(self.behind or "storing takes longer than a call can wait")
             return None
 
     def record_reply(self, event: CallEvent, document: bytes) -> None:
@@ -916,7 +918,7 @@ class CallLog:
         except BaseException:
             database.close()
             raise
-        self._database, self._identity = database, self._identity_now()
+        self._database, self._identity = database, os.stat(self.path)
         return database
 
     def _prepare(self, database: sqlite3.Connection) -> None:
@@ -939,13 +941,12 @@ class CallLog:
         self._last_id = max(self._last_id, newest)
         self._newest_at_start = self._newest_at_start or newest / 1e6
 
-    def _identity_now(self) -> tuple[int, int]:
-        """What tells the file at our path from any other; zeros if there is none."""
+    def _is_ours(self) -> bool:
+        """Whether the file under our path is the one that is open."""
         try:
-            status = os.stat(self.path)
+            return self._identity is not None and os.path.samestat(os.stat(self.path), self._identity)
         except OSError:
-            return 0, 0
-        return status.st_dev, status.st_ino
+            return False
 
     def _close_database(self) -> None:
         database, self._database = self._database, None
@@ -968,7 +969,7 @@ class CallLog:
     def _look(self) -> None:
         """See whether the file under our path is still ours, and remove what is too old."""
         self._look_at = time.monotonic() + self.LOOK_SECONDS
-        if self._database and self._identity_now() != self._identity:
+        if self._database and not self._is_ours():
             logger.error("the call log %s was deleted or replaced; what is there now is used",
                          self.path)
             # What -wal still holds goes into the file that it belongs to, not into the next one.
@@ -1343,15 +1344,6 @@ class Receiver:
         for event in (answered.event for answered in batch if answered.is_new):
             if isinstance(event, (AnswerEvent, HangupEvent)):
                 self.your_code.run_later("on_" + event.event, event)
-
-    def is_quiet(self, seconds: float) -> bool:
-        """Wait up to `seconds` for all that follows what was answered; whether that is done."""
-        until = time.monotonic() + seconds
-        while self.afterwards.waiting() or self.your_code.hooks.waiting():
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.005)
-        return True
 
 
 # ------------------------------------------------------------------------------------------
@@ -1894,17 +1886,25 @@ def printable(text: str, keep: str = "") -> str:
                            text)
 
 
-class QueuedOutput(io.RawIOBase):
-    """Stands before a real stream: a write never waits, one thread does the writing.
+def wrapped(text: str, stream: TextIO, indent: int = 2) -> str:
+    """`text`, broken between words where `stream` is a terminal; further lines are indented."""
+    if not stream.isatty():
+        return text
+    return textwrap.fill(text, max(shutil.get_terminal_size().columns, 40), break_on_hyphens=False,
+                         subsequent_indent=" " * indent, break_long_words=False)
 
-    Past `limit` writes that nobody takes off the real stream, they are dropped and counted.
+
+class QueuedOutput(io.RawIOBase):
+    """Stands before a real stream: a write never waits, a Worker does the writing.
+
+    Past `limit` writes that nobody takes off the real stream, lines are dropped and counted.
     """
 
     def __init__(self, stream: TextIO | None, limit: int = 5000) -> None:
         # The unbuffered stream: a thread stuck in the buffered one would hold its lock at the
-        # exit. pythonw has no streams at all.
+        # exit. Under python -u it is the buffer itself; pythonw has no streams at all.
         buffer: Any = getattr(stream, "buffer", None)
-        self._raw: Any = getattr(buffer, "raw", buffer)  # itself under python -u
+        self._raw: Any = getattr(buffer, "raw", buffer)
         self._is_terminal = stream is not None and stream.isatty()
         self._dropped = 0
         self.worker = Worker("output", self._write, limit, pause=0.01)
@@ -1955,21 +1955,10 @@ class Console(io.TextIOWrapper):
 
 def has_own_time(stream: TextIO | None) -> bool:
     """Whether what reads `stream` adds the time itself: journald (systemd.exec(5))."""
-    try:
-        status = os.fstat(stream.fileno()) if stream else None
-    except (OSError, ValueError):
-        return False
-    found = status and f"{status.st_dev}:{status.st_ino}"
-    return found is not None and os.environ.get("JOURNAL_STREAM") == found
-
-
-def wrapped(text: str, stream: TextIO, indent: int = 2) -> str:
-    """`text`, broken between words where `stream` is a terminal; further lines are indented."""
-    if not stream.isatty():
-        return text
-    return textwrap.fill(text, max(shutil.get_terminal_size().columns, 40),
-                         subsequent_indent=" " * indent, break_long_words=False,
-                         break_on_hyphens=False)
+    with contextlib.suppress(OSError, ValueError):
+        status = os.fstat(stream.fileno() if stream else -1)
+        return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+    return False
 
 
 class DiagnosticFormatter(logging.Formatter):
@@ -1983,12 +1972,10 @@ class DiagnosticFormatter(logging.Formatter):
         below = getattr(record, "below", "")
         if record.exc_info and record.exc_info[0]:
             below = "".join(traceback.format_exception(*record.exc_info))
-        line = printable(f"{record.levelname}: {record.getMessage()}")
-        if self.with_time:
-            line = f"{self.formatTime(record, '%Y-%m-%d %H:%M:%S')} {line}"
+        moment = self.formatTime(record, "%Y-%m-%d %H:%M:%S ") if self.with_time else ""
+        line = wrapped(printable(f"{moment}{record.levelname}: {record.getMessage()}"), self.stream)
         # Indented, so that a line feed in an error's text cannot begin what looks like a message.
-        text = wrapped(line, self.stream) + "\n" + textwrap.indent(below, "    ")
-        return text.rstrip("\n")
+        return (line + "\n" + textwrap.indent(below, "    ")).rstrip("\n")
 
 
 class Throttle(logging.Filter):
@@ -1998,21 +1985,21 @@ class Throttle(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._lock = threading.Lock()
         self._said: dict[str, tuple[float, int]] = {}  # when, and how many were held back since
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno != logging.WARNING:
             return True
-        now = time.monotonic()
-        with self._lock:
-            said_at, count = self._said.get(record.msg, (-math.inf, 0))
-            is_due = now - said_at >= self.SECONDS
-            self._said[record.msg] = (now, 0) if is_due else (said_at, count + 1)
-        if is_due and count:
+        now, template = time.monotonic(), record.msg
+        said_at, count = self._said.get(template, (-math.inf, 0))
+        if now - said_at < self.SECONDS:
+            self._said[template] = (said_at, count + 1)
+            return False
+        self._said[template] = (now, 0)
+        if count:
             record.msg = f"{record.getMessage()} ({count} more since the last message)"
             record.args = ()
-        return is_due
+        return True
 
 
 @contextlib.contextmanager
@@ -2030,27 +2017,18 @@ def diagnostics(stream: TextIO, with_time: bool = False) -> Iterator[None]:
 @contextlib.contextmanager
 def consoles() -> Iterator[tuple[Console, Console]]:
     """Lead sys.stdout, sys.stderr and our messages through streams that never block."""
-    real = sys.stdout, sys.stderr
+    real, throttle = (sys.stdout, sys.stderr), Throttle()
     out, err = sys.stdout, sys.stderr = Console(real[0]), Console(real[1])
     try:
         with diagnostics(err, with_time=not has_own_time(real[1])):
+            logger.addFilter(throttle)
             yield out, err
     finally:
+        logger.removeFilter(throttle)
         sys.stdout, sys.stderr = real
         for console in (out, err):
             console.flush()
             console.output.worker.finish(0.2)
-
-
-def notify_ready() -> None:
-    """Tell systemd that we are up (sd_notify(3)); nothing where there is none."""
-    path = os.environ.get("NOTIFY_SOCKET", "")
-    if path and hasattr(socket, "AF_UNIX"):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-            try:
-                notify.sendto(b"READY=1", "\0" + path[1:] if path.startswith("@") else path)
-            except OSError as error:
-                logger.warning("NOTIFY_SOCKET: %s", error)
 
 
 def catch_signals() -> list[int]:
@@ -2070,23 +2048,17 @@ def catch_signals() -> list[int]:
     return arrived
 
 
-def modified(path: str) -> float:
-    """When the file was changed last, as Unix time; 0 if there is none."""
-    try:
-        return os.stat(path).st_mtime
-    except OSError:
-        return 0.0
-
-
 def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
           functions: CallFunctions = CallFunctions(),  # noqa: B008 - it is never changed
           find_call: Callable[[CallEvent], Any] | None = None,
           tell: Callable[[Answered], str] = lambda answered: "",
-          announce: Callable[[Settings], str] = lambda settings: "") -> int:
+          announce: Callable[[Settings], str] = lambda settings: "",
+          look: Callable[[], Any] = lambda: None) -> int:
     """Receive webhooks until a signal comes; return the exit status.
 
     `keys` come before sipgate's own. `find_call` finds the call of an event, `tell` gives the
-    text to print for one, `announce` that for the start. Raises SettingsError, OSError.
+    text to print for one, `announce` that for the start; `look` is called all the time, ten
+    times a second. Raises SettingsError, OSError.
     """
     arrived = catch_signals()
     tls = None
@@ -2096,8 +2068,7 @@ def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
                        tls) as server, consoles() as (out, err):
         if settings.call_output == "json":
             sys.stdout = err  # stdout is for events alone; what your code prints goes here
-        settings = replace(settings, webhook_port=server.port)
-        call_log = None
+        settings, call_log = replace(settings, webhook_port=server.port), None
         if settings.call_log != "off":
             call_log = CallLog(settings.call_log, settings.call_log_days)
         receiver = server.receiver = Receiver(
@@ -2105,19 +2076,12 @@ def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
             lambda batch: out.write("".join(map(tell, batch))), call_log=call_log,
             find_call=find_call)
         err.write(announce(settings))
-        notify_ready()
-        throttle = Throttle()
-        logger.addFilter(throttle)
-        loaded = modified(settings.call_handlers)
 
         def is_told() -> bool:
-            """Asked all the time, so it also says what is wrong meanwhile."""
             stuck = receiver.your_code.stuck()
             if stuck:
                 logger.warning("%s", stuck)
-            if modified(settings.call_handlers) != loaded:
-                logger.warning("%s has changed: restart this program to use it",
-                               settings.call_handlers)
+            look()
             return bool(arrived)
 
         server.serve_until(is_told)
@@ -2129,7 +2093,6 @@ def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
             logger.error("events left to your on_answer and on_hangup at the stop: %d", len(left))
         if call_log:
             call_log.close(max(deadline - time.monotonic(), 0) + 1)
-        logger.removeFilter(throttle)
         err.write("Stopped.\n")
     return 0
 
@@ -2232,6 +2195,13 @@ def read_days(text: str) -> int:
     return int(text)
 
 
+def read_page_key(text: str) -> str:
+    """Return the key of the page's address. ValueError says what was expected."""
+    if not re.fullmatch("[A-Za-z0-9_-]{16,128}", text):
+        raise ValueError("expected 16 to 128 letters and digits, such as " + os.urandom(8).hex())
+    return text
+
+
 def one_of(*choices: str) -> Callable[[str], str]:
     """Return a reader that takes one of `choices`, in any case."""
     def read(text: str) -> str:
@@ -2244,7 +2214,7 @@ def one_of(*choices: str) -> Callable[[str], str]:
 READERS: dict[str, Callable[[str], Any]] = {
     "webhook_url": read_url, "webhook_port": read_port, "webhook_host": read_host,
     "verify_signature": one_of("on", "new-call", "off"), "call_log_days": read_days,
-    "call_output": one_of("text", "json", "off")}
+    "call_output": one_of("text", "json", "off"), "call_page_key": read_page_key}
 SETTINGS = [known.name.upper() for known in fields(Settings)]
 
 
@@ -2430,7 +2400,7 @@ def this_command() -> str:
 
 
 def announcement(settings: Settings) -> str:
-    """What a person needs next, now that the server listens."""
+    """What a person needs next, now that the server listens; systemd is told, too."""
     kept = "".join(f"{what}\n  {path}\n" for what, path in (
         ("Calls are decided by", settings.call_handlers),
         ("A further key is in", settings.signature_key_file),
@@ -2441,11 +2411,31 @@ def announcement(settings: Settings) -> str:
         kept += (f"Numbers of the last {plural(settings.call_log_days, 'day')} are in\n"
                  f"  {settings.call_log}\nCALL_LOG=off keeps nothing.\n")
     host = settings.webhook_host
+    notify_ready()
     return (TRIAL_STEPS if settings.trial else LIVE_LINES).format(
         version=__version__, host=f"[{host}]" if ":" in host else host, kept=kept,
         port=settings.webhook_port, url=settings.webhook_url, command=this_command(),
         flags="" if settings.webhook_port == 8080 else f" --port {settings.webhook_port}",
         secret=os.urandom(8).hex(), signatures=SIGNATURES[settings.verify_signature])
+
+
+def notify_ready() -> None:
+    """Tell systemd that we are up (sd_notify(3)); nothing where there is none."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if path and hasattr(socket, "AF_UNIX"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            try:
+                notify.sendto(b"READY=1", "\0" + path[1:] if path.startswith("@") else path)
+            except OSError as error:
+                logger.warning("NOTIFY_SOCKET: %s", error)
+
+
+def modified(path: str) -> float:
+    """When the file was changed last, as Unix time; 0 if there is none."""
+    try:
+        return os.stat(path).st_mtime
+    except OSError:
+        return 0.0
 
 
 # ------------------------------------------------------------------------------------------
@@ -2511,8 +2501,7 @@ def outcome_text(call: Any) -> str:
     """How a Call went, in a few words."""
     if call.talk_s is not None:
         return f"talked {duration(call.talk_s)}"
-    waited = "" if call.wait_s is None else f" after {duration(call.wait_s)}"
-    return f"{call.outcome}{waited}"
+    return str(call.outcome) + ("" if call.wait_s is None else f" after {duration(call.wait_s)}")
 
 
 def event_json(event: CallEvent, received_at: float, reply: str = "") -> str:
@@ -2999,7 +2988,7 @@ def totals(calls: Sequence[Call]) -> str:
             f"average talk {average('talk_s')}")
 
 
-def call_row(call: Call, moment: Callable[[float], str], seconds: Callable[[float], float]
+def call_row(call: Call, moment: Callable[[float], Any], seconds: Callable[[float], float]
              ) -> dict[str, Any]:
     """A call as names and values for JSON and CSV: None for what is not known."""
     row: dict[str, Any] = {}
@@ -3011,7 +3000,7 @@ def call_row(call: Call, moment: Callable[[float], str], seconds: Callable[[floa
     return row
 
 
-def caller_row(caller: Caller, moment: Callable[[float], str]) -> dict[str, Any]:
+def caller_row(caller: Caller, moment: Callable[[float], Any]) -> dict[str, Any]:
     """Somebody to ring back, in the same way."""
     last = caller.calls[0]
     return {"from": caller.number, "calls": len(caller.calls), "last": moment(last.started),
@@ -3027,16 +3016,16 @@ def csv_cell(value: Any) -> Any:
     return "'" + text if is_risky else text
 
 
-def write_rows(rows: Iterable[Mapping[str, Any]], form: str) -> None:
-    """Print `rows` as json, csv, or excel (CSV as a German Excel reads it), as they come."""
-    writer = None
+def write_rows(rows: Iterable[Mapping[str, Any]], form: str, stream: TextIO | None = None) -> None:
+    """Write `rows` as json, csv, or excel (CSV as a German Excel reads it), as they come."""
+    writer, stream = None, stream or sys.stdout
     for row in rows:
         if form == "json":
-            print(json.dumps(row))
+            stream.write(json.dumps(row) + "\n")
             continue
         if writer is None:
-            sys.stdout.write("\ufeff" if form == "excel" else "")
-            writer = csv.DictWriter(sys.stdout, list(row), lineterminator="\n",
+            stream.write("\ufeff" if form == "excel" else "")
+            writer = csv.DictWriter(stream, list(row), lineterminator="\n",
                                     delimiter=";" if form == "excel" else ",")
             writer.writeheader()
         writer.writerow({name: csv_cell(value) for name, value in row.items()})
@@ -3276,6 +3265,16 @@ SCENARIOS = {
 MENU_LIMIT = 20  # of <Gather> in a row
 
 
+def is_quiet(receiver: Receiver, seconds: float) -> bool:
+    """Wait up to `seconds` for all that follows what was answered; whether that is done."""
+    until = time.monotonic() + seconds
+    while receiver.afterwards.waiting() or receiver.your_code.hooks.waiting():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.005)
+    return True
+
+
 class Sipgate:
     """Plays sipgate towards `receiver`, and prints what is said."""
 
@@ -3369,7 +3368,7 @@ class Sipgate:
         answered = self.receiver.answer(event, began + self.receiver.reply_seconds)
         took = f"<-- {answered.reply.status} in {(time.monotonic() - began) * 1000:.0f} ms"
         self.receiver.follow(answered)
-        if not self.receiver.is_quiet(10):
+        if not is_quiet(self.receiver, 10):
             self._complain("your on_answer or on_hangup has not returned after 10 s")
         if answered.reply.content_type != "application/xml":
             print(took, flush=True)
@@ -3651,6 +3650,555 @@ def check(options: argparse.Namespace, settings: Settings) -> int:
 
 
 # ------------------------------------------------------------------------------------------
+# Page
+# The command `page`: a process of its own that reads the call log and shows it in a browser of
+# this machine. It knows the running server only by its /healthz.
+# ------------------------------------------------------------------------------------------
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>Calls</title>
+<style>
+:root { color-scheme: light dark; --back: #f5f6f8; --card: #fff; --text: #1b1f24; --soft: #57606a;
+  --line: #d8dde3; --good: #1a7f5a; --mail: #8250df; --bad: #c4322b; --now: #0b63c5; }
+@media (prefers-color-scheme: dark) { :root { --back: #14171b; --card: #1d2126; --text: #e8ebee;
+  --soft: #a3adb8; --line: #363c44; --good: #4cc38a; --mail: #b794f6; --bad: #ff7b72; --now: #6cb2ff; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--back); color: var(--text); font: 15px/1.45 system-ui, sans-serif; }
+main { max-width: 1800px; margin: 0 auto; padding: 16px; display: grid; gap: 16px;
+  grid-template-columns: minmax(0, 1fr); align-items: start; }
+@media (min-width: 1000px) { main { grid-template-columns: repeat(3, minmax(0, 1fr)); } }
+.charts { display: grid; gap: 8px 24px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px;
+  min-width: 0; }
+section.wide { grid-column: 1 / -1; }
+h2 { font-size: 15px; margin: 0 0 10px; } h3 { font-size: 13px; color: var(--soft); margin: 14px 0 4px; }
+.soft, th { color: var(--soft); font-weight: 400; } a { color: var(--now); text-decoration: none; }
+a:hover { text-decoration: underline; } .num { font-variant-numeric: tabular-nums; white-space: nowrap; }
+ul { list-style: none; margin: 0; padding: 0; } li { display: flex; gap: 10px; padding: 7px 0;
+  border-top: 1px solid var(--line); } li:first-child { border: 0; } li > :nth-child(2) { flex: 1; min-width: 0; }
+.scroll { max-height: 26em; overflow-y: auto; } .big { font-size: 18px; } .ringing { color: var(--now); } .talking, .answered { color: var(--good); }
+.missed, .lost { color: var(--bad); } .voicemail { color: var(--mail); }
+#trouble { background: var(--bad); color: #fff; padding: 8px 16px; } @media (prefers-color-scheme: dark) {
+  #trouble { color: #14171b; } } #trouble:empty { display: none; }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); gap: 12px; }
+.figures b { display: block; font-size: 22px; font-weight: 600; }
+table { border-collapse: collapse; width: 100%; } th { text-align: left; }
+td, th { padding: 6px 10px 6px 0; border-top: 1px solid var(--line); vertical-align: top; }
+thead th { border: 0; } tbody tr[tabindex] { cursor: pointer; } tbody tr[tabindex]:hover { background: var(--back); }
+form { display: flex; flex-wrap: wrap; gap: 8px; margin-bottom: 8px; }
+input, select, button, .button { font: inherit; color: inherit; background: var(--back);
+  border: 1px solid var(--line); border-radius: 7px; padding: 5px 10px; } input { flex: 1; min-width: 120px; }
+:focus-visible { outline: 2px solid var(--now); outline-offset: 1px; } svg { display: block; width: 100%; }
+svg text { fill: var(--soft); font-size: 10px; } .key span { margin-right: 14px; }
+.hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+@media (max-width: 600px) { main { padding: 8px; gap: 8px; } .side { display: none; }
+  td, th { padding-right: 6px; font-size: 13px; } }
+</style>
+<div id="trouble" role="status"></div>
+<main></main>
+<script>
+"use strict";
+const german = navigator.language.startsWith("de");
+const words = { "Now": "Jetzt", "Nobody is calling.": "Gerade ruft niemand an.", "To ring back": "Zurückrufen",
+  "Nobody is waiting for a call.": "Niemand wartet auf einen Rückruf.", "Today": "Heute", "calls": "Anrufe",
+  "answered": "angenommen", "missed": "verpasst", "median wait": "mittlere Wartezeit", "longest wait": "längste Wartezeit",
+  "average talk": "mittleres Gespräch", "last week": "vor einer Woche", "When people call": "Wann angerufen wird",
+  "today by hour": "heute nach Stunden", "the last 30 days": "die letzten 30 Tage", "the week by hour": "die Woche nach Stunden",
+  "voicemail": "Mailbox", "All calls": "Alle Anrufe", "name or number": "Name oder Nummer", "both directions": "beide Richtungen",
+  "incoming": "eingehend", "outgoing": "ausgehend", "any outcome": "jeder Ausgang", "more": "mehr", "no number": "keine Nummer",
+  "ringing": "klingelt", "talking": "im Gespräch", "unanswered": "nicht erreicht", "rejected": "abgewiesen", "lost": "ohne Ende",
+  "started": "Beginn", "from": "von", "to": "an", "outcome": "Ausgang", "wait": "Warten", "talk": "Gespräch", "by": "mit",
+  "unknown": "unbekannt", "No calls yet.": "Noch keine Anrufe.", "Try": "Zum Ausprobieren", "Enter at sipgate": "Bei sipgate eintragen",
+  "no connection to this program; trying again": "keine Verbindung zu diesem Programm; neuer Versuch läuft", "day": "Tag", "hour": "Stunde",
+  "in all": "mal", "nothing matches": "nichts gefunden", "and with no number": "und ohne Nummer", "Calls": "Anrufe",
+  "no server runs: calls that come now are not recorded": "kein Server läuft: was jetzt anruft, wird nicht aufgezeichnet",
+  "no server runs here with these settings": "hier läuft kein Server mit diesen Einstellungen",
+  "the call log is behind": "das Anrufprotokoll hängt zurück" };
+const say = text => german && words[text] || text;
+const el = (tag, attributes, ...children) => {
+  const node = tag.startsWith("svg:") ? document.createElementNS("http://www.w3.org/2000/svg", tag.slice(4))
+    : document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes || {})) node.setAttribute(name, value);
+  node.append(...children.filter(child => child !== null));
+  return node;
+};
+const locale = german ? "de" : undefined;
+const date = (seconds, options) => new Date(seconds * 1000).toLocaleString(locale, options);
+const moment = seconds => date(seconds, { day: "2-digit", month: "2-digit", hour: "2-digit", minute: "2-digit" });
+const span = seconds => seconds === null ? "–" : (seconds >= 3600 ? Math.floor(seconds / 3600) + ":" : "")
+  + (seconds >= 3600 ? String(Math.floor(seconds / 60) % 60).padStart(2, "0") : Math.floor(seconds / 60))
+  + ":" + String(Math.floor(seconds) % 60).padStart(2, "0");
+const plus = number => /^[1-9]\d{6,}$/.test(number) ? "+" + number : !number || number === "anonymous" ? say("no number") : number;
+const phone = number => /^[1-9]\d{6,}$/.test(number) ? el("a", { href: "tel:+" + number, class: "num" }, "+" + number) : plus(number);
+const people = call => (call.answered_by.length ? call.answered_by : call.users).join(", ");
+const card = (title, wide, ...children) => el("section", wide ? { class: "wide" } : null, el("h2", null, say(title)), ...children);
+const main = document.querySelector("main"), trouble = document.getElementById("trouble");
+const now = el("div"), back = el("div"), today = el("div"), charts = el("div", { class: "charts" }), empty = el("div");
+const rows = el("tbody"), note = el("p", { class: "soft" }), more = el("button", { type: "button" }, say("more"));
+const find = el("input", { type: "search", placeholder: say("name or number"), "aria-label": say("name or number") });
+const choose = (label, options) => el("select", { "aria-label": say(label) }, el("option", { value: "" }, say(label)),
+  ...options.map(([value, text]) => el("option", { value }, say(text))));
+const direction = choose("both directions", [["in", "incoming"], ["out", "outgoing"]]);
+const outcome = choose("any outcome", ["answered", "missed", "voicemail", "unanswered", "rejected", "lost"].map(one => [one, one]));
+const filter = el("form", null, find, direction, outcome, el("a", { class: "button", href: "/calls.csv", download: "calls.csv" }, "CSV"));
+main.append(card("Now", false, now), card("To ring back", false, back), card("Today", false, today),
+  card("When people call", true, charts), card("All calls", true, filter, el("table", null, el("thead", null, el("tr", null,
+    ...["started", "from", "to", "outcome", "wait", "talk", "by"].map((one, at) => el("th", { class: at > 3 || at === 2 ? "side" : "" }, say(one))))), rows), note, more));
+let version = "", skew = 0, count = 50;
+
+const showNow = data => {
+  const list = data.open.map(call => el("li", null, el("span", { class: call.outcome }, call.outcome === "ringing" ? "◌" : "●"),
+    el("div", null, el("div", { class: "big" }, phone(call.direction === "out" ? call.to : call.from)),
+      el("div", { class: "soft" }, say(call.outcome), people(call) ? ": " + people(call) : "", " · ", plus(call.direction === "out" ? call.from : call.to))),
+    el("span", { class: "big num", "data-since": call.answered || call.started }, "")));
+  now.replaceChildren(list.length ? el("ul", null, ...list) : el("p", { class: "soft" }, say("Nobody is calling.")));
+  const ringing = data.open.filter(call => call.outcome === "ringing").length;
+  document.title = (ringing ? `(${ringing}) ` : "") + say("Calls");
+};
+const showBack = data => {
+  const list = data.back.map(one => el("li", null, el("span", { class: one.outcome, title: say(one.outcome) }, one.outcome === "voicemail" ? "✉" : "✕"),
+    el("div", null, el("div", { class: "big" }, phone(one.from)), el("div", { class: "soft" }, [say(one.outcome), one.users.join(", ")].filter(Boolean).join(" · "))),
+    el("span", { class: "num soft" }, (one.calls > 1 ? one.calls + "× · " : "") + moment(one.last))));
+  back.replaceChildren(list.length ? el("ul", { class: "scroll", tabindex: 0 }, ...list) : el("p", { class: "soft" }, say("Nobody is waiting for a call.")),
+    data.withheld ? el("p", { class: "soft" }, `${say("and with no number")}: ${data.withheld}`) : "");
+};
+const showToday = ({ today: one, before: other }) => {
+  const figure = (name, value, last) => el("div", null, el("b", { class: "num" }, value), el("div", null, say(name)),
+    el("div", { class: "soft num" }, `${say("last week")} ${last}`));
+  const share = value => value === null ? "–" : Math.round(value * 100) + " %";
+  today.replaceChildren(el("div", { class: "figures" }, figure("calls", one.calls, other.calls), figure("answered", share(one.share), share(other.share)),
+    figure("missed", one.missed, other.missed), figure("median wait", span(one.wait), span(other.wait)),
+    figure("longest wait", span(one.longest), span(other.longest)), figure("average talk", span(one.talk), span(other.talk))));
+};
+const KINDS = [["answered", "--good", ""], ["voicemail", "--mail", "3 2"], ["missed", "--bad", "1 2"]];
+const bars = (title, column, labels, values) => {
+  const top = Math.max(1, ...values.map(one => one[0] + one[1] + one[2])), width = 600 / values.length;
+  const svg = el("svg:svg", { viewBox: "0 0 600 96", "aria-hidden": "true" });
+  values.forEach((one, at) => {
+    let y = 80;
+    KINDS.forEach(([, color, dashes], kind) => {
+      const height = one[kind] / top * 76;
+      y -= height;
+      if (height) svg.append(el("svg:rect", { x: at * width + 1.5, y: y + .5, width: Math.max(width - 3, 1), height: Math.max(height - 1, 1), stroke: `var(${color})`,
+        fill: kind === 2 ? "transparent" : `var(${color})`, "fill-opacity": kind === 1 ? .45 : 1, "stroke-width": 1.5, "stroke-dasharray": dashes }));
+    });
+    if (at % Math.ceil(values.length / 12) === 0) svg.append(el("svg:text", { x: at * width + width / 2, y: 93, "text-anchor": "middle" }, labels[at]));
+  });
+  const table = el("table", { class: "hidden" }, el("caption", null, say(title)), el("tr", null, ...[column, ...KINDS.map(one => one[0])].map(one => el("th", null, say(one)))),
+    ...values.map((one, at) => el("tr", null, el("th", null, labels[at]), ...one.map(value => el("td", null, String(value))))));
+  return el("div", null, el("h3", null, `${say(title)} · max. ${top}`), svg, table);
+};
+const heat = values => {
+  const top = Math.max(1, ...values.flat()), svg = el("svg:svg", { viewBox: "0 0 600 124", role: "img", "aria-label": say("the week by hour") });
+  values.forEach((hours, weekday) => {
+    const name = date(345600 + 43200 + weekday * 86400, { weekday: "short", timeZone: "UTC" });
+    svg.append(el("svg:text", { x: 0, y: weekday * 15 + 12 }, name));
+    hours.forEach((value, hour) => svg.append(el("svg:rect", { x: 30 + hour * 23.7, y: weekday * 15 + 2, width: 22, height: 12, rx: 2, fill: "var(--now)",
+      "fill-opacity": value ? .15 + .85 * value / top : .05 }, el("svg:title", null, `${name} ${hour}:00 – ${value}`))));
+  });
+  for (let hour = 0; hour < 24; hour += 3) svg.append(el("svg:text", { x: 41 + hour * 23.7, y: 120, "text-anchor": "middle" }, String(hour)));
+  return el("div", null, el("h3", null, say("the week by hour")), svg);
+};
+const key = el("p", { class: "key" }, ...KINDS.map(([name], at) => el("span", { class: name }, "■▦□"[at] + " " + say(name))));
+charts.before(key);
+const showCharts = data => charts.replaceChildren(
+  bars("today by hour", "hour", data.hours.map((_, hour) => String(hour)), data.hours),
+  bars("the last 30 days", "day", data.days.map(one => one[0].slice(8) + "."), data.days.map(one => one.slice(1))), heat(data.heat));
+const open = async (row, call) => {
+  if (row.nextSibling && row.nextSibling.dataset.detail) return row.nextSibling.remove();
+  const lines = await (await fetch("/call?key=" + encodeURIComponent(call.key))).json();
+  const list = lines.map(([at, kind, text]) => el("li", null, el("span", { class: "num soft" }, date(at, { timeStyle: "medium" })), el("div", null, text), el("span", { class: "soft" }, kind)));
+  row.after(el("tr", { "data-detail": "1" }, el("td", { colspan: 7 }, el("ul", null, ...list))));
+};
+const showCalls = async () => {
+  const query = new URLSearchParams({ text: find.value, direction: direction.value, outcome: outcome.value, count });
+  const data = await (await fetch("/calls?" + query)).json();
+  rows.replaceChildren(...data.calls.map(call => {
+    const row = el("tr", { tabindex: 0 }, el("td", { class: "num" }, moment(call.started)), el("td", null, phone(call.from)), el("td", { class: "side" }, phone(call.to)),
+      el("td", { class: call.outcome }, (call.direction === "out" ? "↗ " : "↘ ") + say(call.outcome)), el("td", { class: "side num" }, span(call.wait_s)),
+      el("td", { class: "side num" }, span(call.talk_s)), el("td", { class: "side" }, [call.answered_by.join(", "), call.reply].filter(Boolean).join(" · ")));
+    row.onclick = event => event.target.href || open(row, call);
+    row.onkeydown = event => event.key === "Enter" && open(row, call);
+    return row;
+  }));
+  note.textContent = data.calls.length ? "" : say("nothing matches");
+  more.hidden = !data.more;
+};
+const tick = () => document.querySelectorAll("[data-since]").forEach(node => {
+  node.textContent = span(Math.max(0, Date.now() / 1000 + skew - node.dataset.since)); });
+const look = async () => {
+  let wait = document.hidden ? 5000 : 500;
+  try {
+    const reply = await fetch("/data?version=" + version);
+    if (!reply.ok) throw new Error(reply.status);
+    const data = await reply.json();
+    if (data.version) {
+      version = data.version;
+      skew = data.now - Date.now() / 1000;
+      trouble.textContent = say(data.trouble);
+      for (const show of [showNow, showBack, showToday, showCharts]) show(data);
+      if (!data.days.some(one => one[1] + one[2] + one[3]) && !data.open.length) {
+        now.replaceChildren(el("p", null, say("No calls yet."), " ", say("Try"), ": ", el("code", null, "python3 sipgate_callevents.py simulate")),
+          data.url ? el("p", null, say("Enter at sipgate"), ": ", el("code", null, data.url + "/new-call")) : "");
+      }
+      if (!document.querySelector("[data-detail]")) await showCalls();
+    } else if (trouble.dataset.lost) trouble.textContent = "";
+    delete trouble.dataset.lost;
+  } catch (error) {
+    trouble.textContent = say("no connection to this program; trying again");
+    trouble.dataset.lost = "1";
+    version = "";
+    wait = 2000;
+  }
+  tick();
+  setTimeout(look, wait);
+};
+filter.oninput = filter.onsubmit = event => { event.preventDefault(); count = 50; showCalls(); };
+more.onclick = () => { count += 100; showCalls(); };
+setInterval(tick, 1000);
+document.documentElement.lang = german ? "de" : "en";
+look();
+</script>
+"""
+# The Content-Security-Policy lets in the style and the script above, and nothing else.
+OWN_PARTS = "".join(
+    f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'; "
+    for tag, part in re.findall(r"<(style|script)>(.*?)</", PAGE, re.DOTALL))
+SHOWN_DAYS = 30
+BARS = {"answered": 0, "talking": 0, "voicemail": 1, "missed": 2, "unanswered": 2, "lost": 2}
+
+
+def day_of(moment: float) -> str:
+    """The local date of a Unix time."""
+    return time.strftime("%Y-%m-%d", time.localtime(moment))
+
+
+def key_of(call: Call) -> str:
+    """What tells a call from the others: its first leg."""
+    return call.legs[0] if call.legs else f"#{call.started}"
+
+
+class Overview:
+    """What all open pages share: the calls of the last days, by the day on which they began.
+
+    A thread reads the whole once, latest first, and then what is new; it never holds a
+    transaction for long. `text` is the answer to every page until `version` changes.
+    """
+
+    POLL_SECONDS = 0.4
+
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.time) -> None:
+        self.settings, self.clock = settings, clock
+        self.lock = threading.Lock()
+        self.days: dict[str, dict[str, Call]] = {}
+        self._day_of: dict[str, str] = {}  # by leg, the day of its call
+        self._bars: dict[str, list[list[int]]] = {}  # finished counts, by day
+        self._last_id, self._oldest = 0, 0
+        self._trouble, self._health_at = "", 0.0
+        self._count, self._instance = 0, os.urandom(4).hex()
+        self.version, self.text = "", b"{}"
+        self.is_stopping = threading.Event()
+
+    def run(self) -> None:
+        """Follow the call log until told to stop."""
+        while not self.is_stopping.is_set():
+            try:
+                with contextlib.closing(open_log(self.settings.call_log)) as database:
+                    self._follow(database)
+            except (Nothing, CommandFailed, sqlite3.Error) as error:
+                self._publish(True, str(error))
+            self.is_stopping.wait(self.POLL_SECONDS)
+
+    def _follow(self, database: sqlite3.Connection) -> None:
+        oldest, newest = database.execute("SELECT min(id), max(id) FROM events").fetchone()
+        now, is_new = self.clock(), (newest or 0) != self._last_id
+        if (newest or 0) < self._last_id or (oldest or 0) != self._oldest:
+            self.days, self._day_of, self._bars, self._last_id = {}, {}, {}, 0
+        if not self._last_id:
+            self._last_id, self._oldest = newest or 0, oldest or 0
+            self._read_all(database, now)
+        elif is_new:
+            rows = database.execute("SELECT DISTINCT call_id, id FROM events WHERE id > ?",
+                                    (self._last_id,)).fetchall()
+            self._last_id = newest
+            for leg in {call_id or f"#{number}" for call_id, number in rows}:
+                self._keep(put_together(call_with(database, leg), now))
+        for call in self._open_calls():  # time alone can end them
+            again = put_together(call_with(database, key_of(call)), now)
+            if again != call:
+                self._keep(again)
+                is_new = True
+        self._publish(is_new, "")
+
+    def _read_all(self, database: sqlite3.Connection, now: float) -> None:
+        """Read all days, and publish what is known so far now and then."""
+        published = time.monotonic()
+        for call, _ in listed_calls(database, now, now - SHOWN_DAYS * DAY):
+            self._keep(call)
+            if time.monotonic() - published > 0.5 or len(self._day_of) == 50:
+                published = time.monotonic()
+                self._publish(True, "")
+                time.sleep(0.05)  # so that who asks gets a turn
+
+    def _keep(self, call: Call) -> None:
+        """Keep a call, in place of what its legs were before."""
+        with self.lock:
+            for leg in (key_of(call), *call.legs):
+                day = self._day_of.pop(leg, "")
+                self.days.get(day, {}).pop(leg, None)
+                self._bars.pop(day, None)
+            day = day_of(call.started)
+            self.days.setdefault(day, {})[key_of(call)] = call
+            self._day_of.update(dict.fromkeys((key_of(call), *call.legs), day))
+            self._bars.pop(day, None)
+
+    def _open_calls(self) -> list[Call]:
+        recent = sorted(self.days)[-2:]
+        return [call for day in recent for call in self.days[day].values()
+                if call.outcome in ("ringing", "talking")]
+
+    def _see_health(self) -> bool:
+        """Ask the running server how it is, every five seconds; whether that has changed."""
+        if time.monotonic() < self._health_at:
+            return False
+        self._health_at, before = time.monotonic() + 5, self._trouble
+        try:
+            health = local_health(self.settings)
+            self._trouble = "" if health.instance and health.status == 200 else (
+                health.text if health.instance else "no server runs here with these settings")
+            if health.refused != "0" and not self._trouble:
+                self._trouble = f"webhooks were refused ({health.refused}): its stderr says why"
+        except (OSError, UnicodeError, http.client.HTTPException):
+            self._trouble = "no server runs: calls that come now are not recorded"
+        return self._trouble != before
+
+    def _publish(self, is_new: bool, nothing: str) -> None:
+        if self._see_health() or is_new or not self.version:
+            answer = self._answer(self.clock())
+            self._count += 1
+            version = f"{self._instance}-{self._count}"
+            answer.update(version=version, trouble=self._trouble, nothing=nothing)
+            self.version, self.text = version, json.dumps(answer).encode()
+
+    def _answer(self, now: float) -> dict[str, Any]:
+        """All that the page shows above its list."""
+        days = [day_of(now - age * DAY) for age in range(SHOWN_DAYS)]
+        with self.lock:
+            bars = {day: self._bars_of(day) for day in days}
+            today, before = ([*self.days.get(day, {}).values()] for day in (days[0], days[7]))
+            calls = [call for day in sorted(self.days, reverse=True)
+                     for call in sorted(self.days[day].values(), key=last_at, reverse=True)]
+        callers, withheld = to_ring_back(calls)
+        return {
+            "now": now, "url": "" if self.settings.trial else self.settings.webhook_url,
+            "open": [page_row(call) for call in self._open_calls()],
+            "back": [{**caller_row(caller, float), "last": caller.calls[0].started,
+                      "users": [printable(name) for name in caller.calls[0].users]} for caller in callers[:100]],
+            "withheld": withheld, "today": glance(today), "before": glance(before),
+            "hours": bars[days[0]],
+            "heat": [[
+                sum(sum(bars[day][hour]) for day in days[:28] if weekday_of(day) == weekday)
+                for hour in range(24)] for weekday in range(7)],
+            "days": [[day, *map(sum, zip(*bars[day]))] for day in reversed(days)]}
+
+    def _bars_of(self, day: str) -> list[list[int]]:
+        """Answered, voicemail and missed by hour; counted anew only where the day has changed."""
+        if day not in self._bars:
+            bars = [[0, 0, 0] for _ in range(24)]
+            for call in self.days.get(day, {}).values():
+                if call.outcome in BARS:
+                    bars[time.localtime(call.started).tm_hour][BARS[call.outcome]] += 1
+            self._bars[day] = bars
+        return self._bars[day]
+
+    def listed(self, text: str, direction: str, outcome: str, count: int) -> dict[str, Any]:
+        """The latest `count` calls that hold `text`, in that direction and with that outcome."""
+        found: list[dict[str, Any]] = []
+        with self.lock:
+            for day in sorted(self.days, reverse=True):
+                for call in sorted(self.days[day].values(), key=lambda call: -call.started):
+                    words = " ".join((call.from_number, call.to_number, *call.users,
+                                      *call.answered_by, call.cause)).lower()
+                    if (text.lower() in words and direction in ("", call.direction)
+                            and outcome in ("", call.outcome)):
+                        found.append(page_row(call))
+                if len(found) > count:
+                    break
+        return {"calls": found[:count], "more": len(found) > count}
+
+
+def last_at(call: Call) -> float:
+    """The Unix time of the last that is known of a call."""
+    return call.ended or call.answered or call.started
+
+
+def weekday_of(day: str) -> int:
+    """0 for a Monday."""
+    return time.strptime(day, "%Y-%m-%d").tm_wday
+
+
+def page_row(call: Call) -> dict[str, Any]:
+    """A call as the page gets it: Unix times, names that read as what they are, and a key."""
+    names = {name: [printable(text) for text in getattr(call, name)]
+             for name in ("users", "answered_by")}
+    return {**call_row(call, float, float), **names, "key": key_of(call)}
+
+
+def glance(calls: Sequence[Call]) -> dict[str, Any]:
+    """A day in a few figures."""
+    counted = [call for call in calls if call.outcome in BARS]
+    incoming = [BARS[call.outcome] for call in counted if call.direction != "out"]
+    waits = sorted(call.wait_s for call in calls if call.wait_s is not None)
+    talks = [call.talk_s for call in calls if call.talk_s is not None]
+    return {"calls": len(counted), "missed": incoming.count(2),
+            "share": incoming.count(0) / len(incoming) if incoming else None,
+            "wait": waits[len(waits) // 2] if waits else None,
+            "longest": waits[-1] if waits else None,
+            "talk": sum(talks) / len(talks) if talks else None}
+
+
+class PageHandler(http.server.BaseHTTPRequestHandler):
+    """One connection of a browser. Closed to all but who has the key, and to other sites."""
+
+    protocol_version = "HTTP/1.1"
+    timeout = 60
+    server: PageServer
+
+    def do_GET(self) -> None:
+        """The page, its data, or a refusal."""
+        target = urllib.parse.urlsplit(self.path)
+        query = dict(urllib.parse.parse_qsl(target.query, keep_blank_values=True))
+        key = query.get("key") if target.path == "/" else None
+        refused = self._refused(key)
+        if refused:
+            self._send(refused, b"refused\n", "text/plain")
+        elif key:
+            self.send_response(303)
+            self.send_header("Location", "/")
+            self.send_header("Set-Cookie", f"{self.server.cookie_name}={self.server.cookie}; "
+                             "HttpOnly; SameSite=Strict; Path=/")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        else:
+            self._answer(target.path, query)
+
+    do_HEAD = do_GET
+
+    def _refused(self, key: str | None) -> int:
+        """The status of a refusal, 0 for none."""
+        host = self.headers.get("Host", "")
+        if not re.fullmatch(r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]+)?", host):
+            return 421  # another name led here (DNS rebinding)
+        if self.headers.get("Origin", f"http://{host}") != f"http://{host}":
+            return 403
+        if key is not None:
+            return 0 if hmac.compare_digest(key.encode(), self.server.key.encode()) else 403
+        cookies = re.findall(rf"{self.server.cookie_name}=([0-9a-f]+)",
+                             self.headers.get("Cookie", ""))
+        is_ours = [hmac.compare_digest(cookie, self.server.cookie) for cookie in cookies]
+        return 0 if any(is_ours) else 403
+
+    def _answer(self, path: str, query: Mapping[str, str]) -> None:
+        overview = self.server.overview
+        if path == "/":
+            self._send(200, PAGE.encode(), "text/html")
+        elif path == "/data":
+            is_known = query.get("version") == overview.version
+            self._send(200, b"{}" if is_known else overview.text, "application/json")
+        elif path == "/calls":
+            count = re.sub("[^0-9]", "", query.get("count", ""))[:4] or "50"
+            found = overview.listed(query.get("text", ""), query.get("direction", ""),
+                                    query.get("outcome", ""), int(count))
+            self._send(200, json.dumps(found).encode(), "application/json")
+        elif path in ("/call", "/calls.csv"):
+            self._read_log(path, query)
+        else:
+            self._send(404, b"not found\n", "text/plain")
+
+    def _read_log(self, path: str, query: Mapping[str, str]) -> None:
+        """What is read from the call log itself: the events of a call, or all calls as CSV."""
+        try:
+            with contextlib.closing(open_log(self.server.overview.settings.call_log)) as database:
+                if path == "/calls.csv":
+                    text = io.StringIO()
+                    write_rows((call_row(call, local_time, int) for call, _ in
+                                listed_calls(database, time.time())), "csv", text)
+                    self._send(200, text.getvalue().encode(), "text/csv")
+                    return
+                stored = sorted(call_with(database, query.get("key", "")))
+        except (Nothing, CommandFailed, sqlite3.Error):
+            stored = []
+        lines = [[one.at, one.event.event, described(one.reply) if one.reply else
+                  event_line(one.event), one.leg] for one in stored]
+        self._send(200, json.dumps(lines).encode(), "application/json")
+
+    def _send(self, status: int, body: bytes, content_type: str) -> None:
+        self.send_response(status)
+        for name, value in {
+                "Content-Type": content_type + "; charset=utf-8", "Content-Length": str(len(body)),
+                "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+                "Referrer-Policy": "no-referrer",
+                "Content-Security-Policy": f"default-src 'none'; connect-src 'self'; {OWN_PARTS}"
+                "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+                }.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing: the address holds the key."""
+
+
+class PageServer(http.server.ThreadingHTTPServer):
+    """Serves the page on 127.0.0.1."""
+
+    daemon_threads = True
+    allow_reuse_address = os.name != "nt"
+
+    def __init__(self, settings: Settings, port: int) -> None:
+        """Bind the port (0: any free one). Raises OSError."""
+        self.overview = Overview(settings)
+        self.key = settings.call_page_key or os.urandom(16).hex()
+        # Cookies know no ports: another page on this machine is not to take ours away.
+        self.cookie = os.urandom(16).hex()
+        super().__init__(("127.0.0.1", port), PageHandler)
+        self.cookie_name = f"page{self.server_port}"
+        self._follower = threading.Thread(target=self.overview.run, daemon=True)
+        self._follower.start()
+
+    def server_bind(self) -> None:
+        # HTTPServer's own looks up the name of the address, which can take long.
+        socketserver.TCPServer.server_bind(self)
+        self.server_port = int(self.server_address[1])
+
+    def server_close(self) -> None:
+        self.overview.is_stopping.set()
+        self._follower.join(1)
+        super().server_close()
+
+
+def page(options: argparse.Namespace, settings: Settings) -> int:
+    """The command `page`."""
+    try:
+        server = PageServer(settings, options.page_port)
+    except OSError as error:
+        raise CommandFailed(f"cannot listen on 127.0.0.1 port {options.page_port}: "
+                            f"{error.strerror}; choose another with --port") from None
+    with server:
+        print(f"Open http://127.0.0.1:{server.server_port}/?key={server.key}\n"
+              "in a browser on this machine. Ctrl-C stops.", flush=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
+    return 0
+
+
+# ------------------------------------------------------------------------------------------
 # Command line
 # The only place that reads the environment and arguments.
 # ------------------------------------------------------------------------------------------
@@ -3664,7 +4212,7 @@ def read_env_file(path: str) -> str:
     if content[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in content:
         raise SettingsError(f"{path} is in UTF-16, as PowerShell's > writes it: save it as UTF-8")
     try:
-        return content.decode("utf-8")
+        return str(content, "utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise SettingsError(f"{path} is not in UTF-8, see line {line}: save it as UTF-8") from None
@@ -3673,7 +4221,7 @@ def read_env_file(path: str) -> str:
 def find_env_file(options: argparse.Namespace) -> str:
     """Return the path of the .env file: the one named, beside the script, or here; "" for none."""
     if options.env_file:
-        return os.path.abspath(options.env_file)
+        return os.path.abspath(str(options.env_file))
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".env")
     found = [path for path in (beside, os.path.abspath(".env")) if os.path.isfile(path)]
     return found[0] if found else ""
@@ -3767,7 +4315,7 @@ def command_line() -> argparse.ArgumentParser:
             ("forget", "remove every trace of a number", describe_forget),
             ("simulate", "rehearse calls without a phone", describe_simulate),
             ("check", "find out why nothing arrives", None),
-            ):
+            ("page", "show calls in a browser", describe_page)):
         command = commands.add_parser(name, help=words, allow_abbrev=False,
                                       description=words[0].upper() + words[1:] + ".")
         if describe:
@@ -3824,6 +4372,12 @@ def describe_simulate(simulate: argparse.ArgumentParser) -> None:
     add("--sound", metavar="FILE", help="only check whether sipgate would play this file")
 
 
+def describe_page(page: argparse.ArgumentParser) -> None:
+    """The options of `page`."""
+    page.add_argument("--port", dest="page_port", metavar="PORT", type=whole_number, default=8081,
+                      help="port of the page, on 127.0.0.1 (8081)")
+
+
 def run_server(options: argparse.Namespace) -> int:
     """Serve until a signal comes."""
     with diagnostics(sys.stderr):
@@ -3836,8 +4390,16 @@ def run_server(options: argparse.Namespace) -> int:
         keys, functions = load_keys(settings.signature_key_file), load_functions(
             settings.call_handlers)
     tell = teller(settings.call_output, not has_own_time(sys.stdout))
+    loaded = modified(settings.call_handlers)
+
+    def look() -> None:
+        if modified(settings.call_handlers) != loaded:
+            logger.warning("%s has changed: restart this program to use it",
+                           settings.call_handlers)
+
     try:
         return serve(settings, keys=keys, functions=functions, tell=tell, announce=announcement,
+                     look=look,
                      find_call=None if settings.call_log == "off" else call_finder(settings.call_log))
     except (OSError, UnicodeError) as error:
         raise SystemExit(f"sipgate_callevents: {bind_advice(error, settings)}") from None
@@ -3846,10 +4408,10 @@ def run_server(options: argparse.Namespace) -> int:
 def run_command(options: argparse.Namespace) -> int:
     """Run a command; return its exit status."""
     commands = {"calls": show_calls, "forget": forget_number, "simulate": simulate,
-                "check": check}
+                "check": check, "page": page}
     with diagnostics(sys.stderr):
         settings = read_settings(options, os.environ)
-        status = commands[options.command](options, settings)
+        status: int = commands[options.command](options, settings)
         sys.stdout.flush()
         return status
 

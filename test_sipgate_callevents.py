@@ -1121,7 +1121,7 @@ class Conversation:
 
     def events(self):
         """What has been shown, once all that follows is done."""
-        if not self.receiver.is_quiet(5):
+        if not sc.is_quiet(self.receiver, 5):
             raise AssertionError("not quiet")
         return [answered.event for answered in self.shown]
 
@@ -1696,7 +1696,7 @@ class HttpTest(unittest.TestCase):
             lines = [mutated(coding, 0), length if chance.random() < 0.5 else mutated(length, 15)]
             chance.shuffle(lines)
             self.running.exchange(b"POST /new-call HTTP/1.1\r\n" + HOST_LINE + b"".join(lines) + b"\r\n" + body)
-        self.assertTrue(self.running.receiver.is_quiet(5))
+        self.assertTrue(sc.is_quiet(self.running.receiver, 5))
         self.assertEqual([event for event in self.running.shown[before:] if event.call_id == "H"], [])
 
     def test_requests_in_two_segments_get_the_same_reply(self):
@@ -1868,7 +1868,7 @@ class TimeLimitTest(unittest.TestCase):
     def test_what_comes_too_slowly_is_closed_without_a_word_and_recorded_nowhere(self):
         for sent in (b"", b"POST /new-call HT", request(b"callId=slow")[:-1]):
             self.assertEqual(self.running.exchange(sent, close=False), b"")
-        self.assertTrue(self.running.receiver.is_quiet(5))
+        self.assertTrue(sc.is_quiet(self.running.receiver, 5))
         self.assertEqual([event for event in self.running.shown if event.call_id == "slow"], [])
 
     def test_a_byte_now_and_then_does_not_stretch_the_limit(self):
@@ -2396,6 +2396,158 @@ class CallsTest(unittest.TestCase):
         callers, withheld = sc.to_ring_back(call for call, _ in sc.listed_calls(self.database(rows), 1e9 + DAY))
         self.assertEqual([(caller.number, len(caller.calls)) for caller in callers], [("49222", 1), ("+49111", 3)])
         self.assertEqual(withheld, 2)
+
+
+# ------------------------------------------------------------------------------------------
+# Page
+# ------------------------------------------------------------------------------------------
+
+class PageTest(unittest.TestCase):
+    def setUp(self):
+        self.folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.path = os.path.join(self.folder, "calls.db")
+        CallLog(self.path, 30).close(5)
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            self.settings = Settings(call_log=self.path, webhook_port=closed.getsockname()[1], call_page_key="k" * 16)
+
+    def serve(self):
+        sc.Overview.POLL_SECONDS = 0.02
+        server = sc.PageServer(self.settings, 0)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(thread.join)
+        self.addCleanup(server.shutdown)
+        self.cookie = f"{server.cookie_name}={server.cookie}"
+        return server
+
+    def add(self, text, ago=60):
+        """Store a flow that began so many seconds ago."""
+        shift = int((time.time() - ago) * 1e6) - 10**15
+        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None, timeout=10)) as database:
+            fill(database, [(row[0] + shift, *row[1:]) for row in rows_of(text)])
+
+    def get(self, server, target, **headers):
+        """Status, headers and text of what comes back."""
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+        with contextlib.closing(connection):
+            connection.request(headers.pop("method", "GET"), target, headers={"Cookie": self.cookie, **headers})
+            reply = connection.getresponse()
+            return reply.status, reply.headers, reply.read().decode()
+
+    def data(self, server, version=""):
+        return json.loads(self.get(server, f"/data?version={version}")[2])
+
+    def test_the_key_is_exchanged_for_a_cookie_and_leaves_the_address(self):
+        server = self.serve()
+        status, headers, _ = self.get(server, f"/?key={server.key}", Cookie="")
+        self.assertEqual((status, headers["Location"]), (303, "/"))
+        self.assertEqual(headers["Set-Cookie"], f"{self.cookie}; HttpOnly; SameSite=Strict; Path=/")
+        self.assertNotIn(server.key, self.cookie)
+        status, headers, text = self.get(server, "/")
+        self.assertEqual((status, text), (200, sc.PAGE))
+        self.assertEqual((headers["Cache-Control"], headers["X-Content-Type-Options"], headers["Referrer-Policy"]),
+                         ("no-store", "nosniff", "no-referrer"))
+        policy = headers["Content-Security-Policy"]
+        for part in ("default-src 'none'", "connect-src 'self'", "frame-ancestors 'none'"):
+            self.assertIn(part, policy)
+        for tag in ("style", "script"):
+            inside = re.search(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)[1].encode()
+            self.assertIn(f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(inside).digest()).decode()}'", policy)
+
+    def test_everybody_else_is_refused(self):
+        server = self.serve()
+        port = server.server_port
+        for target, headers, status in [
+                ("/", {"Cookie": ""}, 403), ("/data", {"Cookie": self.cookie[:-1]}, 403), ("/?key=wrong", {}, 403), ("/?key=", {}, 403),
+                ("/", {"Host": f"evil.example:{port}"}, 421), ("/", {"Host": ""}, 421), ("/", {"Host": "127.0.0.1.evil.example"}, 421),
+                ("/", {"Origin": "https://evil.example"}, 403), ("/", {"Origin": "null"}, 403),
+                ("/", {"Host": "localhost:9999"}, 200), ("/", {"Host": "[::1]:9999", "Origin": "http://[::1]:9999"}, 200),
+                ("/none", {}, 404), ("/", {"method": "HEAD"}, 200), ("/", {"method": "POST"}, 501)]:
+            with self.subTest(f"{target} {headers}"):
+                self.assertEqual(self.get(server, target, **headers)[0], status)
+
+    def test_it_shows_who_rings_and_talks_and_whom_to_ring_back(self):
+        self.add("0 n M Alice orig=M xcid=m; 20 h M cancel orig=M xcid=m", ago=3600)
+        self.add("0 n A Alice,Bob; 4 a A Bob; 5 n B Carl orig=B xcid=b from=49222", ago=30)
+        server = self.serve()
+        wait_until(lambda: server.overview.version)
+        wait_until(lambda: len(self.data(server).get("open", [])) == 2)
+        found = self.data(server)
+        self.assertEqual({(call["outcome"], call["from"], *call["answered_by"]) for call in found["open"]},
+                         {("talking", P, "Bob"), ("ringing", "49222")})
+        self.assertEqual([(one["from"], one["calls"]) for one in found["back"]], [], "Bob speaks with that caller")
+        self.assertEqual(found["today"]["calls"] + sum(day[3] for day in found["days"][:-1]), 2)
+        self.assertEqual(found["trouble"], "no server runs: calls that come now are not recorded")
+
+    def test_only_changes_are_sent_and_none_is_missed_after_a_break(self):
+        self.add("0 n A Alice", ago=5)
+        server = self.serve()
+        wait_until(lambda: self.data(server).get("open"))
+        wait_until(lambda: self.data(server, server.overview.version) == {})
+        version = server.overview.version
+        self.add("0 a A Alice; 1 h A", ago=2)
+        wait_until(lambda: self.data(server, version).get("open") == [])
+        self.assertEqual([call["outcome"] for call in json.loads(self.get(server, "/calls")[2])["calls"]], ["answered"])
+
+    def test_a_log_that_began_anew_is_read_anew(self):
+        self.add("0 n A Alice", ago=5)
+        server = self.serve()
+        wait_until(lambda: self.data(server).get("open"))
+        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None, timeout=10)) as database:
+            database.execute("DELETE FROM events")
+        wait_until(lambda: self.data(server).get("open") == [])
+
+    def test_calls_are_found_and_opened(self):
+        for n in range(60):
+            self.add(f"0 n L{n} Alice orig=L{n} xcid=x{n} from=4917{n:02}; 9 h L{n} cancel orig=L{n} xcid=x{n} from=4917{n:02}", ago=4000 - n)
+        self.add("0 n A Zoe dir=out; 0.1 r A reject; 4 h A busy dir=out", ago=100)
+        server = self.serve()
+        wait_until(lambda: len(json.loads(self.get(server, "/calls?count=100")[2])["calls"]) == 61)
+
+        def listed(query):
+            return json.loads(self.get(server, "/calls?" + query)[2])
+
+        self.assertEqual((len(listed("")["calls"]), listed("")["more"]), (50, True))
+        self.assertEqual([call["from"] for call in listed("text=4917" + "07")["calls"]], ["491707"])
+        self.assertEqual([call["outcome"] for call in listed("direction=out")["calls"]], ["rejected"])
+        self.assertEqual(len(listed("outcome=missed&count=999")["calls"]), 60)
+        lines = json.loads(self.get(server, "/call?key=A")[2])
+        self.assertEqual([line[1:3] for line in lines], [["newCall", f"New call from {FIRM} to {P} is ringing..."],
+                                                         ["reply", "Reject busy"], ["hangup", "The call has been hung up (busy)"]])
+        status, headers, text = self.get(server, "/calls.csv")
+        self.assertEqual((status, headers["Content-Type"], len(text.splitlines())), (200, "text/csv; charset=utf-8", 62))
+
+    def test_hostile_names_come_out_as_text(self):
+        names = ["<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "\u202eevil", "\U0001f600"]
+        self.add("0 n A Alice", ago=5)
+        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None, timeout=10)) as database:
+            body = urllib.parse.urlencode({"event": "newCall", "callId": "A", "direction": "in", "user[]": names}, doseq=True)
+            database.execute("UPDATE events SET body = ?", (body.encode(),))
+        server = self.serve()
+        wait_until(lambda: self.data(server).get("open"))
+        self.assertEqual(self.data(server)["open"][0]["users"], [*names[:2], "\\u202eevil", names[3]])
+        for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
+            self.assertNotIn(word, sc.PAGE)
+
+    def test_the_running_copy_is_asked_how_it_is(self):
+        running = Running()
+        self.addCleanup(running.stop)
+        self.settings = replace(self.settings, webhook_port=running.server.port)
+        server = self.serve()
+        wait_until(lambda: self.data(server).get("trouble") == "")
+        running.receiver.refused = 2
+        server.overview._health_at = 0
+        wait_until(lambda: "webhooks were refused (2)" in self.data(server).get("trouble", ""))
+
+    def test_the_command_prints_the_address_and_ends_quietly(self):
+        program = Program("page", "--port", "18999", folder=self.folder, wait=False, CALL_LOG="calls.db", PYTHONUNBUFFERED="1")
+        self.addCleanup(program.kill)
+        line = program.process.stdout.readline().decode()
+        self.assertRegex(line, r"^Open http://127\.0\.0\.1:18999/\?key=[0-9a-f]{32}\n$")
+        status, _, err = program.end()
+        self.assertEqual((status, err), (0, ""))
 
 
 @contextlib.contextmanager
