@@ -1152,11 +1152,12 @@ class YourCode:
             print(end="", flush=True)  # what print(..., end="") has left
             return result
         except BaseException as error:  # noqa: BLE001 - sys.exit() in your code is no end of ours
-            try:
-                # Text from here on: its own __str__ could hang, and the logger's lock with it.
-                below = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-            except Exception:  # noqa: BLE001 - that __str__ can raise, too
-                below = ""
+            frames = [frame for frame in traceback.extract_tb(error.__traceback__)
+                      if frame.filename != __file__ or frame.name in CallFunctions._fields]
+            below = "".join(traceback.format_list(frames[-20:]))
+            with contextlib.suppress(Exception):  # of its own __str__
+                # Text from here on: that could also hang, and the logger's lock with it.
+                below += "".join(traceback.format_exception_only(type(error), error))
             logger.error("%s raised %s; the call goes on without it", name, type(error).__name__,
                          extra={"below": below})
             return None
@@ -2325,6 +2326,10 @@ def _where_and_why(error: BaseException, path: str) -> str:
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
              if frame.filename == path]
     line, text = lines[-1] if lines else None, str(error)
+    imported = re.match(r"cannot import name '(\w+)' from '(__main__|sipgate_callevents)'", text)
+    if imported:
+        close = likely(imported[1], globals())
+        text = f"there is no {imported[1]} to import" + (f"; is {close} meant?" if close else "")
     if isinstance(error, SyntaxError):
         line, text = error.lineno if error.filename == path else line, error.msg or text
     elif isinstance(error, OSError):
@@ -2449,7 +2454,7 @@ def described(action: Action) -> str:
     for child in action.children:
         words += [child.text or child.tag.lower()] if child.tag != "Play" else []
     if action.tag == "Gather":
-        words += ["up to", dict(action.attributes).get("maxDigits", "1"), "digits"]
+        words += ["up to", plural(int(dict(action.attributes).get("maxDigits", "1")), "digit")]
     return " ".join(words)
 
 
@@ -3105,9 +3110,10 @@ def show_table(options: argparse.Namespace, pairs: Iterator[Any], limit: int) ->
         raise Nothing("no call matches")
     head, *lines = table([call for call, _ in shown])
     print(head)
-    for line, (_, events) in zip(lines, shown):
+    for line, (call, events) in zip(lines, shown):
         print(line)
         for stored in events if options.events else ():
+            stored = stored._replace(event=replace(stored.event, find_call=lambda event: call))
             words = described(stored.reply) if stored.reply else event_line(stored.event)
             print(f"  {local_time(stored.at)[11:]} {printable(stored.event.event):7} "
                   + printable(words))
@@ -3127,16 +3133,15 @@ def digits_of(text: str) -> str:
     return digits
 
 
-def holds(value: str, digits: str) -> bool:
-    """Whether `value` has the number in it, however it is written; a short one only as a whole."""
-    return plain(value) == digits or (
-        len(digits) > 5 and digits in "".join(re.findall("[0-9]", value)))
+def pattern_of(digits: str) -> re.Pattern[str]:
+    """What finds a number however it is written, but not in a longer one."""
+    return re.compile(r"(?<![0-9])(?:00)?" + r"[\s()/.#*+-]*".join(digits) + "(?![0-9])")
 
 
-def blanked(body: bytes, digits: str, token: str = FORGOTTEN) -> bytes:
-    """A stored body with each value blanked that holds the number; `token` stands for an id."""
+def blanked(body: bytes, number: re.Pattern[str], token: str = FORGOTTEN) -> bytes:
+    """A stored body with each value blanked that holds `number`; `token` stands for an id."""
     def clean(text: str, word: str = FORGOTTEN) -> str:
-        return word if holds(text, digits) else text
+        return word if number.search(text) else text
 
     if body.startswith(b"<"):
         response = ET.fromstring(body)
@@ -3152,35 +3157,41 @@ def blanked(body: bytes, digits: str, token: str = FORGOTTEN) -> bytes:
     return body if kept == pairs else urllib.parse.urlencode(kept).encode()
 
 
-def rows_with(database: sqlite3.Connection, digits: str, since: int) -> Iterator[Any]:
+def rows_with(database: sqlite3.Connection, number: re.Pattern[str], since: int) -> Iterator[Any]:
     """The stored rows behind the id `since` that hold the number; read in pieces."""
     rows: list[Any] = [(since,)]
     while rows:
         rows = database.execute("SELECT id, call_id, orig_call_id, xcid, body FROM events "
                                 "WHERE id > ? ORDER BY id LIMIT 1000", (rows[-1][0],)).fetchall()
         for row in rows:
-            if blanked(row[4], digits) != row[4]:
+            if number.search(row[1]) or blanked(row[4], number) != row[4]:
                 yield row
 
 
 def forget_number(options: argparse.Namespace, settings: Settings) -> int:
     """The command `forget`: every trace of a number leaves the files."""
     digits, path = digits_of(options.number), os.path.realpath(settings.call_log)
+    number, shown = pattern_of(digits), with_plus(digits)
     with contextlib.closing(open_log(settings.call_log)) as database:
-        rows = list(rows_with(database, digits, 0))
+        rows = list(rows_with(database, number, 0))
         if not rows and not remains(path, digits):
             raise CommandFailed(f"no call holds {options.number}; with the country code?"
                                 + similar(database, digits))
         if rows:
             count = len({row[2] or row[1] or row[0] for row in rows})
-            print(f"{plural(count, 'call')} from {local_time(rows[0][0] / 1e6)[:16]} to "
-                  f"{local_time(rows[-1][0] / 1e6)[:16]} {'holds' if count == 1 else 'hold'} "
-                  f"{with_plus(digits)}.", flush=True)
-        if not options.yes and input("Forget the number? The calls stay. (yes/no) ") != "yes":
+            first, last = (local_time(row[0] / 1e6)[:16] for row in (rows[0], rows[-1]))
+            print(f"{plural(count, 'call')}, from {first} to {last}, hold{'s' * (count == 1)} "
+                  f"{shown}.", flush=True)
+        said = "yes" if options.yes else ""
+        with contextlib.suppress(EOFError):
+            said = said or input("Forget it? The calls stay. (yes/no) ")
+        if not said.startswith("y"):
             raise CommandFailed("nothing was changed")
+        # One word where it stands as an id, so that what it joins stays joined, and nothing else.
+        token = f"{FORGOTTEN[:-1]} {os.urandom(4).hex()}]"
         while rows:
-            blank_rows(database, rows, digits)
-            rows = list(rows_with(database, digits, rows[-1][0]))  # what came meanwhile
+            blank_rows(database, rows, number, token)
+            rows = list(rows_with(database, number, rows[-1][0]))  # what came meanwhile
         rewrite(database, os.path.dirname(path))
     for name in remains(path, digits):
         if ".damaged-" in name:
@@ -3188,26 +3199,25 @@ def forget_number(options: argparse.Namespace, settings: Settings) -> int:
             print(f"{name} held it, and is removed.")
     left = remains(path, digits)
     if left:
-        raise CommandFailed(f"{with_plus(digits)} is still in {', '.join(left)}: end what else "
-                            "reads the file, and run this again")
+        raise CommandFailed(f"{shown} is still in {', '.join(left)}: end what else reads the file, "
+                            "and run this again")
     print(f"It is gone from {path}: no byte of it is left there.\nIt may still be in backups, in "
           "the journal or file that stdout goes to,\nand where your functions have put it.")
     return 0
 
 
-def blank_rows(database: sqlite3.Connection, rows: Sequence[Any], digits: str) -> None:
+def blank_rows(database: sqlite3.Connection, rows: Sequence[Any], number: re.Pattern[str],
+               token: str) -> None:
     """Rewrite rows that hold the number, a few at a time."""
-    # One word where it stands as an id, so that what it joins stays joined, and nothing else is.
-    token = f"{FORGOTTEN[:-1]} {os.urandom(4).hex()}]"
     database.execute("PRAGMA secure_delete=ON")
     for start in range(0, len(rows), FORGET_ROWS):
         database.execute("BEGIN IMMEDIATE")
         for key, *ids, body in rows[start:start + FORGET_ROWS]:
-            clean = [token if text and holds(text, digits) else text for text in ids]
+            clean = [token if text and number.search(text) else text for text in ids]
             # The digest told repeats of these very bytes, and whether a guess at them is right.
             database.execute("UPDATE events SET call_id = ?, orig_call_id = ?, xcid = ?, body = ?, "
                              "digest = NULL WHERE id = ?",
-                             (*clean, blanked(body, digits, token), key))
+                             (*clean, blanked(body, number, token), key))
         database.execute("COMMIT")
         time.sleep(0.02)  # so that a running server gets its turn
 
@@ -3224,13 +3234,14 @@ def rewrite(database: sqlite3.Connection, folder: str) -> None:
 
 
 def remains(path: str, digits: str) -> list[str]:
-    """Those of the call log's files whose bytes hold the digits in a row."""
+    """Those of the call log's files whose bytes hold the number."""
+    number = re.compile(rb"(?<![0-9])(?:00)?" + digits.encode() + rb"(?![0-9])")
     found = []
     for name in [path, path + "-wal", *glob.glob(glob.escape(path) + ".damaged-*")]:
         with contextlib.suppress(FileNotFoundError), open(name, "rb") as file:
             piece, before = file.read(1 << 20), b""
-            while piece and digits.encode() not in before + piece:
-                piece, before = file.read(1 << 20), piece[-len(digits):]
+            while piece and not number.search(before + piece):
+                piece, before = file.read(1 << 20), piece[-2 * len(digits):]
             found += [name] if piece else []
     return found
 
@@ -3329,6 +3340,7 @@ class Sipgate:
         action = self._post(base + "/new-call", fields)
         if is_menu and (action is None or action.tag != "Gather"):
             print("    (your functions ask for no digits)")
+            self.digits = []
         for _ in range(MENU_LIMIT):
             if action is None or action.tag != "Gather":
                 break
@@ -3339,6 +3351,8 @@ class Sipgate:
             action = self._post(url, {"event": "dtmf", "dtmf": digits, "callId": fields["callId"]})
         else:
             self._complain(f"{MENU_LIMIT} times <Gather> in a row: the menu never ends")
+        if is_menu and self.digits and self.digits != [""]:
+            print(f"    ({','.join(self.digits)} was not asked for)")
         self.answering = {}
         if action is not None and action.tag == "Dial":
             number = action.findtext("Number")
@@ -3377,8 +3391,8 @@ class Sipgate:
         for name, kind in (("onAnswer", "answer"), ("onHangup", "hangup")):
             self.urls.update({kind: response.get(name, "")} if name in response.attrib else {})
         action = printable(described(answered.action)) if answered.action else "no action"
-        paths = [urllib.parse.urlsplit(url).path for url in response.attrib.values()]
-        print(f"{took}  {action}, follow-ups to {' and '.join(paths) or 'nowhere'}", flush=True)
+        asked = " and ".join(name[2:].lower() for name in response.attrib) or "nothing more"
+        print(wrapped(f"{took}  {action}, asks for {asked}", sys.stdout, 4), flush=True)
         for sound in response.iter("Url"):
             if not (sound.text or "").partition("?")[0].lower().endswith(".wav"):
                 print(f"    is {printable(sound.text or '')} a WAV file? sipgate plays no other")
@@ -3396,8 +3410,8 @@ def check_sound(path: str) -> int:
         fault = f"it is no PCM WAV file ({error or 'it is cut off'})"
     except OSError as error:
         raise SettingsError(f"{path} cannot be read: {error.strerror}") from None
-    print(f"{path}: " + (f"sipgate skips it: {fault}; expected mono, 16 bit, 8000 Hz" if fault
-                         else "sipgate plays it"))
+    print(wrapped(f"{path}: " + (f"sipgate skips it: {fault}; expected mono, 16 bit, 8000 Hz"
+                                 if fault else "sipgate plays it"), sys.stdout))
     return 1 if fault else 0
 
 
@@ -3415,8 +3429,9 @@ def simulate(options: argparse.Namespace, settings: Settings) -> int:
     if options.sound:
         return check_sound(options.sound)
     functions = load_functions(settings.call_handlers)
-    print("Rehearsal: nothing leaves this machine, but your functions really run"
-          + (f"\n({settings.call_handlers})" if settings.call_handlers else "") + ".")
+    print("Rehearsal: nothing leaves this machine"
+          + (f", but your functions really run\n({settings.call_handlers})."
+             if settings.call_handlers else "; CALL_HANDLERS names no functions of yours."))
     errors, faults = ErrorCount(), 0
     logger.addHandler(errors)
     with tempfile.TemporaryDirectory() as folder:
@@ -3590,8 +3605,9 @@ def check_port(settings: Settings) -> tuple[tuple[str, str], str]:
     except (OSError, UnicodeError, http.client.HTTPException):
         try:
             with WebhookServer(settings.webhook_host, settings.webhook_port):
-                return ("warning", f"{place} is free: no server runs there, so nothing can arrive; "
-                        "start it"), ""
+                return ("warning", f"{place} is free: no server runs with these settings, so "
+                        "nothing can arrive: start it, or give check its settings (--env-file)"
+                        ), ""
         except (OSError, UnicodeError) as error:
             return ("problem", bind_advice(error, settings)), ""
     if not health.instance:
@@ -3623,7 +3639,8 @@ def check_way_in(url: str, instance: str) -> tuple[str, str]:
                                "or proxy running?")
         if not health.instance:
             return "problem", (f"{url}{route} does not get through (status {health.status}): the "
-                               "proxy leads elsewhere, or changes the path on its way")
+                               "proxy leads elsewhere, or changes the path on its way (nginx: no "
+                               "slash at the end of proxy_pass)")
         if health.instance != instance:
             return "problem", (f"{url}{route} leads to another copy of this script: check the port "
                                "that the tunnel or proxy leads to")
@@ -3939,10 +3956,9 @@ class Overview:
         published = time.monotonic()
         for call, _ in listed_calls(database, now, now - SHOWN_DAYS * DAY):
             self._keep(call)
-            if time.monotonic() - published > 0.5 or len(self._day_of) == 50:
-                published = time.monotonic()
+            if time.monotonic() - published > 2 or len(self._day_of) == 50:
                 self._publish(True, "")
-                time.sleep(0.05)  # so that who asks gets a turn
+                published = time.monotonic()
 
     def _keep(self, call: Call) -> None:
         """Keep a call, in place of what its legs were before."""
@@ -3990,9 +4006,10 @@ class Overview:
         with self.lock:
             bars = {day: self._bars_of(day) for day in days}
             today, before = ([*self.days.get(day, {}).values()] for day in (days[0], days[7]))
-            calls = [call for day in sorted(self.days, reverse=True)
-                     for call in sorted(self.days[day].values(), key=last_at, reverse=True)]
-        callers, withheld = to_ring_back(calls)
+            by_day = [[*self.days[day].values()] for day in sorted(self.days, reverse=True)]
+        # Day by day: a long sort would keep who asks from getting a turn.
+        callers, withheld = to_ring_back(call for calls in by_day for call in
+                                         sorted(calls, key=last_at, reverse=True))
         return {
             "now": now, "url": "" if self.settings.trial else self.settings.webhook_url,
             "open": [page_row(call) for call in self._open_calls()],
@@ -4017,18 +4034,16 @@ class Overview:
 
     def listed(self, text: str, direction: str, outcome: str, count: int) -> dict[str, Any]:
         """The latest `count` calls that hold `text`, in that direction and with that outcome."""
-        found: list[dict[str, Any]] = []
+        def is_wanted(call: Call) -> bool:
+            words = " ".join((call.from_number, call.to_number, *call.users, *call.answered_by))
+            return (text.lower() in words.lower() and direction in ("", call.direction)
+                    and outcome in ("", call.outcome))
+
         with self.lock:
-            for day in sorted(self.days, reverse=True):
-                for call in sorted(self.days[day].values(), key=lambda call: -call.started):
-                    words = " ".join((call.from_number, call.to_number, *call.users,
-                                      *call.answered_by, call.cause)).lower()
-                    if (text.lower() in words and direction in ("", call.direction)
-                            and outcome in ("", call.outcome)):
-                        found.append(page_row(call))
-                if len(found) > count:
-                    break
-        return {"calls": found[:count], "more": len(found) > count}
+            days = [[*self.days[day].values()] for day in sorted(self.days, reverse=True)]
+        latest = (call for calls in days for call in sorted(calls, key=lambda call: -call.started))
+        found = [*itertools.islice(filter(is_wanted, latest), count + 1)]
+        return {"calls": [*map(page_row, found[:count])], "more": len(found) > count}
 
 
 def last_at(call: Call) -> float:
@@ -4189,10 +4204,11 @@ def page(options: argparse.Namespace, settings: Settings) -> int:
     except OSError as error:
         raise CommandFailed(f"cannot listen on 127.0.0.1 port {options.page_port}: "
                             f"{error.strerror}; choose another with --port") from None
+    sys.setswitchinterval(0.0005)  # so that who asks gets a turn while the log is read
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with server:
         print(f"Open http://127.0.0.1:{server.server_port}/?key={server.key}\n"
               "in a browser on this machine. Ctrl-C stops.", flush=True)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
     return 0
@@ -4286,17 +4302,31 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+def pressed(text: str) -> str:
+    """For argparse: digits for one menu after the other."""
+    if not re.fullmatch("[0-9*#,]*", text):
+        raise argparse.ArgumentTypeError(f'"{text}": expected keys of a phone, such as 1,0042')
+    return text
+
+
+def dialled(text: str) -> str:
+    """For argparse: a number as sipgate sends it, or a word such as anonymous."""
+    return plain(re.sub(r"[\s()/.-]", "", text))
+
+
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that names a flag it does not know, and not the word behind it."""
+    """An ArgumentParser that says which word is wrong, and which may be meant."""
 
     def error(self, message: str) -> NoReturn:
-        known = list(self._option_string_actions)
-        for word in sys.argv[1:]:
-            name = word.partition("=")[0]
-            if "invalid choice" in message and name.startswith("--") and name not in known:
-                close = likely(name, known)
-                super().error(f"there is no option {name}" + (f"; is {close} meant?" if close
-                                                              else ""))
+        flags = list(self._option_string_actions)
+        unknown = [word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+        unknown = [word for word in unknown if word not in flags]
+        choice = re.search("invalid choice: '(.*?)'", message)
+        if choice:
+            word = unknown[0] if unknown and self.prog.count(" ") == 0 else choice[1]
+            close = likely(word, [*flags, *re.findall(r"\w+", message.partition("choose from")[2])])
+            message = f"there is no {word}" + (f"; is {close} meant?" if close else
+                                               f", see {self.prog} -h")
         super().error(message)
 
 
@@ -4362,10 +4392,11 @@ def describe_simulate(simulate: argparse.ArgumentParser) -> None:
     add("scenario", nargs="?", choices=list(SCENARIOS), default="answered", metavar="SCENARIO",
         help=f"{', '.join(SCENARIOS)} (default: answered)")
     add("--all", action="store_true", help="every scenario in turn")
-    add("--from", dest="sender", metavar="NUMBER", default="492111234567", help="the caller")
-    add("--to", metavar="NUMBER", default="4915791234567", help="the number called")
+    add("--from", dest="sender", metavar="NUMBER", type=dialled, default="492111234567",
+        help="the caller")
+    add("--to", metavar="NUMBER", type=dialled, default="4915791234567", help="the number called")
     add("--user", metavar="NAME", action="append", help="who rings (repeatable)")
-    add("--digits", metavar="1,0042", default="1",
+    add("--digits", metavar="1,0042", type=pressed, default="1",
         help="what the caller presses, menu by menu; empty: nothing")
     add("--pause", metavar="SECONDS", type=some_seconds, default=0.05,
         help="between the events (0.05)")
@@ -4402,7 +4433,7 @@ def run_server(options: argparse.Namespace) -> int:
                      look=look,
                      find_call=None if settings.call_log == "off" else call_finder(settings.call_log))
     except (OSError, UnicodeError) as error:
-        raise SystemExit(f"sipgate_callevents: {bind_advice(error, settings)}") from None
+        raise CommandFailed(bind_advice(error, settings)) from None
 
 
 def run_command(options: argparse.Namespace) -> int:
@@ -4437,6 +4468,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(wrapped(f"{text[0].upper()}{text[1:]}.", sys.stderr), file=sys.stderr)
         return 0
     except KeyboardInterrupt:
+        print(file=sys.stderr)
         return 130
     except BrokenPipeError:  # such as head, which has seen enough
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - nothing to flush

@@ -67,7 +67,7 @@ from sipgate_callevents import (
 SLOWNESS = 3
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-SCRIPT = os.path.join(HERE, "sipgate_callevents.py")
+SCRIPT = os.path.join(HERE, "sipgate_callevents.py")  # for programs, a copy with no .env beside it
 
 # The examples of sipgate's documentation, as its curl commands send them.
 NEW_CALL = (b"event=newCall&from=492111234567&to=4915791234567&direction=in&callId=123456&user[]=Alice&user[]=Bob"
@@ -187,6 +187,10 @@ def setUpModule():
     # What a test does not look for is not to appear between the dots.
     sc.logger.addHandler(logging.NullHandler())
     sc.logger.propagate = False
+    global SCRIPT
+    folder = tempfile.mkdtemp()
+    unittest.addModuleCleanup(shutil.rmtree, folder)
+    SCRIPT = shutil.copy(SCRIPT, folder)
     if os.name != "nt":
         HangingTest.begin()
 
@@ -2025,7 +2029,8 @@ class TlsTest(unittest.TestCase):
         for _ in range(2):
             self.assertTrue(self.exchange(request()).startswith(b"HTTP/1.1 200 "))
         self.assertTrue(self.exchange(b"nonsense\r\n\r\n").startswith(b"HTTP/1.1 400 "))
-        self.assertEqual(self.running.exchange(request())[:5].replace(b"\x15\x03", b"")[:0], b"", "http on the https port")
+        with contextlib.suppress(OSError):  # http on the https port
+            self.assertNotIn(b"200", self.running.exchange(request()))
 
     def test_silent_connections_hold_up_nobody_and_are_closed(self):
         silent = [self.running.connect() for _ in range(50)]
@@ -2632,18 +2637,18 @@ class ShownCallsTest(unittest.TestCase):
             with self.assertRaises(SettingsError):
                 sc.digits_of(text)
 
-    def test_a_number_is_blanked_however_it_hides(self):
+    def test_a_number_is_blanked_however_it_hides_and_a_longer_one_is_not(self):
+        number = sc.pattern_of("49157999111")
         for value in ("49157999111", "+49157999111", "0049157999111", "sip:49157999111@host", "tel:+49-157-999111", "49.157.999.111",
                       "49157999111 49222", "Bob 49157999111", "cause 49157999111", "49157#999111"):
-            body = sc.urllib.parse.urlencode({"a": "kept", "callId": "1", "x": value}).encode()
-            self.assertEqual(sc.blanked(body, "49157999111"), b"a=kept&callId=1&x=%5Bforgotten%5D", value)
-        for value in ("49157999112", "4915799911", ""):
-            body = sc.urllib.parse.urlencode({"x": value, "user[]": "Alice"}).encode()
-            self.assertIs(sc.blanked(body, "49157999111"), body, value)
-        self.assertEqual(sc.blanked(b"user[]=Alice&x=1", "49157999111"), b"user[]=Alice&x=1", "as it came")
-        self.assertEqual(sc.blanked(b"callId=49157999111&origCallId=49157999111", "49157999111", "T"), b"callId=T&origCallId=T")
-        self.assertNotIn(b"49157999111", sc.blanked(response_xml(dial("49157999111"), on_hangup="https://x/49157999111/h"), "49157999111"))
-        self.assertEqual(sc.blanked(b"from=123456e0&to=1234", "1234"), b"from=123456e0&to=%5Bforgotten%5D", "a short one only as a whole")
+            body = urllib.parse.urlencode({"a": "kept", "callId": "1", "x": value}).encode()
+            self.assertEqual(sc.blanked(body, number), b"a=kept&callId=1&x=%5Bforgotten%5D", value)
+        for value in ("491579991112", "149157999111", "4915799911", "77491579991110", ""):
+            body = urllib.parse.urlencode({"x": value, "user[]": "Alice"}).encode()
+            self.assertIs(sc.blanked(body, number), body, value)
+        self.assertEqual(sc.blanked(b"user[]=Alice&x=1", number), b"user[]=Alice&x=1", "as it came")
+        self.assertEqual(sc.blanked(b"callId=49157999111&origCallId=49157999111", number, "T"), b"callId=T&origCallId=T")
+        self.assertNotIn(b"49157999111", sc.blanked(response_xml(dial("49157999111"), on_hangup="https://x/49157999111/h"), number))
 
 
 class CallFinderTest(unittest.TestCase):
@@ -2738,7 +2743,7 @@ class RehearsalTest(unittest.TestCase):
         said = self.rehearse()[0]
         self.assertEqual([re.sub(r"in \d+ ms", "in N ms", line) for line in said], [
             "", "answered", "--> newCall  492111234567 to 4915791234567 (Alice, Bob)",
-            "<-- 200 in N ms  no action, follow-ups to /on-answer and /on-hangup",
+            "<-- 200 in N ms  no action, asks for answer and hangup",
             "--> answer   Alice", "<-- 200 in N ms", "--> hangup   normalClearing", "<-- 200 in N ms"])
 
     def test_what_your_code_decides_is_done(self):
@@ -2748,7 +2753,7 @@ class RehearsalTest(unittest.TestCase):
                 (voicemail(), "Dial voicemail", "voicemail", ()), (play("http://x/a.wav"), "Play http://x/a.wav", "answered", ("Alice",))]:
             with self.subTest(said_of_it):
                 said, call, events, _ = self.rehearse(functions=CallFunctions(on_new_call=lambda event, action=action: action))
-                self.assertIn(f"ms  {said_of_it}, follow-ups", said[3])
+                self.assertIn(f"ms  {said_of_it}, asks for answer and hangup", said[3])
                 self.assertEqual((call.outcome, call.answered_by, call.reply), (outcome, by, said_of_it))
                 self.assertEqual([event.event for event in events],
                                  ["newCall", "hangup"] if outcome == "rejected" else ["newCall", "answer", "hangup"])
@@ -2769,6 +2774,7 @@ class RehearsalTest(unittest.TestCase):
         said, call, events, _ = self.rehearse("menu", functions, digits="")
         self.assertIn("--> dtmf     (no key pressed)", said)
         self.assertIn("    (your functions ask for no digits)", self.rehearse("menu")[0])
+        self.assertIn("    (7,8 was not asked for)", self.rehearse("menu", functions, digits="1,2,7,8")[0])
 
     def test_what_sipgate_would_not_do_is_named(self):
         said, _, _, faults = self.rehearse("menu", CallFunctions(on_new_call=lambda event: gather(), on_dtmf=lambda event: gather()))
@@ -2846,7 +2852,7 @@ class CheckTest(unittest.TestCase):
         self.assertEqual(self.way_in(url + "/p", "me"), (
             "problem", f"{url}/p/new-call leads to another copy of this script: check the port that the tunnel or proxy leads to"))
         self.assertEqual(self.way_in(url, running.server.instance), (
-            "problem", f"{url}/new-call does not get through (status 404): the proxy leads elsewhere, or changes the path on its way"))
+            "problem", f"{url}/new-call does not get through (status 404): the proxy leads elsewhere, or changes the path on its way (nginx: no slash at the end of proxy_pass)"))
         ours = (405, b"", {"X-Instance": "me"})
         partly = self.serve({"/p/new-call": ours, "/p/on-answer": ours})
         self.assertIn("/p/on-hangup does not get through", self.way_in(partly + "/p")[1])
@@ -2919,7 +2925,7 @@ class CheckTest(unittest.TestCase):
         with socket.create_server(("127.0.0.1", 0)) as closed:
             port = closed.getsockname()[1]
         self.assertEqual(self.checked(Settings(webhook_port=port, webhook_url="https://x.example/p"))[-1],
-                         f"warning  port {port} of 127.0.0.1 is free: no server runs there, so nothing can arrive; start it")
+                         f"warning  port {port} of 127.0.0.1 is free: no server runs with these settings, so nothing can arrive: start it, or give check its settings (--env-file)")
 
     def checked(self, settings):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -3087,22 +3093,27 @@ class OutputTest(unittest.TestCase):
 class Program:
     """The script, running in a folder of its own, and without site-packages: it needs none."""
 
-    def __init__(self, *arguments, folder, script=SCRIPT, wait=True, stdout=subprocess.PIPE, **environ):
+    def __init__(self, *arguments, folder, script="", wait=True, stdout=subprocess.PIPE, **environ):
         clean = {name: value for name, value in os.environ.items()
                  if not re.match("WEBHOOK|CALL|VERIFY|SIGNATURE|JOURNAL|NOTIFY", name)}
         for name in {"CALL_LOG", "CALL_HANDLERS", "SIGNATURE_KEY_FILE"} & set(environ):  # which would count from the script
             environ[name] = environ[name] and environ[name] != "off" and os.path.join(folder, environ[name]) or environ[name]
         self.process = subprocess.Popen(
-            [sys.executable, "-S", "-W", "error", script, *arguments], cwd=folder, stdout=stdout, stderr=subprocess.PIPE,
+            [sys.executable, "-S", "-W", "error", script or SCRIPT, *arguments], cwd=folder, stdin=subprocess.DEVNULL, stdout=stdout,
+            stderr=subprocess.PIPE,
             env={**clean, "WEBHOOK_PORT": "0", "CALL_LOG": "off", "PYTHONIOENCODING": "utf-8", **environ})
         self.said = ""
         while wait and "Ctrl-C stops" not in self.said:
-            line = self.process.stderr.readline().decode()
-            if not line:
-                raise AssertionError(f"did not start: {self.said}")
-            self.said += line
+            self.listen()
         if wait:
             self.port = int(re.search(r"listens on [^ ]+:(\d+)", self.said)[1])
+
+    def listen(self):
+        """Take in one more line of stderr; fail at its end."""
+        line = self.process.stderr.readline().decode()
+        if not line:
+            raise AssertionError(f"it ended: {self.said}")
+        self.said += line
 
     def post(self, path, body, **headers):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
@@ -3340,7 +3351,7 @@ class ProgramTest(unittest.TestCase):
         program = self.start(CALL_HANDLERS="mine.py")
         os.utime(path, (1, 1))
         while "mine.py has changed: restart this program to use it" not in program.said:
-            program.said += program.process.stderr.readline().decode()
+            program.listen()
         self.assertEqual(program.end()[0], 0)
 
     @unittest.skipUnless(sys.platform == "linux", "prlimit")
@@ -3445,7 +3456,7 @@ class ProgramTest(unittest.TestCase):
         self.write("mine.py", "import time\ndef on_hangup(event):\n    print('begun', flush=True)\n    time.sleep(60)\n")
         program = self.start(CALL_HANDLERS="mine.py")
         program.post("/on-hangup", HANGUP)
-        while program.process.stdout.readline() != b"begun\n":
+        while program.process.stdout.readline() not in (b"begun\n", b""):
             pass
         program.process.send_signal(signal.SIGTERM)
         connected = True
@@ -3499,7 +3510,7 @@ class ProgramTest(unittest.TestCase):
         self.assertLess(time.monotonic() - began, 2)
         self.assertEqual((status, err), (0, ""))
         self.assertEqual(out.splitlines()[1], f"({os.path.join(self.folder, 'mine.py')}).")
-        self.assertIn("  Dial 4921100, follow-ups to /on-answer and /on-hangup\n", out)
+        self.assertIn("  Dial 4921100, asks for answer and hangup\n", out)
         self.assertRegex(out.splitlines()[-1], r"^\d\d-\d\d \d\d:\d\d in \+492111234567 \+4915791234567 answered 0:00 0:00 4921100$")
         self.assertEqual(os.listdir(self.folder), ["mine.py"])
         self.write("mine.py", "def on_new_call(event):\n    return '<Dial/>'\n")
@@ -3513,8 +3524,8 @@ class ProgramTest(unittest.TestCase):
         self.assertEqual(self.run_command("simulate", CALL_HANDLERS="mine.py")[0], 1, "an error counts, whatever your code does to logging")
 
     def test_a_flag_that_is_none_is_named(self):
-        for arguments, said in ((("--prot", "8081"), "there is no option --prot; is --port meant?"), (("--prot=8081", "calls"), "--prot=8081"),
-                                (("nonsense",), "invalid choice: 'nonsense'"), (("calls", "--limt", "3"), "unrecognized arguments: --limt 3")):
+        for arguments, said in ((("--prot", "8081"), "there is no --prot; is --port meant?"), (("--prot=8081", "calls"), "--prot=8081"),
+                                (("call",), "there is no call; is calls meant?"), (("simulate", "mised"), "there is no mised; is missed meant?"), (("calls", "--limt", "3"), "unrecognized arguments: --limt 3")):
             status, _, err = self.run_command(*arguments)
             self.assertEqual((status, said in err), (2, True), err)
 
@@ -3540,6 +3551,8 @@ class ProgramTest(unittest.TestCase):
                 now + 10**8, b"event=answer&callId=leg1&answeringNumber=0049999911122&user=Al%C3%BC"))
             other.execute("INSERT INTO events(id, event, call_id, body) VALUES (?, 'reply', 'leg2', ?)", (
                 now + 10**8 + 1, response_xml(dial("49999911122"))))
+            for n, (event, body) in enumerate((("newCall", b"event=newCall&callId=49999911122&from=1"), ("reply", b"<Response />"))):
+                other.execute("INSERT INTO events(id, event, call_id, body) VALUES (?, ?, '49999911122', ?)", (now + 10**8 + 2 + n, event, body))
             other.execute("COMMIT")
         self.write("calls.db.damaged-1", "...49999911122...")
         self.write("calls.db.damaged-2", "...")
@@ -3548,7 +3561,7 @@ class ProgramTest(unittest.TestCase):
         self.assertIn("no call holds 0999911122; with the country code? +49999911122", err)
         status, out, err = self.run_command("forget", "+49 (999) 911-122")
         self.assertEqual(status, 1, "nobody said yes")
-        self.assertRegex(out, r"^102 calls from [-0-9]{10} [0-9:]{5} to [-0-9]{10} [0-9:]{5} hold \+49999911122\.\n")
+        self.assertRegex(out, r"^103 calls, from [-0-9]{10} [0-9:]{5} to [-0-9]{10} [0-9:]{5}, hold \+49999911122\.\n")
         status, out, err = self.run_command("forget", "--yes", "+49 (999) 911-122")
         self.assertEqual((status, err), (0, ""))
         self.assertIn(f"It is gone from {self.real('calls.db')}: no byte of it is left there.\n", out)
@@ -3557,8 +3570,9 @@ class ProgramTest(unittest.TestCase):
         with open(path, "rb") as file:
             self.assertEqual(file.read().count(b"49999911122"), 0)
         with contextlib.closing(sqlite3.connect(path)) as other:
-            self.assertEqual(other.execute("SELECT count(*) FROM events WHERE CAST(body AS TEXT) LIKE '%5Bforgotten%'").fetchone(), (101,))
-            self.assertEqual(other.execute("SELECT count(*) FROM events").fetchone(), (5002,))
+            self.assertEqual(other.execute("SELECT count(*) FROM events WHERE CAST(body AS TEXT) LIKE '%5Bforgotten%'").fetchone(), (102,))
+            self.assertEqual(other.execute("SELECT count(*) FROM events").fetchone(), (5004,))
+            self.assertEqual(len({row[0] for row in other.execute("SELECT call_id FROM events WHERE call_id LIKE '[forgotten%'")}), 1, "still one call")
         self.assertEqual(self.run_command("forget", "49999911122")[0], 1)
         self.assertEqual(self.run_command("forget", "4")[0], 2)
 
@@ -3581,10 +3595,13 @@ class ProgramTest(unittest.TestCase):
 # ------------------------------------------------------------------------------------------
 
 def text_of(name):
+    if not os.path.exists(os.path.join(HERE, name)):
+        return ""
     with open(os.path.join(HERE, name), encoding="utf-8") as file:
         return file.read()
 
 
+@unittest.skipUnless(text_of("README.md") and text_of(".env.example"), "only where they lie beside this file")
 class ReadmeTest(unittest.TestCase):
     README = text_of("README.md")
     CODE = tuple(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
