@@ -54,7 +54,7 @@ sees, a *leg* is what one callId names; *your functions* are the four below.
 
 Not here: accounts, tunnels, certificates from Let's Encrypt, text to speech, CRM, mail.
 """
-from __future__ import annotations  # a syntax error here: this needs Python 3.8 or newer
+from __future__ import annotations  # this needs Python 3.8 or newer
 
 import _thread
 import argparse
@@ -101,15 +101,15 @@ import urllib.parse
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, NamedTuple, NoReturn, TextIO, Tuple
+from typing import Any, ClassVar, NamedTuple, NoReturn, TextIO
 
-if sys.version_info < (3, 8):
+if sys.version_info < (3, 8):  # noqa: UP036 - for who has nothing newer
     sys.exit("sipgate_callevents needs Python 3.8 or newer; this is " + sys.version.split()[0])
 
 __version__ = "2.0"
 
 # Not by getLogger(): a dictConfig() in your code would switch it off.
-logger = logging.Logger("sipgate_callevents", logging.INFO)
+logger = logging.Logger("sipgate_callevents", logging.INFO)  # noqa: LOG001
 
 
 # ==========================================================================================
@@ -2669,7 +2669,6 @@ def put_together(stored: Iterable[StoredEvent], now: float) -> Call:
     begun = min((leg.new_call.at for leg in legs if leg.new_call), default=None)
     answered = spoken[0][0] if spoken else None
     ended, outcome = how_it_ended(legs, answered, bool(voicemails), now)
-    last_at = max(leg.last_at for leg in legs)
     if outcome == "over":
         outcome = "answered" if spoken else "unanswered" if direction == "out" else "missed"
         if not spoken and not first.new_call:
@@ -3113,7 +3112,7 @@ def show_table(options: argparse.Namespace, pairs: Iterator[Any], limit: int) ->
     for line, (call, events) in zip(lines, shown):
         print(line)
         for stored in events if options.events else ():
-            stored = stored._replace(event=replace(stored.event, find_call=lambda event: call))
+            stored = stored._replace(event=replace(stored.event, find_call=lambda event, call=call: call))
             words = described(stored.reply) if stored.reply else event_line(stored.event)
             print(f"  {local_time(stored.at)[11:]} {printable(stored.event.event):7} "
                   + printable(words))
@@ -3526,8 +3525,7 @@ def check_basics(settings: Settings, sources: str) -> Iterator[tuple[str, str]]:
     yield "ok", f"Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}"
     is_right = is_signed(VECTOR_BODY, VECTOR_SIGNATURE, [PublicKey.from_pem(SIPGATE_PUBLIC_KEY)])
     yield ("ok", "signatures: sipgate's own example is verified") if is_right else (
-        "problem", "signatures: sipgate's own example is not verified: get a fresh copy of this "
-        "script")
+        "problem", "signatures: sipgate's own example is not verified: get a fresh script")
     yield "ok", f"settings: {sources}"
     for warning in warnings_of(settings):
         yield "warning", warning
@@ -3605,19 +3603,20 @@ def check_port(settings: Settings) -> tuple[tuple[str, str], str]:
     except (OSError, UnicodeError, http.client.HTTPException):
         try:
             with WebhookServer(settings.webhook_host, settings.webhook_port):
-                return ("warning", f"{place} is free: no server runs with these settings, so "
-                        "nothing can arrive: start it, or give check its settings (--env-file)"
-                        ), ""
+                return ("warning", (f"{place} is free: no server runs with these settings, so "
+                                    "nothing can arrive: start it, or give check its settings "
+                                    "(--env-file)")), ""
         except (OSError, UnicodeError) as error:
             return ("problem", bind_advice(error, settings)), ""
     if not health.instance:
-        return ("problem", f"{place} is held by another program, or by a copy of this script with "
-                "other settings: give check the settings of that copy (--env-file, --url)"), ""
+        return ("problem", (f"{place} is held by another program, or by a copy of this script with "
+                            "other settings: give check the settings of that copy (--env-file, "
+                            "--url)")), ""
     if health.status == 503:
         return ("problem", f"{place}: the running copy says: {health.text}"), health.instance
     if health.refused != "0":
-        return ("warning", f"{place}: the running copy has refused webhooks (so far: "
-                f"{printable(health.refused)}); its stderr says why"), health.instance
+        return ("warning", (f"{place}: the running copy has refused webhooks (so far: "
+                            f"{printable(health.refused)}); its stderr says why")), health.instance
     return ("ok", f"{place}: a copy of this script runs"), health.instance
 
 
@@ -4205,12 +4204,11 @@ def page(options: argparse.Namespace, settings: Settings) -> int:
         raise CommandFailed(f"cannot listen on 127.0.0.1 port {options.page_port}: "
                             f"{error.strerror}; choose another with --port") from None
     sys.setswitchinterval(0.0005)  # so that who asks gets a turn while the log is read
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with server:
+    with server, contextlib.suppress(KeyboardInterrupt):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         print(f"Open http://127.0.0.1:{server.server_port}/?key={server.key}\n"
               "in a browser on this machine. Ctrl-C stops.", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            server.serve_forever()
+        server.serve_forever()
     return 0
 
 
