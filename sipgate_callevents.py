@@ -1531,6 +1531,7 @@ class Connection:
         self.sock = sock
         self.since = time.monotonic()  # waiting for a request, or for the client to go
         self.deadline = math.inf  # past it, the server cuts the connection
+        self.has_read = False  # a first byte
         self.is_idle = False  # between two requests
         self.in_flight = False  # a complete request is being answered
         self.is_cut = False
@@ -1538,6 +1539,16 @@ class Connection:
     def allow(self, seconds: float) -> None:
         """Put the deadline so many seconds from now."""
         self.deadline = time.monotonic() + seconds
+
+    def may_go(self, now: float) -> bool:
+        """Whether it can be cut to make room: no request of it is answered, or about to be."""
+        spared = 5.0 if self.is_idle else 0.5  # a proxy is about to use it again; it is being read
+        if self.in_flight or self.is_cut or (self.has_read and now - self.since < spared):
+            return False
+        with contextlib.suppress(OSError, AttributeError):  # nothing has come; Windows cannot tell
+            peek = socket.MSG_PEEK | socket.MSG_DONTWAIT
+            return not socket.socket.recv(self.sock, 1, peek)
+        return True
 
     def cut(self) -> None:
         """Have the connection's thread find the end of its input."""
@@ -1601,7 +1612,8 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
     def _await_request(self) -> bool:
         """Wait for the first byte of a request; False if the client closes, or speaks TLS."""
         first = self.rfile.peek(1)[:1]  # type: ignore[attr-defined]
-        self.entry.is_idle, self.entry.since = False, time.monotonic()
+        self.entry.has_read, self.entry.is_idle = True, False
+        self.entry.since = time.monotonic()
         self.entry.allow(self.head_seconds)
         if first == b"\x16":
             logger.warning("https on the http port: a TLS handshake came in; the tunnel or proxy "
@@ -1744,7 +1756,6 @@ class WebhookServer(socketserver.ThreadingTCPServer):
 
     request_queue_size = 128
     max_connections = 256
-    spare_seconds = 5.0  # a connection that has just become idle is about to be used again
     timeout = 0.1  # until a signal or the stop is seen
     # On Windows it would let a second copy take the same port.
     allow_reuse_address = os.name != "nt"
@@ -1789,12 +1800,11 @@ class WebhookServer(socketserver.ThreadingTCPServer):
 
     def _make_room(self) -> None:
         """Cut the connection that has waited longest; none that is served, or soon will be."""
-        now = time.monotonic()
-        waiting = [connection for connection in self.connections.values()
-                   if not connection.in_flight
-                   and not (connection.is_idle and now - connection.since < self.spare_seconds)]
-        if waiting and not any(connection.is_cut for connection in waiting):
-            min(waiting, key=lambda connection: connection.since).cut()
+        connections = sorted(self.connections.values(), key=lambda connection: connection.since)
+        if not any(connection.is_cut for connection in connections):
+            now = time.monotonic()
+            for connection in itertools.islice((one for one in connections if one.may_go(now)), 1):
+                connection.cut()
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection. Raises OSError."""
@@ -2763,11 +2773,16 @@ def linked(database: sqlite3.Connection, column: str, value: str) -> set[str]:
     return {row[0] for row in rows if row[0]} if len(rows) <= LINK_EVENTS else set()
 
 
-def near(database: sqlite3.Connection, leg: str) -> list[Leg]:
-    """The leg, and all that links join with it, whatever lies between them in time."""
+def near(database: sqlite3.Connection, leg: str, until: float) -> list[Leg]:
+    """The leg, and all that links join with it, whatever lies between them in time.
+
+    Raises TimeoutError past `until` (time.monotonic()).
+    """
     found: dict[str, Leg | None] = {}
     left, count = {leg}, 0
     while left and count < CALL_EVENTS:
+        if time.monotonic() > until:
+            raise TimeoutError
         name = min(left)
         left.remove(name)
         rows = rows_of(database, name)
@@ -2777,9 +2792,7 @@ def near(database: sqlite3.Connection, leg: str) -> list[Leg]:
         if one is None:
             continue
         joined = linked(database, "orig_call_id", name)
-        for orig in one.origs:
-            siblings = linked(database, "orig_call_id", orig)
-            joined |= siblings | {orig} if siblings else set()
+        joined |= {orig for orig in one.origs if linked(database, "orig_call_id", orig)}
         for xcid in one.xcids:
             joined |= linked(database, "xcid", xcid)
         left |= joined - set(found)
@@ -2788,10 +2801,12 @@ def near(database: sqlite3.Connection, leg: str) -> list[Leg]:
 
 def belongs(leg: Leg, call: Sequence[Leg]) -> bool:
     """Whether `leg`, which began later, is one of the same call as the legs in `call`."""
+    if leg.begun - min(other.begun for other in call) > DAY:
+        return False  # or odd links would make one endless call
     last_at = max(other.last_at for other in call)
     for other in call:
-        is_named = other.name in leg.origs or leg.name in other.origs or leg.origs & other.origs
-        if is_named and leg.begun - last_at <= APART_SECONDS:
+        is_named = other.name in leg.origs or leg.name in other.origs
+        if is_named and leg.begun - other.last_at <= APART_SECONDS:
             return True
     if not any(leg.xcids & other.xcids for other in call):
         return False
@@ -2802,10 +2817,11 @@ def belongs(leg: Leg, call: Sequence[Leg]) -> bool:
     return leg.begun <= end + FORWARD_SECONDS
 
 
-def call_with(database: sqlite3.Connection, leg: str) -> list[StoredEvent]:
-    """The events of the call that the leg is part of."""
+def call_with(database: sqlite3.Connection, leg: str, until: float = math.inf
+              ) -> list[StoredEvent]:
+    """The events of the call that the leg is part of. Raises TimeoutError as `near` does."""
     calls: list[list[Leg]] = []
-    for one in sorted(near(database, leg), key=lambda one: (one.begun, one.name)):
+    for one in sorted(near(database, leg, until), key=lambda one: (one.begun, one.name)):
         mine = [call for call in calls if belongs(one, call)]
         calls = [call for call in calls if call not in mine]
         calls.append([*itertools.chain(*mine), one])
@@ -2813,9 +2829,10 @@ def call_with(database: sqlite3.Connection, leg: str) -> list[StoredEvent]:
     return [entry for one in found for entry in one.stored][:CALL_EVENTS]
 
 
-def call_of(database: sqlite3.Connection, event: CallEvent, now: float) -> Call | None:
+def call_of(database: sqlite3.Connection, event: CallEvent, now: float,
+            until: float = math.inf) -> Call | None:
     """Return the call that an event belongs to, as it stands at `now`; None without a callId."""
-    stored = call_with(database, event.call_id) if event.call_id else []
+    stored = call_with(database, event.call_id, until) if event.call_id else []
     return put_together(stored, now) if stored else None
 
 
@@ -2936,8 +2953,8 @@ def call_finder(path: str) -> Callable[[CallEvent], Call | None]:
             with contextlib.closing(open_log(path)) as database:
                 database.execute(f"PRAGMA busy_timeout={CALL_SECONDS * 1000:.0f}")
                 database.set_progress_handler(lambda: time.monotonic() > until, 1000)
-                return call_of(database, event, time.time())
-        except (sqlite3.Error, Nothing, CommandFailed):
+                return call_of(database, event, time.time(), until)
+        except (sqlite3.Error, Nothing, CommandFailed, TimeoutError):
             return None
     return find
 

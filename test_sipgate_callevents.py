@@ -1967,6 +1967,19 @@ class CapTest(unittest.TestCase):
             connection.sendall(request())
             self.assertTrue(connection.recv(65536).startswith(b"HTTP/1.1 200 "))
 
+    def test_a_connection_whose_request_has_just_come_is_spared(self):
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+        self.addCleanup(theirs.close)
+        connection = sc.Connection(ours)
+        self.assertTrue(connection.may_go(time.monotonic()), "nothing has come")
+        theirs.sendall(b"POST")
+        self.assertFalse(connection.may_go(time.monotonic()), "it waits to be read")
+        ours.recv(4)
+        connection.has_read = True
+        self.assertFalse(connection.may_go(connection.since + 0.4), "it is being read")
+        self.assertTrue(connection.may_go(connection.since + 0.6), "the rest takes too long")
+
     def test_before_there_is_no_room_connections_are_closed_with_notice(self):
         for _ in range(3):
             self.connect(b"P")
@@ -2360,13 +2373,16 @@ class CallsTest(unittest.TestCase):
             database.close()
 
     def test_nobody_joins_strangers(self):
-        def office(orig, xcid):
-            return [row for n in range(40) for row in rows_of(
-                f"{n * DAY} n L{n} Alice orig={orig} xcid={xcid} from=49{n}; {n * DAY + 20} h L{n} cancel orig={orig} xcid={xcid} from=49{n}")]
+        def office(orig, xcid, step):
+            return [row for n in range(20) for row in rows_of(
+                f"{n * step} n L{n} Alice orig={orig} xcid={xcid} from=49{n}; {n * step + 20} h L{n} cancel orig={orig} xcid={xcid} from=49{n}")]
 
-        for orig, xcid in (("L0", "ab"), ("Z", "ab"), ("L39", "cd"), ("Z", "")):
-            calls = calls_of(self.database(office(orig, xcid)), 1e9 + 50 * DAY)
-            self.assertEqual([len(call.legs) for call in calls], [1] * 40, (orig, xcid))
+        for orig, xcid, step in (("L0", "ab", DAY), ("Z", "ab", 3600), ("L19", "cd", DAY), ("Z", "", 6 * 3600)):
+            calls = calls_of(self.database(office(orig, xcid, step)), 1e9 + 50 * DAY)
+            self.assertEqual([len(call.legs) for call in calls], [1] * 20, (orig, xcid))
+        chain = [row for n in range(60) for row in rows_of(f"{n * 3000} n L{n} Alice orig=L{max(n - 1, 0)} xcid=ab; {n * 3000 + 1} a L{n} Alice orig=L{max(n - 1, 0)}")]
+        for call in calls_of(self.database(chain), 1e9 + 50 * DAY):
+            self.assertLess(max(int(leg[1:]) for leg in call.legs) - min(int(leg[1:]) for leg in call.legs), 30, "no call is endless")
 
     def test_odd_logs_hold_up_no_reader(self):
         many = [(10**15 + n, "newCall", f"L{n}", None, "ab", b"event=newCall&direction=in&xcid=ab&callId=L%d" % n) for n in range(5000)]
