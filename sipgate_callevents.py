@@ -226,21 +226,8 @@ class Settings:
 # Whether sipgate signed these bytes. Knows nothing of HTTP and of events.
 # ------------------------------------------------------------------------------------------
 
-# AlgorithmIdentifier: rsaEncryption with NULL parameters (RFC 3279 2.3.1).
-RSA_ENCRYPTION = bytes.fromhex("300d06092a864886f70d0101010500")
 # DigestInfo of SHA-256 up to the digest (RFC 8017 9.2, note 1).
 SHA256_PREFIX = bytes.fromhex("3031300d060960864801650304020105000420")
-
-
-def _der_value(der: bytes, tag: int, start: int) -> tuple[bytes, int]:
-    """The content of the DER value at `start` and where the next one begins (X.690 8.1)."""
-    length, begin = der[start + 1], start + 2
-    if length >= 0x80:
-        begin += length & 0x7f
-        length = int.from_bytes(der[start + 2:begin], "big")
-    if der[start] != tag or begin + length > len(der):
-        raise ValueError
-    return der[begin:begin + length], begin + length
 
 
 class PublicKey(NamedTuple):
@@ -248,33 +235,6 @@ class PublicKey(NamedTuple):
 
     modulus: int
     exponent: int
-
-    @classmethod
-    def from_pem(cls, text: str) -> PublicKey:
-        """Return the first RSA key that `text` holds as "BEGIN PUBLIC KEY" (RFC 7468 13).
-
-        Raises ValueError that says what `text` is instead.
-        """
-        pem = re.search("-----BEGIN PUBLIC KEY-----([A-Za-z0-9+/=\\s]+)-----END PUBLIC KEY-----",
-                        text)
-        if not pem:
-            raise ValueError('expected a PEM file with "-----BEGIN PUBLIC KEY-----" in it')
-        try:
-            info, _ = _der_value(base64.b64decode(pem[1]), 0x30, 0)
-            if not info.startswith(RSA_ENCRYPTION):
-                raise ValueError
-            bits, _ = _der_value(info, 0x03, len(RSA_ENCRYPTION))
-            # The first octet of a BIT STRING counts its unused bits, none here.
-            numbers, _ = _der_value(bits, 0x30, 1)
-            modulus, behind = _der_value(numbers, 0x02, 0)
-            exponent, _ = _der_value(numbers, 0x02, behind)
-        except (ValueError, IndexError):
-            raise ValueError("expected an RSA key") from None
-        key = cls(int.from_bytes(modulus, "big"), int.from_bytes(exponent, "big"))
-        is_odd = key.modulus & key.exponent & 1
-        if key.modulus.bit_length() < 2048 or key.exponent < 3 or not is_odd:
-            raise ValueError("expected an RSA key of at least 2048 bits")
-        return key
 
     @property
     def size(self) -> int:
@@ -299,6 +259,9 @@ dXVrZDeBJYibvD1jRx4ES0KlfhwzNXBYUoM/Movg9zMM2PzyHHKS//xIjwUC/FJ6
 M+TfPtOUumI/NHMTvsRW9+ECAwEAAQ==
 -----END PUBLIC KEY-----
 """
+_DER = base64.b64decode("".join(SIPGATE_PUBLIC_KEY.splitlines()[1:-1]))
+# In the DER form of a key of this kind and size (RFC 3279 2.3.1), modulus and exponent lie here.
+SIPGATE_KEY = PublicKey(int.from_bytes(_DER[33:545], "big"), int.from_bytes(_DER[547:550], "big"))
 
 
 def decode_signature(header: str | None) -> bytes:
@@ -2083,7 +2046,7 @@ def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
         if settings.call_log != "off":
             call_log = CallLog(settings.call_log, settings.call_log_days)
         receiver = server.receiver = Receiver(
-            settings, [*keys, PublicKey.from_pem(SIPGATE_PUBLIC_KEY)], functions,
+            settings, [*keys, SIPGATE_KEY], functions,
             lambda batch: out.write("".join(map(tell, batch))), call_log=call_log,
             find_call=find_call)
         err.write(announce(settings))
@@ -2347,13 +2310,55 @@ def _where_and_why(error: BaseException, path: str) -> str:
     return (f"line {line}: " if line else "") + printable(f"{type(error).__name__}: {text}")
 
 
+# AlgorithmIdentifier: rsaEncryption with NULL parameters (RFC 3279 2.3.1).
+RSA_ENCRYPTION = bytes.fromhex("300d06092a864886f70d0101010500")
+
+
+def _der_value(der: bytes, tag: int, start: int) -> tuple[bytes, int]:
+    """The content of the DER value at `start` and where the next one begins (X.690 8.1)."""
+    length, begin = der[start + 1], start + 2
+    if length >= 0x80:
+        begin += length & 0x7f
+        length = int.from_bytes(der[start + 2:begin], "big")
+    if der[start] != tag or begin + length > len(der):
+        raise ValueError
+    return der[begin:begin + length], begin + length
+
+
+def key_from_pem(text: str) -> PublicKey:
+    """Return the first RSA key that `text` holds as "BEGIN PUBLIC KEY" (RFC 7468 13).
+
+    Raises ValueError that says what `text` is instead.
+    """
+    pem = re.search("-----BEGIN PUBLIC KEY-----([A-Za-z0-9+/=\\s]+)-----END PUBLIC KEY-----",
+                    text)
+    if not pem:
+        raise ValueError('expected a PEM file with "-----BEGIN PUBLIC KEY-----" in it')
+    try:
+        info, _ = _der_value(base64.b64decode(pem[1]), 0x30, 0)
+        if not info.startswith(RSA_ENCRYPTION):
+            raise ValueError
+        bits, _ = _der_value(info, 0x03, len(RSA_ENCRYPTION))
+        # The first octet of a BIT STRING counts its unused bits, none here.
+        numbers, _ = _der_value(bits, 0x30, 1)
+        modulus, behind = _der_value(numbers, 0x02, 0)
+        exponent, _ = _der_value(numbers, 0x02, behind)
+    except (ValueError, IndexError):
+        raise ValueError("expected an RSA key") from None
+    key = PublicKey(int.from_bytes(modulus, "big"), int.from_bytes(exponent, "big"))
+    is_odd = key.modulus & key.exponent & 1
+    if key.modulus.bit_length() < 2048 or key.exponent < 3 or not is_odd:
+        raise ValueError("expected an RSA key of at least 2048 bits")
+    return key
+
+
 def load_keys(path: str) -> list[PublicKey]:
     """Return the key in the file SIGNATURE_KEY_FILE names, if any. Raises SettingsError."""
     if not path:
         return []
     try:
         with open(path, encoding="ascii", errors="replace") as file:
-            return [PublicKey.from_pem(file.read())]
+            return [key_from_pem(file.read())]
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise SettingsError(f'SIGNATURE_KEY_FILE is "{path}": {reason}') from None
@@ -3540,7 +3545,7 @@ def local_health(settings: Settings) -> Health:
 def check_basics(settings: Settings, sources: str) -> Iterator[tuple[str, str]]:
     """Versions, signature arithmetic, the settings, and the files that they name."""
     yield "ok", f"Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}"
-    is_right = is_signed(VECTOR_BODY, VECTOR_SIGNATURE, [PublicKey.from_pem(SIPGATE_PUBLIC_KEY)])
+    is_right = is_signed(VECTOR_BODY, VECTOR_SIGNATURE, [SIPGATE_KEY])
     yield ("ok", "signatures: sipgate's own example is verified") if is_right else (
         "problem", "signatures: sipgate's own example is not verified: get a fresh script")
     yield "ok", f"settings: {sources}"

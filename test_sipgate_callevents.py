@@ -90,7 +90,7 @@ mn2aR1TT/Tydh9XZpyk4KrWyqlKZQP0l9IVAfvzNeDY5Lxbcfnr3W8ZiOesooVGn
 DQIDAQAB
 -----END PUBLIC KEY-----
 """
-TEST_KEY = PublicKey.from_pem(TEST_KEY_PEM)
+TEST_KEY = sc.key_from_pem(TEST_KEY_PEM)
 TEST_KEY_SECRET = int(
     "28dacce15ee2a3cd0a7a8a8d36ddd24c07a6ecba16008f77c9797af2f29bd9796187408db172dff87ccdedfd416f70d2ac16"
     "a07d5a36317cf3302231ce955a50dc3478cb8a3fea057bfe078ad1ca2d2d1113b5235ce23f21f7d8e0ef4cd61bf2ef99e71b"
@@ -351,7 +351,7 @@ class SettingsTest(unittest.TestCase):
 # ------------------------------------------------------------------------------------------
 
 class SignatureTest(unittest.TestCase):
-    KEYS = (PublicKey.from_pem(sc.SIPGATE_PUBLIC_KEY),)
+    KEYS = (sc.SIPGATE_KEY,)
 
     def signed(self, body=sc.VECTOR_BODY, signature=sc.VECTOR_SIGNATURE):
         return is_signed(body, signature, self.KEYS)
@@ -359,6 +359,7 @@ class SignatureTest(unittest.TestCase):
     def test_the_key_is_the_one_that_sipgate_publishes(self):
         der = base64.b64decode("".join(sc.SIPGATE_PUBLIC_KEY.split("\n")[1:-2]))
         self.assertEqual(hashlib.sha256(der).hexdigest(), "893cfd6caad92efc277a5977daec63dee1597223b1df5b2bf69ef56cd92305b3")
+        self.assertEqual(self.KEYS[0], sc.key_from_pem(sc.SIPGATE_PUBLIC_KEY))
         self.assertEqual(self.KEYS[0], PublicKey(int.from_bytes(der[33:545], "big"), int.from_bytes(der[547:550], "big")))
 
     def test_what_sipgate_signed_is_signed(self):
@@ -421,7 +422,7 @@ class SignatureTest(unittest.TestCase):
                  "KngXyppy5N+qs+zE1SPlO3VOI/D1Z3DlPj491iRv772lgY1zBPmrY8UvRQ==\n-----END PUBLIC KEY-----", "expected an RSA key"),
         ]:
             with self.subTest(said), self.assertRaises(ValueError) as caught:
-                PublicKey.from_pem(text)
+                sc.key_from_pem(text)
             self.assertEqual(str(caught.exception), said)
 
 
@@ -1170,7 +1171,7 @@ class ReceiverTest(unittest.TestCase):
         self.assertEqual(refusal(Conversation().receive, "/on-hangup?" + "a&" * 3000, b"&".join([b"a=b"] * 2000)), MISSING)
 
     def test_the_public_vector_is_no_event(self):
-        talk = Conversation(keys=[PublicKey.from_pem(sc.SIPGATE_PUBLIC_KEY)])
+        talk = Conversation(keys=[sc.SIPGATE_KEY])
         self.assertEqual(refusal(talk.receive, "/new-call", sc.VECTOR_BODY, sc.VECTOR_SIGNATURE), (400, "callId is missing"))
 
     def test_every_event_must_be_signed(self):
