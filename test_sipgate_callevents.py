@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import pathlib
+import py_compile
 import random
 import re
 import shutil
@@ -67,7 +68,7 @@ from sipgate_callevents import (
 SLOWNESS = 3
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-SCRIPT = os.path.join(HERE, "sipgate_callevents.py")  # for programs, a copy with no .env beside it
+SCRIPT = os.path.join(HERE, "sipgate_callevents.py")  # what programs run: compiled once, with no .env beside it
 
 # The examples of sipgate's documentation, as its curl commands send them.
 NEW_CALL = (b"event=newCall&from=492111234567&to=4915791234567&direction=in&callId=123456&user[]=Alice&user[]=Bob"
@@ -190,7 +191,8 @@ def setUpModule():
     global SCRIPT
     folder = tempfile.mkdtemp()
     unittest.addModuleCleanup(shutil.rmtree, folder)
-    SCRIPT = shutil.copy(SCRIPT, folder)
+    compiled = os.path.join(folder, "sipgate_callevents.pyc")
+    SCRIPT = py_compile.compile(SCRIPT, compiled, compiled, doraise=True)
     if os.name != "nt":
         HangingTest.begin()
 
@@ -3265,7 +3267,7 @@ class ProgramTest(unittest.TestCase):
         self.write("my.env", "WEBHOOK_URL=https://x.example/p\nSIGNATURE_KEY_FILE=key.pem\nCALL_HANDLERS=mine.py\nCALL_OUTPUT=json\n")
         elsewhere = os.path.join(self.folder, "elsewhere")
         os.mkdir(elsewhere)
-        renamed = shutil.copy(SCRIPT, os.path.join(elsewhere, "phone.py"))
+        renamed = shutil.copy(sc.__file__, os.path.join(elsewhere, "phone.py"))
         program = self.start("--env-file", os.path.join("..", "my.env"), folder=elsewhere, script=renamed)
         status, xml = program.post("/p/new-call", NEW_CALL, **{"X-Sipgate-Signature": sign(NEW_CALL)})
         self.assertEqual((status, ET.fromstring(xml).find("Dial/Number").text), (200, "4921100"))
@@ -3442,7 +3444,7 @@ class ProgramTest(unittest.TestCase):
         home, here = (os.path.join(self.folder, name) for name in ("home", "here"))
         for folder in (home, here):
             os.mkdir(folder)
-        script = shutil.copy(SCRIPT, home)
+        script = shutil.copy(sc.__file__, home)
         for folder in (here, home):
             with open(os.path.join(folder, ".env"), "w", encoding="ascii") as file:
                 file.write("CALL_OUTPUT=off\n")
