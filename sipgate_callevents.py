@@ -2741,12 +2741,13 @@ def how_it_ended(legs: Sequence[Leg], answered: float | None, has_voicemail: boo
     """When the call ended, None if that is not known, and "over", or how it stands at `now`."""
     ends = [leg.ended for leg in legs if leg.ended is not None]
     is_over = bool(ends)
-    for leg in legs:
-        later = [other.ended for other in legs if other.begun > leg.begun
-                 and other.ended is not None]
+    later_end: float | None = None  # the last end of those that began later
+    for leg in reversed(legs):
         # The hangup of a leg that was passed on can be lost.
         patience = RINGING_LOST_SECONDS if leg.answers else 0
-        if leg.ended is None and not (later and now - max(later) >= patience):
+        if leg.ended is not None:
+            later_end = leg.ended if later_end is None else max(later_end, leg.ended)
+        elif later_end is None or now - later_end < patience:
             is_over = False
     hangups = sorted(leg.hangup for leg in legs if leg.hangup)
     if is_over and hangups[-1].event.cause == "forwarded":
@@ -2827,6 +2828,8 @@ def call_with(database: sqlite3.Connection, leg: str, until: float = math.inf
     """The events of the call that the leg is part of. Raises TimeoutError as `near` does."""
     calls: list[list[Leg]] = []
     for one in sorted(near(database, leg, until), key=lambda one: (one.begun, one.name)):
+        if time.monotonic() > until:
+            raise TimeoutError
         mine = [call for call in calls if belongs(one, call)]
         calls = [call for call in calls if call not in mine]
         calls.append([*itertools.chain(*mine), one])
