@@ -906,10 +906,9 @@ class CallLog:
 
     def _is_ours(self) -> bool:
         """Whether the file under our path is the one that is open."""
-        try:
-            return self._identity is not None and os.path.samestat(os.stat(self.path), self._identity)
-        except OSError:
-            return False
+        with contextlib.suppress(OSError):
+            return bool(self._identity and os.path.samestat(os.stat(self.path), self._identity))
+        return False
 
     def _close_database(self) -> None:
         database, self._database = self._database, None
@@ -2923,14 +2922,18 @@ def open_log(path: str) -> sqlite3.Connection:
     """Connect to the call log at `path`. Raises Nothing, CommandFailed, sqlite3.Error."""
     if path == "off":
         raise Nothing("CALL_LOG=off: no calls are kept")
+    # Never opened but by SQLite: closing a file drops the locks of the whole process on it.
     try:
-        if not os.path.exists(path) or not os.stat(path).st_size:
-            raise Nothing(f"no calls yet: there is nothing in {path}")
-        with open(path, "r+b"):
-            pass
+        is_empty = not os.stat(path).st_size
+    except FileNotFoundError:
+        is_empty = True
     except OSError as error:
         raise CommandFailed(f"{path} cannot be opened ({error.strerror}); as its owner: "
                             + as_owner(path)) from None
+    if is_empty:
+        raise Nothing(f"no calls yet: there is nothing in {path}")
+    if not os.access(path, os.R_OK | os.W_OK):
+        raise CommandFailed(f"{path} belongs to another user; as that: {as_owner(path)}")
     database = sqlite3.connect(pathlib.Path(path).as_uri() + "?mode=rw", uri=True, timeout=5,
                                isolation_level=None)
     marks = [database.execute(f"PRAGMA {name}").fetchone()[0]
@@ -3137,8 +3140,8 @@ def show_table(options: argparse.Namespace, pairs: Iterator[Any], limit: int) ->
     for line, (call, events) in zip(lines, shown):
         print(line)
         for stored in events if options.events else ():
-            stored = stored._replace(event=replace(stored.event, find_call=lambda event, call=call: call))
-            words = described(stored.reply) if stored.reply else event_line(stored.event)
+            event = replace(stored.event, find_call=lambda event, call=call: call)
+            words = described(stored.reply) if stored.reply else event_line(event)
             print(f"  {local_time(stored.at)[11:]} {printable(stored.event.event):7} "
                   + printable(words))
     print(totals([call for call, _ in shown]))
@@ -3198,19 +3201,20 @@ def forget_number(options: argparse.Namespace, settings: Settings) -> int:
     number, shown = pattern_of(digits), with_plus(digits)
     with contextlib.closing(open_log(settings.call_log)) as database:
         rows = list(rows_with(database, number, 0))
-        if not rows and not remains(path, digits):
-            raise CommandFailed(f"no call holds {options.number}; with the country code?"
-                                + similar(database, digits))
-        if rows:
-            count = len({row[2] or row[1] or row[0] for row in rows})
-            first, last = (local_time(row[0] / 1e6)[:16] for row in (rows[0], rows[-1]))
-            print(f"{plural(count, 'call')}, from {first} to {last}, hold{'s' * (count == 1)} "
-                  f"{shown}.", flush=True)
-        said = "yes" if options.yes else ""
-        with contextlib.suppress(EOFError):
-            said = said or input("Forget it? The calls stay. (yes/no) ")
-        if not said.startswith("y"):
-            raise CommandFailed("nothing was changed")
+        hint = "" if rows else similar(database, digits)
+    if not rows and not remains(path, digits):
+        raise CommandFailed(f"no call holds {options.number}; with the country code?{hint}")
+    if rows:
+        count = len({row[2] or row[1] or row[0] for row in rows})
+        first, last = (local_time(row[0] / 1e6)[:16] for row in (rows[0], rows[-1]))
+        print(f"{plural(count, 'call')}, from {first} to {last}, hold{'s' * (count == 1)} "
+              f"{shown}.", flush=True)
+    said = "yes" if options.yes else ""
+    with contextlib.suppress(EOFError):
+        said = said or input("Forget it? The calls stay. (yes/no) ")
+    if not said.startswith("y"):
+        raise CommandFailed("nothing was changed")
+    with contextlib.closing(open_log(settings.call_log)) as database:
         # One word where it stands as an id, so that what it joins stays joined, and nothing else.
         token = f"{FORGOTTEN[:-1]} {os.urandom(4).hex()}]"
         while rows:
@@ -3706,34 +3710,46 @@ PAGE = r"""<!doctype html>
 :root { color-scheme: light dark; --back: #f5f6f8; --card: #fff; --text: #1b1f24; --soft: #57606a;
   --line: #d8dde3; --good: #1a7f5a; --mail: #8250df; --bad: #c4322b; --now: #0b63c5; }
 @media (prefers-color-scheme: dark) { :root { --back: #14171b; --card: #1d2126; --text: #e8ebee;
-  --soft: #a3adb8; --line: #363c44; --good: #4cc38a; --mail: #b794f6; --bad: #ff7b72; --now: #6cb2ff; } }
+  --soft: #a3adb8; --line: #363c44; --good: #4cc38a; --mail: #b794f6; --bad: #ff7b72;
+    --now: #6cb2ff; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--text); font: 15px/1.45 system-ui, sans-serif; }
+body { margin: 0; background: var(--back); color: var(--text);
+  font: 15px/1.45 system-ui, sans-serif; }
 main { max-width: 1800px; margin: 0 auto; padding: 16px; display: grid; gap: 16px;
   grid-template-columns: minmax(0, 1fr); align-items: start; }
 @media (min-width: 1000px) { main { grid-template-columns: repeat(3, minmax(0, 1fr)); } }
-.charts { display: grid; gap: 8px 24px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px;
+.charts { display: grid; gap: 8px 24px;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  padding: 14px 16px;
   min-width: 0; }
 section.wide { grid-column: 1 / -1; }
-h2 { font-size: 15px; margin: 0 0 10px; } h3 { font-size: 13px; color: var(--soft); margin: 14px 0 4px; }
+h2 { font-size: 15px; margin: 0 0 10px; } h3 { font-size: 13px; color: var(--soft);
+  margin: 14px 0 4px; }
 .soft, th { color: var(--soft); font-weight: 400; } a { color: var(--now); text-decoration: none; }
-a:hover { text-decoration: underline; } .num { font-variant-numeric: tabular-nums; white-space: nowrap; }
+a:hover { text-decoration: underline; } .num { font-variant-numeric: tabular-nums;
+  white-space: nowrap; }
 ul { list-style: none; margin: 0; padding: 0; } li { display: flex; gap: 10px; padding: 7px 0;
-  border-top: 1px solid var(--line); } li:first-child { border: 0; } li > :nth-child(2) { flex: 1; min-width: 0; }
-.scroll { max-height: 26em; overflow-y: auto; } .big { font-size: 18px; } .ringing { color: var(--now); } .talking, .answered { color: var(--good); }
+  border-top: 1px solid var(--line); } li:first-child { border: 0; } li > :nth-child(2) { flex: 1;
+    min-width: 0; }
+.scroll { max-height: 26em; overflow-y: auto; } .big { font-size: 18px; } .ringing {
+  color: var(--now); } .talking, .answered { color: var(--good); }
 .missed, .lost { color: var(--bad); } .voicemail { color: var(--mail); }
-#trouble { background: var(--bad); color: #fff; padding: 8px 16px; } @media (prefers-color-scheme: dark) {
+#trouble { background: var(--bad); color: #fff; padding: 8px 16px; }
+  @media (prefers-color-scheme: dark) {
   #trouble { color: #14171b; } } #trouble:empty { display: none; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); gap: 12px; }
 .figures b { display: block; font-size: 22px; font-weight: 600; }
 table { border-collapse: collapse; width: 100%; } th { text-align: left; }
 td, th { padding: 6px 10px 6px 0; border-top: 1px solid var(--line); vertical-align: top; }
-thead th { border: 0; } tbody tr[tabindex] { cursor: pointer; } tbody tr[tabindex]:hover { background: var(--back); }
+thead th { border: 0; } tbody tr[tabindex] { cursor: pointer; } tbody tr[tabindex]:hover {
+  background: var(--back); }
 form { display: flex; flex-wrap: wrap; gap: 8px; margin-bottom: 8px; }
 input, select, button, .button { font: inherit; color: inherit; background: var(--back);
-  border: 1px solid var(--line); border-radius: 7px; padding: 5px 10px; } input { flex: 1; min-width: 120px; }
-:focus-visible { outline: 2px solid var(--now); outline-offset: 1px; } svg { display: block; width: 100%; }
+  border: 1px solid var(--line); border-radius: 7px; padding: 5px 10px; } input { flex: 1;
+    min-width: 120px; }
+:focus-visible { outline: 2px solid var(--now); outline-offset: 1px; } svg { display: block;
+  width: 100%; }
 svg text { fill: var(--soft); font-size: 10px; } .key span { margin-right: 14px; }
 .hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 @media (max-width: 600px) { main { padding: 8px; gap: 8px; } .side { display: none; }
@@ -3744,24 +3760,38 @@ svg text { fill: var(--soft); font-size: 10px; } .key span { margin-right: 14px;
 <script>
 "use strict";
 const german = navigator.language.startsWith("de");
-const words = { "Now": "Jetzt", "Nobody is calling.": "Gerade ruft niemand an.", "To ring back": "Zurückrufen",
-  "Nobody is waiting for a call.": "Niemand wartet auf einen Rückruf.", "Today": "Heute", "calls": "Anrufe",
-  "answered": "angenommen", "missed": "verpasst", "median wait": "mittlere Wartezeit", "longest wait": "längste Wartezeit",
-  "average talk": "mittleres Gespräch", "last week": "vor einer Woche", "When people call": "Wann angerufen wird",
-  "today by hour": "heute nach Stunden", "the last 30 days": "die letzten 30 Tage", "the week by hour": "die Woche nach Stunden",
-  "voicemail": "Mailbox", "All calls": "Alle Anrufe", "name or number": "Name oder Nummer", "both directions": "beide Richtungen",
-  "incoming": "eingehend", "outgoing": "ausgehend", "any outcome": "jeder Ausgang", "more": "mehr", "no number": "keine Nummer",
-  "ringing": "klingelt", "talking": "im Gespräch", "unanswered": "nicht erreicht", "rejected": "abgewiesen", "lost": "ohne Ende",
-  "started": "Beginn", "from": "von", "to": "an", "outcome": "Ausgang", "wait": "Warten", "talk": "Gespräch", "by": "mit",
-  "unknown": "unbekannt", "No calls yet.": "Noch keine Anrufe.", "Try": "Zum Ausprobieren", "Enter at sipgate": "Bei sipgate eintragen",
-  "no connection to this program; trying again": "keine Verbindung zu diesem Programm; neuer Versuch läuft", "day": "Tag", "hour": "Stunde",
-  "in all": "mal", "nothing matches": "nichts gefunden", "and with no number": "und ohne Nummer", "Calls": "Anrufe",
-  "no server runs: calls that come now are not recorded": "kein Server läuft: was jetzt anruft, wird nicht aufgezeichnet",
+const words = { "Now": "Jetzt", "Nobody is calling.": "Gerade ruft niemand an.", "To ring back":
+  "Zurückrufen",
+  "Nobody is waiting for a call.": "Niemand wartet auf einen Rückruf.", "Today": "Heute", "calls":
+    "Anrufe",
+  "answered": "angenommen", "missed": "verpasst", "median wait": "mittlere Wartezeit",
+    "longest wait": "längste Wartezeit",
+  "average talk": "mittleres Gespräch", "last week": "vor einer Woche", "When people call":
+    "Wann angerufen wird",
+  "today by hour": "heute nach Stunden", "the last 30 days": "die letzten 30 Tage",
+    "the week by hour": "die Woche nach Stunden",
+  "voicemail": "Mailbox", "All calls": "Alle Anrufe", "name or number": "Name oder Nummer",
+    "both directions": "beide Richtungen",
+  "incoming": "eingehend", "outgoing": "ausgehend", "any outcome": "jeder Ausgang", "more": "mehr",
+    "no number": "keine Nummer",
+  "ringing": "klingelt", "talking": "im Gespräch", "unanswered": "nicht erreicht", "rejected":
+    "abgewiesen", "lost": "ohne Ende",
+  "started": "Beginn", "from": "von", "to": "an", "outcome": "Ausgang", "wait": "Warten", "talk":
+    "Gespräch", "by": "mit",
+  "unknown": "unbekannt", "No calls yet.": "Noch keine Anrufe.", "Try": "Zum Ausprobieren",
+    "Enter at sipgate": "Bei sipgate eintragen",
+  "no connection to this program; trying again":
+    "keine Verbindung zu diesem Programm; neuer Versuch läuft", "day": "Tag", "hour": "Stunde",
+  "in all": "mal", "nothing matches": "nichts gefunden", "and with no number": "und ohne Nummer",
+    "Calls": "Anrufe",
+  "no server runs: calls that come now are not recorded":
+    "kein Server läuft: was jetzt anruft, wird nicht aufgezeichnet",
   "no server runs here with these settings": "hier läuft kein Server mit diesen Einstellungen",
   "the call log is behind": "das Anrufprotokoll hängt zurück" };
 const say = text => german && words[text] || text;
 const el = (tag, attributes, ...children) => {
-  const node = tag.startsWith("svg:") ? document.createElementNS("http://www.w3.org/2000/svg", tag.slice(4))
+  const node = tag.startsWith("svg:") ? document.createElementNS("http://www.w3.org/2000/svg",
+    tag.slice(4))
     : document.createElement(tag);
   for (const [name, value] of Object.entries(attributes || {})) node.setAttribute(name, value);
   node.append(...children.filter(child => child !== null));
@@ -3769,99 +3799,145 @@ const el = (tag, attributes, ...children) => {
 };
 const locale = german ? "de" : undefined;
 const date = (seconds, options) => new Date(seconds * 1000).toLocaleString(locale, options);
-const moment = seconds => date(seconds, { day: "2-digit", month: "2-digit", hour: "2-digit", minute: "2-digit" });
-const span = seconds => seconds === null ? "–" : (seconds >= 3600 ? Math.floor(seconds / 3600) + ":" : "")
-  + (seconds >= 3600 ? String(Math.floor(seconds / 60) % 60).padStart(2, "0") : Math.floor(seconds / 60))
+const moment = seconds => date(seconds, { day: "2-digit", month: "2-digit", hour: "2-digit",
+  minute: "2-digit" });
+const span = seconds => seconds === null ? "–" : (seconds >= 3600 ?
+  Math.floor(seconds / 3600) + ":" : "")
+  + (seconds >= 3600 ? String(Math.floor(seconds / 60) % 60).padStart(2, "0") :
+    Math.floor(seconds / 60))
   + ":" + String(Math.floor(seconds) % 60).padStart(2, "0");
-const plus = number => /^[1-9]\d{6,}$/.test(number) ? "+" + number : !number || number === "anonymous" ? say("no number") : number;
-const phone = number => /^[1-9]\d{6,}$/.test(number) ? el("a", { href: "tel:+" + number, class: "num" }, "+" + number) : plus(number);
+const plus = number => /^[1-9]\d{6,}$/.test(number) ? "+" + number : !number ||
+  number === "anonymous" ? say("no number") : number;
+const phone = number => /^[1-9]\d{6,}$/.test(number) ? el("a", { href: "tel:+" + number, class:
+  "num" }, "+" + number) : plus(number);
 const people = call => (call.answered_by.length ? call.answered_by : call.users).join(", ");
-const card = (title, wide, ...children) => el("section", wide ? { class: "wide" } : null, el("h2", null, say(title)), ...children);
+const card = (title, wide, ...children) => el("section", wide ? { class: "wide" } : null, el("h2",
+  null, say(title)), ...children);
 const main = document.querySelector("main"), trouble = document.getElementById("trouble");
-const now = el("div"), back = el("div"), today = el("div"), charts = el("div", { class: "charts" }), empty = el("div");
-const rows = el("tbody"), note = el("p", { class: "soft" }), more = el("button", { type: "button" }, say("more"));
-const find = el("input", { type: "search", placeholder: say("name or number"), "aria-label": say("name or number") });
-const choose = (label, options) => el("select", { "aria-label": say(label) }, el("option", { value: "" }, say(label)),
+const now = el("div"), back = el("div"), today = el("div"), charts = el("div", { class:
+  "charts" }), empty = el("div");
+const rows = el("tbody"), note = el("p", { class: "soft" }), more = el("button", { type:
+  "button" }, say("more"));
+const find = el("input", { type: "search", placeholder: say("name or number"), "aria-label":
+  say("name or number") });
+const choose = (label, options) => el("select", { "aria-label": say(label) }, el("option", { value:
+  "" }, say(label)),
   ...options.map(([value, text]) => el("option", { value }, say(text))));
 const direction = choose("both directions", [["in", "incoming"], ["out", "outgoing"]]);
-const outcome = choose("any outcome", ["answered", "missed", "voicemail", "unanswered", "rejected", "lost"].map(one => [one, one]));
-const filter = el("form", null, find, direction, outcome, el("a", { class: "button", href: "/calls.csv", download: "calls.csv" }, "CSV"));
+const outcome = choose("any outcome", ["answered", "missed", "voicemail", "unanswered", "rejected",
+  "lost"].map(one => [one, one]));
+const filter = el("form", null, find, direction, outcome, el("a", { class: "button", href:
+  "/calls.csv", download: "calls.csv" }, "CSV"));
 main.append(card("Now", false, now), card("To ring back", false, back), card("Today", false, today),
-  card("When people call", true, charts), card("All calls", true, filter, el("table", null, el("thead", null, el("tr", null,
-    ...["started", "from", "to", "outcome", "wait", "talk", "by"].map((one, at) => el("th", { class: at > 3 || at === 2 ? "side" : "" }, say(one))))), rows), note, more));
+  card("When people call", true, charts), card("All calls", true, filter, el("table", null,
+    el("thead", null, el("tr", null,
+    ...["started", "from", "to", "outcome", "wait", "talk", "by"].map((one, at) => el("th",
+      { class: at > 3 || at === 2 ? "side" : "" }, say(one))))), rows), note, more));
 let version = "", skew = 0, count = 50;
 
 const showNow = data => {
-  const list = data.open.map(call => el("li", null, el("span", { class: call.outcome }, call.outcome === "ringing" ? "◌" : "●"),
-    el("div", null, el("div", { class: "big" }, phone(call.direction === "out" ? call.to : call.from)),
-      el("div", { class: "soft" }, say(call.outcome), people(call) ? ": " + people(call) : "", " · ", plus(call.direction === "out" ? call.from : call.to))),
+  const list = data.open.map(call => el("li", null, el("span", { class: call.outcome },
+    call.outcome === "ringing" ? "◌" : "●"),
+    el("div", null, el("div", { class: "big" }, phone(call.direction === "out" ? call.to :
+      call.from)),
+      el("div", { class: "soft" }, say(call.outcome), people(call) ? ": " + people(call) : "",
+        " · ", plus(call.direction === "out" ? call.from : call.to))),
     el("span", { class: "big num", "data-since": call.answered || call.started }, "")));
-  now.replaceChildren(list.length ? el("ul", null, ...list) : el("p", { class: "soft" }, say("Nobody is calling.")));
+  now.replaceChildren(list.length ? el("ul", null, ...list) : el("p", { class: "soft" },
+    say("Nobody is calling.")));
   const ringing = data.open.filter(call => call.outcome === "ringing").length;
   document.title = (ringing ? `(${ringing}) ` : "") + say("Calls");
 };
 const showBack = data => {
-  const list = data.back.map(one => el("li", null, el("span", { class: one.outcome, title: say(one.outcome) }, one.outcome === "voicemail" ? "✉" : "✕"),
-    el("div", null, el("div", { class: "big" }, phone(one.from)), el("div", { class: "soft" }, [say(one.outcome), one.users.join(", ")].filter(Boolean).join(" · "))),
-    el("span", { class: "num soft" }, (one.calls > 1 ? one.calls + "× · " : "") + moment(one.last))));
-  back.replaceChildren(list.length ? el("ul", { class: "scroll", tabindex: 0 }, ...list) : el("p", { class: "soft" }, say("Nobody is waiting for a call.")),
-    data.withheld ? el("p", { class: "soft" }, `${say("and with no number")}: ${data.withheld}`) : "");
+  const list = data.back.map(one => el("li", null, el("span", { class: one.outcome, title:
+    say(one.outcome) }, one.outcome === "voicemail" ? "✉" : "✕"),
+    el("div", null, el("div", { class: "big" }, phone(one.from)), el("div", { class: "soft" },
+      [say(one.outcome), one.users.join(", ")].filter(Boolean).join(" · "))),
+    el("span", { class: "num soft" }, (one.calls > 1 ? one.calls + "× · " :
+      "") + moment(one.last))));
+  back.replaceChildren(list.length ? el("ul", { class: "scroll", tabindex: 0 }, ...list) : el("p",
+    { class: "soft" }, say("Nobody is waiting for a call.")),
+    data.withheld ? el("p", { class: "soft" }, `${say("and with no number")}: ${data.withheld}`) :
+      "");
 };
 const showToday = ({ today: one, before: other }) => {
-  const figure = (name, value, last) => el("div", null, el("b", { class: "num" }, value), el("div", null, say(name)),
+  const figure = (name, value, last) => el("div", null, el("b", { class: "num" }, value), el("div",
+    null, say(name)),
     el("div", { class: "soft num" }, `${say("last week")} ${last}`));
   const share = value => value === null ? "–" : Math.round(value * 100) + " %";
-  today.replaceChildren(el("div", { class: "figures" }, figure("calls", one.calls, other.calls), figure("answered", share(one.share), share(other.share)),
-    figure("missed", one.missed, other.missed), figure("median wait", span(one.wait), span(other.wait)),
-    figure("longest wait", span(one.longest), span(other.longest)), figure("average talk", span(one.talk), span(other.talk))));
+  today.replaceChildren(el("div", { class: "figures" }, figure("calls", one.calls, other.calls),
+    figure("answered", share(one.share), share(other.share)),
+    figure("missed", one.missed, other.missed), figure("median wait", span(one.wait),
+      span(other.wait)),
+    figure("longest wait", span(one.longest), span(other.longest)), figure("average talk",
+      span(one.talk), span(other.talk))));
 };
-const KINDS = [["answered", "--good", ""], ["voicemail", "--mail", "3 2"], ["missed", "--bad", "1 2"]];
+const KINDS = [["answered", "--good", ""], ["voicemail", "--mail", "3 2"], ["missed", "--bad",
+  "1 2"]];
 const bars = (title, column, labels, values) => {
-  const top = Math.max(1, ...values.map(one => one[0] + one[1] + one[2])), width = 600 / values.length;
+  const top = Math.max(1, ...values.map(one => one[0] + one[1] + one[2])),
+    width = 600 / values.length;
   const svg = el("svg:svg", { viewBox: "0 0 600 96", "aria-hidden": "true" });
   values.forEach((one, at) => {
     let y = 80;
     KINDS.forEach(([, color, dashes], kind) => {
       const height = one[kind] / top * 76;
       y -= height;
-      if (height) svg.append(el("svg:rect", { x: at * width + 1.5, y: y + .5, width: Math.max(width - 3, 1), height: Math.max(height - 1, 1), stroke: `var(${color})`,
-        fill: kind === 2 ? "transparent" : `var(${color})`, "fill-opacity": kind === 1 ? .45 : 1, "stroke-width": 1.5, "stroke-dasharray": dashes }));
+      if (height) svg.append(el("svg:rect", { x: at * width + 1.5, y: y + .5, width:
+        Math.max(width - 3, 1), height: Math.max(height - 1, 1), stroke: `var(${color})`,
+        fill: kind === 2 ? "transparent" : `var(${color})`, "fill-opacity": kind === 1 ? .45 : 1,
+          "stroke-width": 1.5, "stroke-dasharray": dashes }));
     });
-    if (at % Math.ceil(values.length / 12) === 0) svg.append(el("svg:text", { x: at * width + width / 2, y: 93, "text-anchor": "middle" }, labels[at]));
+    if (at % Math.ceil(values.length / 12) === 0) svg.append(el("svg:text", { x:
+      at * width + width / 2, y: 93, "text-anchor": "middle" }, labels[at]));
   });
-  const table = el("table", { class: "hidden" }, el("caption", null, say(title)), el("tr", null, ...[column, ...KINDS.map(one => one[0])].map(one => el("th", null, say(one)))),
-    ...values.map((one, at) => el("tr", null, el("th", null, labels[at]), ...one.map(value => el("td", null, String(value))))));
+  const table = el("table", { class: "hidden" }, el("caption", null, say(title)), el("tr", null,
+    ...[column, ...KINDS.map(one => one[0])].map(one => el("th", null, say(one)))),
+    ...values.map((one, at) => el("tr", null, el("th", null, labels[at]), ...one.map(value =>
+      el("td", null, String(value))))));
   return el("div", null, el("h3", null, `${say(title)} · max. ${top}`), svg, table);
 };
 const heat = values => {
-  const top = Math.max(1, ...values.flat()), svg = el("svg:svg", { viewBox: "0 0 600 124", role: "img", "aria-label": say("the week by hour") });
+  const top = Math.max(1, ...values.flat()), svg = el("svg:svg", { viewBox: "0 0 600 124", role:
+    "img", "aria-label": say("the week by hour") });
   values.forEach((hours, weekday) => {
     const name = date(345600 + 43200 + weekday * 86400, { weekday: "short", timeZone: "UTC" });
     svg.append(el("svg:text", { x: 0, y: weekday * 15 + 12 }, name));
-    hours.forEach((value, hour) => svg.append(el("svg:rect", { x: 30 + hour * 23.7, y: weekday * 15 + 2, width: 22, height: 12, rx: 2, fill: "var(--now)",
-      "fill-opacity": value ? .15 + .85 * value / top : .05 }, el("svg:title", null, `${name} ${hour}:00 – ${value}`))));
+    hours.forEach((value, hour) => svg.append(el("svg:rect", { x: 30 + hour * 23.7, y:
+      weekday * 15 + 2, width: 22, height: 12, rx: 2, fill: "var(--now)",
+      "fill-opacity": value ? .15 + .85 * value / top : .05 }, el("svg:title", null,
+        `${name} ${hour}:00 – ${value}`))));
   });
-  for (let hour = 0; hour < 24; hour += 3) svg.append(el("svg:text", { x: 41 + hour * 23.7, y: 120, "text-anchor": "middle" }, String(hour)));
+  for (let hour = 0; hour < 24; hour += 3) svg.append(el("svg:text", { x: 41 + hour * 23.7, y: 120,
+    "text-anchor": "middle" }, String(hour)));
   return el("div", null, el("h3", null, say("the week by hour")), svg);
 };
-const key = el("p", { class: "key" }, ...KINDS.map(([name], at) => el("span", { class: name }, "■▦□"[at] + " " + say(name))));
+const key = el("p", { class: "key" }, ...KINDS.map(([name], at) => el("span", { class: name },
+  "■▦□"[at] + " " + say(name))));
 charts.before(key);
 const showCharts = data => charts.replaceChildren(
   bars("today by hour", "hour", data.hours.map((_, hour) => String(hour)), data.hours),
-  bars("the last 30 days", "day", data.days.map(one => one[0].slice(8) + "."), data.days.map(one => one.slice(1))), heat(data.heat));
+  bars("the last 30 days", "day", data.days.map(one => one[0].slice(8) + "."), data.days.map(one =>
+    one.slice(1))), heat(data.heat));
 const open = async (row, call) => {
   if (row.nextSibling && row.nextSibling.dataset.detail) return row.nextSibling.remove();
   const lines = await (await fetch("/call?key=" + encodeURIComponent(call.key))).json();
-  const list = lines.map(([at, kind, text]) => el("li", null, el("span", { class: "num soft" }, date(at, { timeStyle: "medium" })), el("div", null, text), el("span", { class: "soft" }, kind)));
+  const list = lines.map(([at, kind, text]) => el("li", null, el("span", { class: "num soft" },
+    date(at, { timeStyle: "medium" })), el("div", null, text), el("span", { class: "soft" },
+    kind)));
   row.after(el("tr", { "data-detail": "1" }, el("td", { colspan: 7 }, el("ul", null, ...list))));
 };
 const showCalls = async () => {
-  const query = new URLSearchParams({ text: find.value, direction: direction.value, outcome: outcome.value, count });
+  const query = new URLSearchParams({ text: find.value, direction: direction.value, outcome:
+    outcome.value, count });
   const data = await (await fetch("/calls?" + query)).json();
   rows.replaceChildren(...data.calls.map(call => {
-    const row = el("tr", { tabindex: 0 }, el("td", { class: "num" }, moment(call.started)), el("td", null, phone(call.from)), el("td", { class: "side" }, phone(call.to)),
-      el("td", { class: call.outcome }, (call.direction === "out" ? "↗ " : "↘ ") + say(call.outcome)), el("td", { class: "side num" }, span(call.wait_s)),
-      el("td", { class: "side num" }, span(call.talk_s)), el("td", { class: "side" }, [call.answered_by.join(", "), call.reply].filter(Boolean).join(" · ")));
+    const row = el("tr", { tabindex: 0 }, el("td", { class: "num" }, moment(call.started)),
+      el("td", null, phone(call.from)), el("td", { class: "side" }, phone(call.to)),
+      el("td", { class: call.outcome }, (call.direction === "out" ? "↗ " :
+        "↘ ") + say(call.outcome)), el("td", { class: "side num" }, span(call.wait_s)),
+      el("td", { class: "side num" }, span(call.talk_s)), el("td", { class: "side" },
+        [call.answered_by.join(", "), call.reply].filter(Boolean).join(" · ")));
     row.onclick = event => event.target.href || open(row, call);
     row.onkeydown = event => event.key === "Enter" && open(row, call);
     return row;
@@ -3883,8 +3959,10 @@ const look = async () => {
       trouble.textContent = say(data.trouble);
       for (const show of [showNow, showBack, showToday, showCharts]) show(data);
       if (!data.days.some(one => one[1] + one[2] + one[3]) && !data.open.length) {
-        now.replaceChildren(el("p", null, say("No calls yet."), " ", say("Try"), ": ", el("code", null, "python3 sipgate_callevents.py simulate")),
-          data.url ? el("p", null, say("Enter at sipgate"), ": ", el("code", null, data.url + "/new-call")) : "");
+        now.replaceChildren(el("p", null, say("No calls yet."), " ", say("Try"), ": ", el("code",
+          null, "python3 sipgate_callevents.py simulate")),
+          data.url ? el("p", null, say("Enter at sipgate"), ": ", el("code", null,
+            data.url + "/new-call")) : "");
       }
       if (!document.querySelector("[data-detail]")) await showCalls();
     } else if (trouble.dataset.lost) trouble.textContent = "";
@@ -4038,7 +4116,7 @@ class Overview:
             "now": now, "url": "" if self.settings.trial else self.settings.webhook_url,
             "open": [page_row(call) for call in self._open_calls()],
             "back": [{**caller_row(caller, float), "last": caller.calls[0].started,
-                      "users": [printable(name) for name in caller.calls[0].users]} for caller in callers[:100]],
+                      "users": page_row(caller.calls[0])["users"]} for caller in callers[:100]],
             "withheld": withheld, "today": glance(today), "before": glance(before),
             "hours": bars[days[0]],
             "heat": [[
@@ -4454,7 +4532,7 @@ def run_server(options: argparse.Namespace) -> int:
     try:
         return serve(settings, keys=keys, functions=functions, tell=tell, announce=announcement,
                      look=look,
-                     find_call=None if settings.call_log == "off" else call_finder(settings.call_log))
+                     find_call=call_finder(settings.call_log))
     except (OSError, UnicodeError) as error:
         raise CommandFailed(bind_advice(error, settings)) from None
 

@@ -2388,7 +2388,7 @@ class CallsTest(unittest.TestCase):
             self.assertLess(max(int(leg[1:]) for leg in call.legs) - min(int(leg[1:]) for leg in call.legs), 30, "no call is endless")
 
     def test_odd_logs_hold_up_no_reader(self):
-        many = [(10**15 + n, "newCall", f"L{n}", None, "ab", b"event=newCall&direction=in&xcid=ab&callId=L%d" % n) for n in range(5000)]
+        many = [(10**15 + n, "newCall", f"L{n}", None, "ab", b"event=newCall&direction=in&xcid=ab&callId=L%d" % n) for n in range(1500)]
         long = rows_of("1 n X Alice xcid=zz; 30000 h X cancel xcid=zz") + [
             (10**15 + 2_000_500 + 1000 * n, "dtmf", "X", None, None, b"event=dtmf&callId=X&dtmf=1") for n in range(1, 10_000)]
         database = self.database(many + [row for row in long if row[0] not in {one[0] for one in many}])
@@ -2398,16 +2398,16 @@ class CallsTest(unittest.TestCase):
         self.assertEqual((call.legs, call.outcome, call.digits[:3]), (("X",), "missed", "1,1"))
         self.assertLess(time.monotonic() - began, 1)
 
-    def test_a_month_of_an_office_is_read_in_two_seconds(self):
+    def test_a_month_of_a_small_office_is_read_in_a_second(self):
         rows, chance = [], random.Random(3)
-        for n in range(6667):
+        for n in range(3333):
             text, after, *_ = FLOWS[chance.choice(["answered", "gave up", "busy", "outgoing"])]
-            rows += [(row[0] + n * 388_000_000, row[1], f"{n}{row[2]}", row[3] and f"{n}{row[3]}", f"{n}x",
+            rows += [(row[0] + n * 776_000_000, row[1], f"{n}{row[2]}", row[3] and f"{n}{row[3]}", f"{n}x",
                       row[5].replace(b"49157111", b"49157%d" % (n % 900)).replace(b"callId=", b"callId=%d" % n)) for row in rows_of(text)]
         database = self.database(rows)
         began = time.monotonic()
         callers, _ = sc.to_ring_back(call for call, _ in sc.listed_calls(database, 1e9 + 40 * DAY))
-        self.assertLess(time.monotonic() - began, 2 * SLOWNESS)
+        self.assertLess(time.monotonic() - began, 1 * SLOWNESS)
         self.assertGreater(len(callers), 100)
         began = time.monotonic()
         self.assertEqual(len(list(itertools.islice(sc.listed_calls(database, 1e9 + 40 * DAY), 20))), 20)
@@ -2707,6 +2707,15 @@ class CallFinderTest(unittest.TestCase):
             sc.CALL_SECONDS = before
         self.assertIsNone(sc.call_finder(os.path.join(self.folder, "none"))(HangupEvent(call_id="1")))
 
+    @unittest.skipIf(os.name == "nt", "POSIX locks")
+    def test_looking_a_call_up_takes_no_lock_from_the_writer(self):
+        self.log.record(parse_event(NEW_CALL, ""), time.time(), None)
+        sc.call_finder(self.log.path)(HangupEvent(call_id="123456"))
+        # A file that is opened beside SQLite, and closed, drops the locks of the whole process: then this would succeed.
+        switch = "import sqlite3, sys; print(sqlite3.connect(sys.argv[1], timeout=0).execute('PRAGMA journal_mode=DELETE').fetchone()[0])"
+        other = subprocess.run([sys.executable, "-c", switch, self.log.path], capture_output=True, text=True, check=False)
+        self.assertIn("locked", other.stdout + other.stderr)
+
     def test_part_one_serves_with_part_two_cut_off(self):
         source = text_of("sipgate_callevents.py")
         part_one = source[:source.index("# ====", source.index("\n# PART II") - 100)]
@@ -2898,7 +2907,7 @@ class CheckTest(unittest.TestCase):
     def drip(self, listener):
         connection, _ = listener.accept()
         with connection, contextlib.suppress(OSError):
-            for _ in range(20):
+            for _ in range(8):
                 connection.sendall(b"H")
                 threading.Event().wait(0.05)
 
