@@ -15,30 +15,34 @@ sipgate POSTs a newCall when a call starts. The XML reply decides about the call
 for the later events: answer, hangup, and dtmf (the digits of a <Gather>).
 
 Part I answers the phone: everything that a byte from the internet or a waiting caller can
-reach. Read it before you trust this file. Part II looks at what Part I has stored; none of
-it runs before a reply is sent, except where your on_dtmf asks for event.call.
+reach. Read it before you trust this file. Part II starts the program, and looks at what Part I
+has stored; no reply waits for it, unless a function of yours asks for event.call.
 
     socket bytes
       |  WebhookRequestHandler    a complete, strictly framed request, in time, within limits
-      |  Receiver.admit           is_signed, on the raw bytes, before anything is decoded;
-      |                           then parse_event. What is refused changes nothing
-      |  Receiver.answer          CallLog.record: on disk before it is acknowledged;
+      |  Receiver.admit           is_signed on the raw body, before the form in it is read;
+      |                           then parse_event. What is refused is stored and run nowhere
+      |  Receiver.answer          CallLog.record: on disk, or stderr says that it is not yet;
       |                           on_new_call, on_dtmf: your decision; response_xml
       |  one sendall
       +  Receiver.follow          afterwards: the printed line, on_answer and on_hangup
 
-Threads: the main one accepts connections, and makes room for them. One for each connection;
-it bounds every wait itself, and nobody replies in its place. One for each run of on_new_call
-or on_dtmf of yours. One Worker each writes the call log, stdout and stderr, prints the
-events, and runs on_answer and on_hangup.
+A signature proves that sipgate sent this body to one of its customers: not to which, not when,
+and not on which path. Numbers are in the call log (mode 0600, CALL_LOG_DAYS days), in what
+stdout prints (CALL_OUTPUT), and where your functions put them; stderr has none.
+
+Threads: the main one accepts connections, makes room, and closes what is past its deadline.
+One for each connection, which replies. One for each run of on_new_call or on_dtmf of yours.
+Five Workers: call log, stdout, stderr, printing events, and on_answer and on_hangup.
 
 Every time limit, and what happens then:
 
+    the first byte of a new connection            10 s    closed, without a word
     a request, from its first byte to its last    10 s    closed, without a word
     the reply, from the last byte of the body      3 s    the call goes through undecided
       of these, storing the event                  1 s    it waits in memory, stderr says so
       of these, waiting for one of 8 slots       0.5 s    the call goes through undecided
-      of these, event.call in on_dtmf            0.2 s    it is None
+      of these, event.call in your function      0.2 s    it is None
     the client taking the reply                   10 s    closed
     between two requests of a connection          75 s    closed
     reading on after a refusal                     1 s    closed
@@ -684,9 +688,9 @@ class Worker:
 # Call log
 # Puts events on disk, in one SQLite file. Knows no HTTP, no XML, and prints nothing.
 #
-# One worker writes, with the only connection that does; whatever has queued up goes into one
+# One worker writes, with the server's only connection that does; whatever has queued up goes into one
 # transaction, so that many webhooks share one fsync. A webhook waits for its commit, but not
-# for long: a disk that is slow, full or broken delays no call by more than a second. Any
+# for long: a disk that is slow, full or broken delays no reply by more than a second. Any
 # error closes the database, which rolls back, and the same events are tried again: each has
 # its id before the insert, so that no second try stores it twice.
 # ------------------------------------------------------------------------------------------
@@ -1003,7 +1007,7 @@ class CallLog:
 # ------------------------------------------------------------------------------------------
 # Receiving
 # From the bytes of a webhook to the bytes of its reply: verify, parse, store, decide, render;
-# then what follows. Knows no sockets and no headers.
+# then what follows. Knows no sockets and no request heads.
 # ------------------------------------------------------------------------------------------
 
 # sipgate waits 10 s for the reply to a newCall, and until then the phone does not ring.
@@ -1066,10 +1070,11 @@ class YourCode:
         try:
             action = outcome.get(timeout=max(deadline - time.monotonic(), 0))
         except queue.Empty:
-            frame = sys._current_frames().get(thread)
-            where = traceback.format_stack(frame)[2:] if frame else []  # less our own two
+            # Without the source lines, whose file could be on a disk that hangs.
+            where = [f'File "{frame.f_code.co_filename}", line {line}, in {frame.f_code.co_name}\n'
+                     for frame, line in traceback.walk_stack(sys._current_frames().get(thread))]
             logger.error("%s has not returned in time; the call goes through undecided. It is at",
-                         name, extra={"below": "".join(where)})
+                         name, extra={"below": "".join(where[:-2])})
             return None
         if action is None or isinstance(action, Action):
             return action
@@ -1183,8 +1188,9 @@ class Receiver:
         self.routes = {base + route: event for route, event in ROUTES.items()}
         # Somebody entered WEBHOOK_URL at sipgate as it stands: the body says which event it is.
         self.routes.update({base + "/": "", base or "/": ""})
-        self.urls = {name: settings.base_url + route for name, route in
-                     zip(("on_answer", "on_hangup", "on_data"), list(ROUTES)[1:])}
+        url = settings.base_url
+        self.urls = {"on_answer": url + "/on-answer", "on_hangup": url + "/on-hangup",
+                     "on_data": url + "/on-data"}
         self._undecided = response_xml(None, **self.urls)  # most replies are this one
         self.refused = 0  # webhooks, since the start; about
         self.your_code = YourCode(functions)
@@ -1226,17 +1232,21 @@ class Receiver:
         return self.settings.verify_signature == "off" or (self.settings.trial and not outside)
 
     def _verify(self, path: str, body: bytes, signature: str | None, outside: str) -> None:
-        """Refuse, before anything is decoded, what sipgate did not sign."""
+        """Refuse what sipgate did not sign, before the form in the body is read.
+
+        With VERIFY_SIGNATURE=new-call an unsigned one has to be read to know what it is.
+        """
         mode = self.settings.verify_signature
         if signature is not None:
             if mode != "off" and not is_signed(body, signature, self.keys):
                 sizes = [key.size for key in self.keys]
                 raise refusal(MISMATCH if len(decode_signature(signature)) in sizes else MALFORMED)
-        elif self.settings.trial and not self._is_open(outside):
-            raise refusal(MISSING, UNSIGNED_TRIAL)
-        elif mode == "on" and not self._is_open(outside):
-            is_follow_up = self.routes[path] not in ("", "newCall")
-            raise refusal(MISSING, UNSIGNED_FOLLOW_UP if is_follow_up else "")
+        elif not self._is_open(outside):
+            if self.settings.trial:
+                raise refusal(MISSING, UNSIGNED_TRIAL)
+            if mode == "on":
+                is_follow_up = self.routes[path] not in ("", "newCall")
+                raise refusal(MISSING, UNSIGNED_FOLLOW_UP if is_follow_up else "")
 
     def _check(self, event: CallEvent, signature: str | None, outside: str) -> None:
         """Refuse what is not to be taken, now that it is known which event it is."""
@@ -1312,7 +1322,7 @@ class Receiver:
 # ------------------------------------------------------------------------------------------
 # HTTP
 # One request after the other from a connection, strictly framed (RFC 9112), in time and
-# within limits; one reply to each. Knows nothing of events, XML and SQL.
+# within limits; one reply to each. Knows nothing of XML and SQL.
 #
 # The header parser of http.server is not used: it is the e-mail parser, to which a bare CR
 # begins a new header and one bad line ends them all, Content-Length included.
@@ -1765,8 +1775,9 @@ class WebhookServer(socketserver.ThreadingTCPServer):
         connections = sorted(self.connections.values(), key=lambda connection: connection.since)
         if not any(connection.is_cut for connection in connections):
             now = time.monotonic()
-            for connection in itertools.islice((one for one in connections if one.may_go(now)), 1):
-                connection.cut()
+            oldest = next((one for one in connections if one.may_go(now)), None)
+            if oldest:
+                oldest.cut()
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection. Raises OSError."""
@@ -1870,7 +1881,8 @@ def wrapped(text: str, stream: TextIO, indent: int = 2) -> str:
 class QueuedOutput(io.RawIOBase):
     """Stands before a real stream: a write never waits, a Worker does the writing.
 
-    Past `limit` writes that nobody takes off the real stream, lines are dropped and counted.
+    Past `limit` writes that nobody takes off the real stream, lines are dropped and counted;
+    where it cannot be written at all, they are lost.
     """
 
     def __init__(self, stream: TextIO | None, limit: int = 5000) -> None:
@@ -2025,13 +2037,11 @@ def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
           functions: CallFunctions = CallFunctions(),  # noqa: B008 - it is never changed
           find_call: Callable[[CallEvent], Any] | None = None,
           tell: Callable[[Answered], str] = lambda answered: "",
-          announce: Callable[[Settings], str] = lambda settings: "",
-          look: Callable[[], Any] = lambda: None) -> int:
+          announce: Callable[[Settings], str] = lambda settings: "") -> int:
     """Receive webhooks until a signal comes; return the exit status.
 
     `keys` come before sipgate's own. `find_call` finds the call of an event, `tell` gives the
-    text to print for one, `announce` that for the start; `look` is called all the time, ten
-    times a second. Raises SettingsError, OSError.
+    text to print for one, `announce` that for the start. Raises SettingsError, OSError.
     """
     arrived = catch_signals()
     tls = None
@@ -2054,7 +2064,6 @@ def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
             stuck = receiver.your_code.stuck()
             if stuck:
                 logger.warning("%s", stuck)
-            look()
             return bool(arrived)
 
         server.serve_until(is_told)
@@ -2918,8 +2927,11 @@ class CommandFailed(Exception):
     """The command could not do what was asked; the text says why, in a sentence."""
 
 
-def open_log(path: str) -> sqlite3.Connection:
-    """Connect to the call log at `path`. Raises Nothing, CommandFailed, sqlite3.Error."""
+def open_log(path: str, timeout: float = 5.0) -> sqlite3.Connection:
+    """Connect to the call log at `path`; `timeout`: seconds that a lock is waited for.
+
+    Raises Nothing, CommandFailed, sqlite3.Error.
+    """
     if path == "off":
         raise Nothing("CALL_LOG=off: no calls are kept")
     # Never opened but by SQLite: closing a file drops the locks of the whole process on it.
@@ -2934,7 +2946,7 @@ def open_log(path: str) -> sqlite3.Connection:
         raise Nothing(f"no calls yet: there is nothing in {path}")
     if not os.access(path, os.R_OK | os.W_OK):
         raise CommandFailed(f"{path} belongs to another user; as that: {as_owner(path)}")
-    database = sqlite3.connect(pathlib.Path(path).as_uri() + "?mode=rw", uri=True, timeout=5,
+    database = sqlite3.connect(pathlib.Path(path).as_uri() + "?mode=rw", uri=True, timeout=timeout,
                                isolation_level=None)
     marks = [database.execute(f"PRAGMA {name}").fetchone()[0]
              for name in ("application_id", "user_version")]
@@ -2961,8 +2973,7 @@ def call_finder(path: str) -> Callable[[CallEvent], Call | None]:
     def find(event: CallEvent) -> Call | None:
         until = time.monotonic() + CALL_SECONDS
         try:
-            with contextlib.closing(open_log(path)) as database:
-                database.execute(f"PRAGMA busy_timeout={CALL_SECONDS * 1000:.0f}")
+            with contextlib.closing(open_log(path, CALL_SECONDS)) as database:
                 database.set_progress_handler(lambda: time.monotonic() > until, 1000)
                 return call_of(database, event, time.time(), until)
         except (sqlite3.Error, Nothing, CommandFailed, TimeoutError):
@@ -4524,14 +4535,15 @@ def run_server(options: argparse.Namespace) -> int:
     tell = teller(settings.call_output, not has_own_time(sys.stdout))
     loaded = modified(settings.call_handlers)
 
-    def look() -> None:
+    def tell_and_look(answered: Answered) -> str:
         if modified(settings.call_handlers) != loaded:
             logger.warning("%s has changed: restart this program to use it",
                            settings.call_handlers)
+        return tell(answered)
 
     try:
-        return serve(settings, keys=keys, functions=functions, tell=tell, announce=announcement,
-                     look=look,
+        return serve(settings, keys=keys, functions=functions, tell=tell_and_look,
+                     announce=announcement,
                      find_call=call_finder(settings.call_log))
     except (OSError, UnicodeError) as error:
         raise CommandFailed(bind_advice(error, settings)) from None
