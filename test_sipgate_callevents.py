@@ -2670,6 +2670,65 @@ class ShownCallsTest(unittest.TestCase):
         self.assertNotIn(b"49157999111", sc.blanked(response_xml(dial("49157999111"), on_hangup="https://x/49157999111/h"), number))
 
 
+class ShowCallsTest(unittest.TestCase):
+    """The command `calls`, on a log of 25 missed calls of three callers, one of them withheld."""
+
+    def setUp(self):
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        self.path = os.path.join(folder, "calls.db")
+        CallLog(self.path, 30).close(5)
+        with contextlib.closing(sqlite3.connect(self.path)) as database:
+            for n in range(25):
+                number = ["49157111222", "anonymous", "49222333444"][n % 3]
+                fill(database, rows_of(f"{n * 500} n L{n} Alice orig=L{n} xcid=x{n} from={number}; "
+                                       f"{n * 500 + 20} h L{n} cancel orig=L{n} xcid=x{n} from={number}"))
+            database.commit()
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        stack.enter_context(at_width("80"))
+
+    def shown(self, **changed):
+        options = argparse.Namespace(**{"missed": False, "all": False, "since": None, "number": "", "limit": None, "events": False,
+                                        "format": "table", **changed})
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            sc.show_calls(options, Settings(call_log=self.path))
+        return printed.getvalue().splitlines()
+
+    def test_a_table_is_cut_and_says_so_and_other_forms_hold_all(self):
+        lines = self.shown()
+        self.assertEqual((len(lines), lines[-1]), (23, "These are the latest 20; --limit N shows more."))
+        self.assertEqual(len(self.shown(limit=25)), 27)
+        for form, count in (("csv", 26), ("excel", 26), ("json", 25)):
+            self.assertEqual(len(self.shown(format=form)), count)
+            self.assertEqual(len(self.shown(format=form, limit=3)), count - 22)
+        self.assertEqual(len(self.shown(number="+49 157 111222", format="json")), 9)
+
+    def test_whom_to_ring_back_is_one_line_a_caller(self):
+        def local(second):
+            return sc.local_time(1e9 + second)[:16]
+
+        self.assertEqual(self.shown(missed=True), [
+            "LAST CALL        FROM         TIMES OUTCOME TO",
+            f"{local(12_000)} +49157111222     9 missed  +4930200",
+            f"{local(11_500)} +49222333444     8 missed  +4930200", "and 8 with no number"])
+        self.assertEqual([json.loads(line)["from"] for line in self.shown(missed=True, format="json")], ["49157111222", "49222333444"])
+        self.assertEqual(self.shown(missed=True, format="csv")[1], f"'49157111222,9,{sc.local_time(1e9 + 12_000)},missed,'4930200")
+        self.assertEqual(len(self.shown(missed=True, all=True, format="json")), 17)
+
+    def test_events_show_what_a_call_is_made_of(self):
+        lines = self.shown(events=True, limit=1)
+        self.assertEqual([line[11:] for line in lines[2:4]], [
+            "newCall New call from 49157111222 to 4930200 is ringing...", "hangup  The call has been hung up (cancel, missed after 0:20)"])
+        entry = json.loads(self.shown(events=True, limit=1, format="json")[0])
+        self.assertEqual([event["event"] for event in entry["events"]], ["newCall", "hangup"])
+
+    @unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0, "only root can give a file away")
+    def test_a_file_of_a_user_without_a_name_is_named_by_its_number(self):
+        os.chown(self.path, 54321, -1)
+        self.assertTrue(sc.as_owner(self.path).startswith(f"sudo -u '#54321' env CALL_LOG={self.path} "))
+
+
 class CallFinderTest(unittest.TestCase):
     def setUp(self):
         self.folder = tempfile.mkdtemp()
