@@ -1982,6 +1982,8 @@ class CapTest(unittest.TestCase):
         connection.has_read = True
         self.assertFalse(connection.may_go(connection.since + 0.4), "it is being read")
         self.assertTrue(connection.may_go(connection.since + 0.6), "the rest takes too long")
+        connection.in_flight = True
+        self.assertFalse(connection.may_go(connection.since + 60), "it is being answered")
 
     def test_before_there_is_no_room_connections_are_closed_with_notice(self):
         for _ in range(3):
