@@ -334,10 +334,13 @@ class CallEvent:
         """The field under sipgate's name `key`, such as "from", as text; of a list the first."""
         return next(iter(self.fields.get(key, ())), default)
 
-    @functools.cached_property
+    @property
     def call(self) -> Any:
         """The Call that this belongs to, looked up when first asked for; None if not known."""
-        return self.find_call(self) if self.find_call else None
+        # No cached_property: up to Python 3.11 its lock is one for all events.
+        if "_call" not in self.__dict__:
+            self.__dict__["_call"] = self.find_call(self) if self.find_call else None
+        return self.__dict__["_call"]
 
 
 @dataclass(frozen=True)
@@ -688,11 +691,11 @@ class Worker:
 # Call log
 # Puts events on disk, in one SQLite file. Knows no HTTP, no XML, and prints nothing.
 #
-# One worker writes, with the server's only connection that does; whatever has queued up goes into one
-# transaction, so that many webhooks share one fsync. A webhook waits for its commit, but not
-# for long: a disk that is slow, full or broken delays no reply by more than a second. Any
-# error closes the database, which rolls back, and the same events are tried again: each has
-# its id before the insert, so that no second try stores it twice.
+# One worker writes, with the server's only connection that does; whatever has queued up goes
+# into one transaction, so that many webhooks share one fsync. A webhook waits for its commit,
+# but not for long: a disk that is slow, full or broken delays no reply by more than a second.
+# Any error closes the database, which rolls back, and the same events are tried again: each
+# has its id before the insert, so that no second try stores it twice.
 # ------------------------------------------------------------------------------------------
 
 APPLICATION_ID = 0x73676365  # "sgce": the file is ours
@@ -773,12 +776,13 @@ class CallLog:
         """
         orig, xcid = getattr(event, "orig_call_id", ""), getattr(event, "xcid", "") or None
         orig = orig if orig not in ("", event.call_id) else None
-        entry = _Entry((event.event, event.call_id, orig, xcid, event.body, digest))
+        # An event of that name, which sipgate does not have, is not to pass for a reply of ours.
+        kind = event.event if event.event != "reply" else "?reply"
+        entry = _Entry((kind, event.call_id, orig, xcid, event.body, digest))
         self._last_event = time.monotonic()
         if not self._queue(entry, received_at):
             return None
-        if self._is_vacuuming and self._database:
-            self._database.interrupt()
+        self._interrupt()
         try:
             return entry.outcome.get(timeout=0 if self.behind else STORE_SECONDS)
         except queue.Empty:
@@ -791,14 +795,20 @@ class CallLog:
 
     def close(self, seconds: float) -> None:
         """Store what is queued, for up to `seconds`, and close the file."""
-        if self._is_vacuuming and self._database:
-            self._database.interrupt()
+        self._interrupt()
         left = self._worker.finish(seconds)
         if left:
             logger.error("%d events could not be stored before the end, of the calls %s", len(left),
                          ", ".join(dict.fromkeys(entry.row[1] for entry in left)))
         else:
             self._close_database()
+
+    def _interrupt(self) -> None:
+        """End a rewriting of the file; an event, or the stop, is not to wait for it."""
+        database = self._database
+        if self._is_vacuuming and database:
+            with contextlib.suppress(sqlite3.Error):  # closed in this very moment
+                database.interrupt()
 
     def _queue(self, entry: _Entry, received_at: float) -> bool:
         now = int(received_at * 1e6)
@@ -832,7 +842,8 @@ class CallLog:
             self._set_aside(error)
             self._fall_behind(str(error))
             for entry in self._worker.waiting():
-                entry.outcome.put(None)
+                if entry.outcome.empty():  # or it would grow with each try
+                    entry.outcome.put(None)
             return False
         if self.behind and len(self._worker.waiting()) == len(batch):
             self.behind = ""
@@ -927,7 +938,7 @@ class CallLog:
         if type(error) is not sqlite3.DatabaseError or not is_damage:
             return
         name = self.path + time.strftime(".damaged-%Y%m%dT%H%M%SZ", time.gmtime(self.clock()))
-        for suffix in ("", "-wal", "-shm"):
+        for suffix in ("", "-wal", "-shm", "-journal"):
             with contextlib.suppress(OSError):
                 os.replace(self.path + suffix, name + suffix)
         logger.error("the call log was damaged; it is now %s, and a new one is begun", name)
@@ -1313,7 +1324,10 @@ class Receiver:
             logger.warning("an event was not printed, and your code not run: too many wait")
 
     def _follow(self, batch: list[Answered]) -> None:
-        self.show(batch)
+        try:
+            self.show(batch)
+        except Exception:  # your code is to run all the same
+            logger.exception("an error in this program; events were not printed")
         for event in (answered.event for answered in batch if answered.is_new):
             if isinstance(event, (AnswerEvent, HangupEvent)):
                 self.your_code.run_later("on_" + event.event, event)
@@ -2689,9 +2703,9 @@ def put_together(stored: Iterable[StoredEvent], now: float) -> Call:
     spoken, voicemails = speakers(legs, first, direction)
     replies = sorted((entry for leg in legs for entry in leg.replies), key=lambda entry: entry.id)
     reply = replies[-1].reply if replies else None
-    begun = min((leg.new_call.at for leg in legs if leg.new_call), default=None)
+    begun = min((leg.new_call.at for leg in legs if leg.new_call and first.new_call), default=None)
     answered = spoken[0][0] if spoken else None
-    ended, outcome = how_it_ended(legs, answered, bool(voicemails), now)
+    ended, outcome = how_it_ended(legs, answered, now)
     if outcome == "over":
         outcome = "answered" if spoken else "unanswered" if direction == "out" else "missed"
         if not spoken and not first.new_call:
@@ -2744,8 +2758,8 @@ def speakers(legs: Sequence[Leg], first: Leg, direction: str) -> tuple[list[Any]
     return sorted(names or numbers or (nobody if is_nobody_left else [])), sorted(voicemails)
 
 
-def how_it_ended(legs: Sequence[Leg], answered: float | None, has_voicemail: bool,
-                 now: float) -> tuple[float | None, str]:
+def how_it_ended(legs: Sequence[Leg], answered: float | None, now: float
+                 ) -> tuple[float | None, str]:
     """When the call ended, None if that is not known, and "over", or how it stands at `now`."""
     ends = [leg.ended for leg in legs if leg.ended is not None]
     is_over = bool(ends)
@@ -2755,6 +2769,8 @@ def how_it_ended(legs: Sequence[Leg], answered: float | None, has_voicemail: boo
         patience = RINGING_LOST_SECONDS if leg.answers else 0
         if leg.ended is not None:
             later_end = leg.ended if later_end is None else max(later_end, leg.ended)
+        elif leg.answers and all(map(leg.is_voicemail, leg.answers)):
+            pass  # voicemail's own hangup is not waited for
         elif later_end is None or now - later_end < patience:
             is_over = False
     hangups = sorted(leg.hangup for leg in legs if leg.hangup)
@@ -2827,7 +2843,8 @@ def belongs(leg: Leg, call: Sequence[Leg]) -> bool:
     ends = [other.ended for other in call if other.ended is not None]
     is_answered = any(other.answers for other in call)
     open_until = last_at + (TALKING_LOST_SECONDS if is_answered else RINGING_LOST_SECONDS)
-    end = max(ends) if len(ends) == len(call) else open_until
+    _, how = how_it_ended(sorted(call, key=lambda one: (one.begun, one.name)), None, leg.begun)
+    end = max(ends) if ends and (len(ends) == len(call) or how == "over") else open_until
     return leg.begun <= end + FORWARD_SECONDS
 
 
@@ -2898,6 +2915,7 @@ def to_ring_back(calls: Iterable[Call]) -> tuple[list[Caller], int]:
         if call.answered is not None and (call.answered_by or is_out):
             spoken.add(plain(number))
         is_lost = call.outcome == "lost" and call.answered is None and call.ended is None
+        is_lost = is_lost and call.direction != ""  # else remains, without any newCall
         if is_out or not (is_lost or call.outcome in ("missed", "voicemail")):
             continue
         if number in ("", "anonymous"):
@@ -3176,12 +3194,13 @@ def pattern_of(digits: str) -> re.Pattern[str]:
     return re.compile(r"(?<![0-9])(?:00)?" + r"[\s()/.#*+-]*".join(digits) + "(?![0-9])")
 
 
-def blanked(body: bytes, number: re.Pattern[str], token: str = FORGOTTEN) -> bytes:
+def blanked(body: bytes, number: re.Pattern[str], token: str = FORGOTTEN,
+            is_reply: bool = False) -> bytes:
     """A stored body with each value blanked that holds `number`; `token` stands for an id."""
     def clean(text: str, word: str = FORGOTTEN) -> str:
         return word if number.search(text) else text
 
-    if body.startswith(b"<"):
+    if is_reply:
         response = ET.fromstring(body)
         for element in response.iter():
             element.text = clean(element.text or "")
@@ -3199,10 +3218,11 @@ def rows_with(database: sqlite3.Connection, number: re.Pattern[str], since: int)
     """The stored rows behind the id `since` that hold the number; read in pieces."""
     rows: list[Any] = [(since,)]
     while rows:
-        rows = database.execute("SELECT id, call_id, orig_call_id, xcid, body FROM events "
-                                "WHERE id > ? ORDER BY id LIMIT 1000", (rows[-1][0],)).fetchall()
+        rows = database.execute("SELECT id, event = 'reply', call_id, orig_call_id, xcid, body "
+                                "FROM events WHERE id > ? ORDER BY id LIMIT 1000",
+                                (rows[-1][0],)).fetchall()
         for row in rows:
-            if number.search(row[1]) or blanked(row[4], number) != row[4]:
+            if number.search(row[2]) or blanked(row[5], number, is_reply=row[1]) != row[5]:
                 yield row
 
 
@@ -3216,7 +3236,7 @@ def forget_number(options: argparse.Namespace, settings: Settings) -> int:
     if not rows and not remains(path, digits):
         raise CommandFailed(f"no call holds {options.number}; with the country code?{hint}")
     if rows:
-        count = len({row[2] or row[1] or row[0] for row in rows})
+        count = len({row[3] or row[2] or row[0] for row in rows})
         first, last = (local_time(row[0] / 1e6)[:16] for row in (rows[0], rows[-1]))
         print(f"{plural(count, 'call')}, from {first} to {last}, hold{'s' * (count == 1)} "
               f"{shown}.", flush=True)
@@ -3251,12 +3271,12 @@ def blank_rows(database: sqlite3.Connection, rows: Sequence[Any], number: re.Pat
     database.execute("PRAGMA secure_delete=ON")
     for start in range(0, len(rows), FORGET_ROWS):
         database.execute("BEGIN IMMEDIATE")
-        for key, *ids, body in rows[start:start + FORGET_ROWS]:
+        for key, is_reply, *ids, body in rows[start:start + FORGET_ROWS]:
             clean = [token if text and number.search(text) else text for text in ids]
             # The digest told repeats of these very bytes, and whether a guess at them is right.
             database.execute("UPDATE events SET call_id = ?, orig_call_id = ?, xcid = ?, body = ?, "
                              "digest = NULL WHERE id = ?",
-                             (*clean, blanked(body, number, token), key))
+                             (*clean, blanked(body, number, token, is_reply), key))
         database.execute("COMMIT")
         time.sleep(0.02)  # so that a running server gets its turn
 
@@ -4009,7 +4029,7 @@ def day_of(moment: float) -> str:
 
 def key_of(call: Call) -> str:
     """What tells a call from the others: its first leg."""
-    return call.legs[0] if call.legs else f"#{call.started}"
+    return call.legs[0] if call.legs else f"#{call.started * 1e6:.0f}"
 
 
 class Overview:
@@ -4027,7 +4047,7 @@ class Overview:
         self.days: dict[str, dict[str, Call]] = {}
         self._day_of: dict[str, str] = {}  # by leg, the day of its call
         self._bars: dict[str, list[list[int]]] = {}  # finished counts, by day
-        self._last_id, self._oldest = 0, 0
+        self._last_id, self._state = 0, (0, 0)
         self._trouble, self._health_at = "", 0.0
         self._count, self._instance = 0, os.urandom(4).hex()
         self.version, self.text = "", b"{}"
@@ -4041,40 +4061,45 @@ class Overview:
                     self._follow(database)
             except (Nothing, CommandFailed, sqlite3.Error) as error:
                 self._publish(True, str(error))
+            except Exception:  # the page goes on with what comes later
+                logger.exception("an error in this program; the page may be incomplete")
             self.is_stopping.wait(self.POLL_SECONDS)
 
     def _follow(self, database: sqlite3.Connection) -> None:
         oldest, newest = database.execute("SELECT min(id), max(id) FROM events").fetchone()
         now, is_new = self.clock(), (newest or 0) != self._last_id
-        if (newest or 0) < self._last_id or (oldest or 0) != self._oldest:
+        # VACUUM, with which `forget` ends, raises the version of the schema.
+        state = (oldest or 0, database.execute("PRAGMA schema_version").fetchone()[0])
+        if (newest or 0) < self._last_id or state != self._state:
+            is_new = True
             self.days, self._day_of, self._bars, self._last_id = {}, {}, {}, 0
         if not self._last_id:
-            self._last_id, self._oldest = newest or 0, oldest or 0
+            self._last_id, self._state = newest or 0, state
             self._read_all(database, now)
         elif is_new:
             rows = database.execute("SELECT DISTINCT call_id, id FROM events WHERE id > ?",
                                     (self._last_id,)).fetchall()
             self._last_id = newest
             for leg in {call_id or f"#{number}" for call_id, number in rows}:
-                self._keep(put_together(call_with(database, leg), now))
+                self._keep(call_with(database, leg), now)
         for call in self._open_calls():  # time alone can end them
-            again = put_together(call_with(database, key_of(call)), now)
-            if again != call:
-                self._keep(again)
-                is_new = True
+            is_new |= self._keep(call_with(database, key_of(call)), now) not in (call, None)
         self._publish(is_new, "")
 
     def _read_all(self, database: sqlite3.Connection, now: float) -> None:
         """Read all days, and publish what is known so far now and then."""
         published = time.monotonic()
-        for call, _ in listed_calls(database, now, now - SHOWN_DAYS * DAY):
-            self._keep(call)
+        for _, stored in listed_calls(database, now, now - SHOWN_DAYS * DAY):
+            self._keep(stored, now)
             if time.monotonic() - published > 2 or len(self._day_of) == 50:
                 self._publish(True, "")
                 published = time.monotonic()
 
-    def _keep(self, call: Call) -> None:
-        """Keep a call, in place of what its legs were before."""
+    def _keep(self, stored: Sequence[StoredEvent], now: float) -> Call | None:
+        """Keep the call of these events, in place of what its legs were before."""
+        if not stored:
+            return None
+        call = put_together(stored, now)
         with self.lock:
             for leg in (key_of(call), *call.legs):
                 day = self._day_of.pop(leg, "")
@@ -4084,6 +4109,7 @@ class Overview:
             self.days.setdefault(day, {})[key_of(call)] = call
             self._day_of.update(dict.fromkeys((key_of(call), *call.legs), day))
             self._bars.pop(day, None)
+        return call
 
     def _open_calls(self) -> list[Call]:
         recent = sorted(self.days)[-2:]
@@ -4115,7 +4141,8 @@ class Overview:
 
     def _answer(self, now: float) -> dict[str, Any]:
         """All that the page shows above its list."""
-        days = [day_of(now - age * DAY) for age in range(SHOWN_DAYS)]
+        last_day = datetime.date.fromtimestamp(now)
+        days = [str(last_day - datetime.timedelta(age)) for age in range(SHOWN_DAYS)]
         with self.lock:
             bars = {day: self._bars_of(day) for day in days}
             today, before = ([*self.days.get(day, {}).values()] for day in (days[0], days[7]))

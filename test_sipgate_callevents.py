@@ -934,6 +934,22 @@ class CallLogTest(unittest.TestCase):
         wait_until(lambda: not log.behind)
         self.assertEqual(self.rows(), ["1", "2"])
 
+    def test_what_waits_for_the_disk_takes_no_more_memory_with_each_try(self):
+        log, other = self.open(), self.other()
+        other.execute("BEGIN EXCLUSIVE")
+        self.record(log, "1")
+        tries = []
+        fall = log._fall_behind
+        log._fall_behind = lambda reason: (tries.append(reason), fall(reason))
+        wait_until(lambda: len(tries) > 5)
+        self.assertLessEqual(log._worker.waiting()[0].outcome.qsize(), 1)
+        other.execute("COMMIT")
+
+    def test_an_event_named_reply_does_not_pass_for_one_of_ours(self):
+        log = self.open()
+        log.record(UnknownEvent(event="reply", call_id="1", body=b"event=reply&callId=1"), self.now, None)
+        self.assertEqual(self.rows("event"), ["?reply"])
+
     def test_past_its_room_events_are_dropped_and_named(self):
         log, other = self.open(QUEUE=2), self.other()
         with diagnostics() as said:
@@ -2229,6 +2245,13 @@ FLOWS = {
     "transfer, A's hangup lost": ("0 n A Alice; 10 a A Alice; 70 n B Bob; 80 a B Bob; 200 h B", 4000, "answered Alice,Bob 10 190"),
     "transfer, A's hangup not there yet": ("0 n A Alice; 10 a A Alice; 70 n B Bob; 80 a B Bob; 200 h B", 3000, "talking Alice,Bob 10 -"),
     "clock set back an hour in between": ("0 n A Alice; 10 a A Alice; 10.000001 h A", 100, "answered Alice 10 0"),
+    "spoke, then voicemail, whose hangup is lost": ("0 n A Alice; 10 a A Alice; 70 n B voicemail; 70.5 a B voicemail; 71 h A forwarded",
+                                                    DAY, "answered Alice 10 60.5"),
+    "the beginning removed, then a transfer": ("0 a A Alice; 60 n B Bob; 70 a B Bob; 80 h A; 180 h B", 300, "answered Alice,Bob - 180"),
+    "the same xcid after a lost hangup": ("0 n A Alice; 20 n B Bob; 40 h B cancel; 1800 n C Bob orig=C from=49222; 1805 a C Bob orig=C; 1865 h C orig=C",
+                                          3000, "missed - 40 - back", "answered Bob 5 60"),
+    "the same xcid after voicemail without an end": ("0 n A Alice; 20 h A forwarded; 20.1 n B voicemail; 20.5 a B; 7200 n C Bob orig=C from=49222; "
+                                                     "7205 a C Bob orig=C; 7265 h C orig=C", 8000, "voicemail - 20.5 - back", "answered Bob 5 60"),
     "newCall removed with old events": ("0 h A cancel; 1 d A 1", DAY, "lost - - -"),
 }
 
@@ -2422,6 +2445,10 @@ class CallsTest(unittest.TestCase):
         callers, withheld = sc.to_ring_back(call for call, _ in sc.listed_calls(self.database(rows), 1e9 + DAY))
         self.assertEqual([(caller.number, len(caller.calls)) for caller in callers], [("49222", 1), ("+49111", 3)])
         self.assertEqual(withheld, 2)
+        remains = [(10**15 + n, kind, leg, None, None, body) for n, (kind, leg, body) in enumerate((
+            ("dtmf", "D", b"event=dtmf&callId=D&dtmf=1"), ("reply", "R", response_xml(dial(MOBILE))), ("?reply", "U", b"event=reply&callId=U")))]
+        calls = [call for call, _ in sc.listed_calls(self.database(remains), 1e9 + DAY)]
+        self.assertEqual((len(calls), sc.to_ring_back(calls)), (3, ([], 0)), "what retention leaves is no missed call")
 
 
 # ------------------------------------------------------------------------------------------
@@ -2524,6 +2551,23 @@ class PageTest(unittest.TestCase):
         with contextlib.closing(sqlite3.connect(self.path, isolation_level=None, timeout=10)) as database:
             database.execute("DELETE FROM events")
         wait_until(lambda: self.data(server).get("open") == [])
+
+    def test_an_event_without_a_call_id_is_a_call_too(self):
+        server = self.serve()
+        wait_until(lambda: server.overview.version)
+        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None, timeout=10)) as database:
+            database.execute("INSERT INTO events(id, event, call_id, body) VALUES (?, 'newCall', '', ?)",
+                             (int(time.time() * 1e6), b"from=49222&direction=in"))
+        wait_until(lambda: [call["from"] for call in self.data(server).get("open", [])] == ["49222"])
+        wait_until(lambda: self.data(server, server.overview.version) == {})
+
+    def test_a_number_that_was_forgotten_leaves_the_page(self):
+        self.add("0 n A Alice; 9 h A cancel", ago=100)
+        server = self.serve()
+        wait_until(lambda: P in self.get(server, "/data")[2])
+        with contextlib.redirect_stdout(io.StringIO()):
+            sc.forget_number(argparse.Namespace(number=P, yes=True), self.settings)
+        wait_until(lambda: P not in self.get(server, "/data")[2] + self.get(server, "/calls")[2])
 
     def test_calls_are_found_and_opened(self):
         for n in range(60):
@@ -2669,7 +2713,9 @@ class ShownCallsTest(unittest.TestCase):
             self.assertIs(sc.blanked(body, number), body, value)
         self.assertEqual(sc.blanked(b"user[]=Alice&x=1", number), b"user[]=Alice&x=1", "as it came")
         self.assertEqual(sc.blanked(b"callId=49157999111&origCallId=49157999111", number, "T"), b"callId=T&origCallId=T")
-        self.assertNotIn(b"49157999111", sc.blanked(response_xml(dial("49157999111"), on_hangup="https://x/49157999111/h"), number))
+        xml = response_xml(dial("49157999111"), on_hangup="https://x/49157999111/h")
+        self.assertNotIn(b"49157999111", sc.blanked(xml, number, is_reply=True))
+        self.assertEqual(sc.blanked(b"<x=1&from=49157999111", number), b"%3Cx=1&from=%5Bforgotten%5D")
 
 
 class ShowCallsTest(unittest.TestCase):
