@@ -3092,8 +3092,14 @@ def write_rows(rows: Iterable[Mapping[str, Any]], form: str, stream: TextIO | No
         writer.writerow({name: csv_cell(value) for name, value in row.items()})
 
 
-def chosen(options: argparse.Namespace) -> Callable[[Call], bool]:
-    """Return whether a call is one that --number and --since ask for. Raises SettingsError."""
+NUMBERS = ("from_number", "to_number", "diversion", "answering_number")
+
+
+def chosen(options: argparse.Namespace) -> Callable[[Call, Sequence[StoredEvent]], bool]:
+    """Return whether a call is one that --number and --since ask for. Raises SettingsError.
+
+    A number is found wherever it stood in an event: dialled, dialled first, or answering.
+    """
     pattern = plain(re.sub(r"[\s()/.-]", "", options.number))
     if options.number and not re.fullmatch("[0-9A-Za-z*]+", pattern):
         raise SettingsError(f'--number is "{options.number}": expected digits, with * for others')
@@ -3104,8 +3110,11 @@ def chosen(options: argparse.Namespace) -> Callable[[Call], bool]:
                             ) from None
     options.since = since
     match = re.compile(re.escape(pattern or "*").replace(r"\*", ".*")).fullmatch
-    return lambda call: call.started >= since and any(map(match, (call.from_number,
-                                                                  call.to_number)))
+
+    def is_chosen(call: Call, events: Sequence[StoredEvent]) -> bool:
+        found = {getattr(one.event, name, "") for one in events for name in NUMBERS}
+        return call.started >= since and any(map(match, {call.from_number, call.to_number, *found}))
+    return is_chosen
 
 
 def show_calls(options: argparse.Namespace, settings: Settings) -> int:
@@ -3120,8 +3129,8 @@ def show_calls(options: argparse.Namespace, settings: Settings) -> int:
         if options.missed:
             callers, withheld = to_ring_back(call for call, _ in found)
             found = iter([(call, []) for caller in callers for call in caller.calls])
-            callers = [one for one in callers if is_chosen(one.calls[0])]
-        pairs = (pair for pair in found if is_chosen(pair[0]))
+            callers = [one for one in callers if is_chosen(one.calls[0], [])]
+        pairs = (pair for pair in found if is_chosen(*pair))
         if options.missed and not options.all:
             show_callers(options, callers[:limit], moment)
         elif is_table:
@@ -4511,7 +4520,7 @@ def describe_calls(calls: argparse.ArgumentParser) -> None:
     calls.add_argument("--all", action="store_true", help="with --missed: each call, not caller")
     calls.add_argument("--since", metavar="DATE", help="from this day on, such as 2026-11-01")
     calls.add_argument("--number", metavar="NUMBER", default="",
-                       help="from or to this number; * stands for any digits")
+                       help="with this number; * stands for any digits")
     calls.add_argument("--limit", metavar="N", type=whole_number,
                        help="at most so many (in a table 20)")
     calls.add_argument("--events", action="store_true", help="with their events (not in CSV)")

@@ -2752,6 +2752,14 @@ class ShowCallsTest(unittest.TestCase):
             self.assertEqual(len(self.shown(format=form, limit=3)), count - 22)
         self.assertEqual(len(self.shown(number="+49 157 111222", format="json")), 9)
 
+    def test_a_number_is_found_wherever_it_stood(self):
+        with contextlib.closing(sqlite3.connect(self.path)) as database:
+            fill(database, rows_of(f"50000 n A Alice; 50004 a A {MOBILE}; 50060 h A"))
+            database.commit()
+        for number in (MOBILE, "+" + MOBILE, P, "49171*"):
+            self.assertEqual([json.loads(line)["answered_by"] for line in self.shown(number=number, format="json")], [[MOBILE]], number)
+        self.assertEqual(self.shown(number="4917", format="json"), [])
+
     def test_whom_to_ring_back_is_one_line_a_caller(self):
         def local(second):
             return sc.local_time(1e9 + second)[:16]
