@@ -4052,7 +4052,7 @@ class Overview:
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.time) -> None:
         self.settings, self.clock = settings, clock
-        self.lock = threading.Lock()
+        self.lock = threading.Lock()  # while days change: only the one thread changes them
         self.days: dict[str, dict[str, Call]] = {}
         self._day_of: dict[str, str] = {}  # by leg, the day of its call
         self._bars: dict[str, list[list[int]]] = {}  # finished counts, by day
@@ -4152,13 +4152,12 @@ class Overview:
         """All that the page shows above its list."""
         last_day = datetime.date.fromtimestamp(now)
         days = [str(last_day - datetime.timedelta(age)) for age in range(SHOWN_DAYS)]
-        with self.lock:
-            bars = {day: self._bars_of(day) for day in days}
-            today, before = ([*self.days.get(day, {}).values()] for day in (days[0], days[7]))
-            by_day = [[*self.days[day].values()] for day in sorted(self.days, reverse=True)]
+        bars = {day: self._bars_of(day) for day in days}
+        today, before = ([*self.days.get(day, {}).values()] for day in (days[0], days[7]))
         # Day by day: a long sort would keep who asks from getting a turn.
-        callers, withheld = to_ring_back(call for calls in by_day for call in
-                                         sorted(calls, key=last_at, reverse=True))
+        callers, withheld = to_ring_back(
+            call for day in sorted(self.days, reverse=True)
+            for call in sorted(self.days[day].values(), key=last_at, reverse=True))
         return {
             "now": now, "url": "" if self.settings.trial else self.settings.webhook_url,
             "open": [page_row(call) for call in self._open_calls()],
