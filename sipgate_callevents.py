@@ -1206,7 +1206,7 @@ class Receiver:
         self.refused = 0  # webhooks, since the start; about
         self.your_code = YourCode(functions)
         # A pause, or each line of a busy hour would wake this thread, and cost the calls time.
-        self.afterwards = Worker("afterwards", self._follow, 10_000, pause=0.01)
+        self.afterwards = Worker("afterwards", self._follow, 1000, pause=0.01)
 
     def health(self) -> str:
         """What is wrong, "" if nothing is."""
@@ -1317,11 +1317,11 @@ class Receiver:
             return None, undecided
 
     def follow(self, answered: Answered) -> None:
-        """Do what follows a reply that has been sent; returns at once."""
+        """Do what follows a reply that has been sent: soon, or, if very many wait, here."""
         if self.call_log and answered.action and answered.is_new:
             self.call_log.record_reply(answered.event, answered.reply.body)
         if not self.afterwards.put(answered):
-            logger.warning("an event was not printed, and your code not run: too many wait")
+            self._follow([answered])
 
     def _follow(self, batch: list[Answered]) -> None:
         try:

@@ -1300,6 +1300,15 @@ class ReceiverTest(unittest.TestCase):
         talk.events()
         self.assertEqual([event.event for event in seen], ["answer", "hangup"])
 
+    def test_what_follows_is_done_even_if_very_many_wait(self):
+        seen = []
+        talk = Conversation(functions=CallFunctions(on_hangup=seen.append))
+        talk.receiver.afterwards.limit = 0
+        talk.signed("/on-hangup", HANGUP)
+        self.assertEqual([answered.event.event for answered in talk.shown], ["hangup"])
+        talk.events()
+        self.assertEqual(len(seen), 1)
+
     def test_an_exact_repeat_is_answered_and_printed_but_runs_and_counts_once(self):
         seen, log = [], self.log()
         talk = Conversation(functions=CallFunctions(on_hangup=seen.append), call_log=log)
