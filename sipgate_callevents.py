@@ -100,7 +100,6 @@ import textwrap
 import threading
 import time
 import traceback
-import unicodedata
 import urllib.parse
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -263,9 +262,32 @@ dXVrZDeBJYibvD1jRx4ES0KlfhwzNXBYUoM/Movg9zMM2PzyHHKS//xIjwUC/FJ6
 M+TfPtOUumI/NHMTvsRW9+ECAwEAAQ==
 -----END PUBLIC KEY-----
 """
-_DER = base64.b64decode("".join(SIPGATE_PUBLIC_KEY.splitlines()[1:-1]))
-# In the DER form of a key of this kind and size (RFC 3279 2.3.1), modulus and exponent lie here.
-SIPGATE_KEY = PublicKey(int.from_bytes(_DER[33:545], "big"), int.from_bytes(_DER[547:550], "big"))
+# The DER form of an RSA key of 2048 to 65536 bits up to its modulus, whose length comes last: each
+# value has a tag and, as long as these are, 0x82 and two octets of length (RFC 3279 2.3.1).
+RSA_KEY = re.compile(
+    rb"\x30\x82..\x30\x0d\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01\x05\x00"
+    rb"\x03\x82..\x00\x30\x82..\x02\x82(..)", re.DOTALL)
+
+
+def key_from_pem(text: str) -> PublicKey:
+    """Return the first RSA key that `text` holds as "BEGIN PUBLIC KEY" (RFC 7468 13).
+
+    Raises ValueError that says what was expected.
+    """
+    pem = re.search("-----BEGIN PUBLIC KEY-----([A-Za-z0-9+/=\\s]+)-----END PUBLIC KEY-----", text)
+    der = base64.b64decode(pem[1]) if pem else b""
+    head = RSA_KEY.match(der)
+    start = head.end() if head else 0
+    end = start + (int.from_bytes(head[1], "big") if head else 0)
+    # Behind the modulus there are a tag, one octet of length, and the exponent.
+    key = PublicKey(int.from_bytes(der[start:end], "big"), int.from_bytes(der[end + 2:], "big"))
+    if key.size < 256 or key.exponent < 3 or not key.modulus & key.exponent & 1:
+        raise ValueError('expected a PEM file with "-----BEGIN PUBLIC KEY-----" and an RSA key of '
+                         "at least 2048 bits in it")
+    return key
+
+
+SIPGATE_KEY = key_from_pem(SIPGATE_PUBLIC_KEY)
 
 
 def decode_signature(header: str | None) -> bytes:
@@ -1316,6 +1338,15 @@ class Receiver:
             logger.error("%s; the call goes through undecided", error)
             return None, undecided
 
+    def is_done(self, seconds: float) -> bool:
+        """Wait up to `seconds` for all that follows what was answered; whether that is done."""
+        until = time.monotonic() + seconds
+        while self.afterwards.waiting() or self.your_code.hooks.waiting():
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.005)
+        return True
+
     def follow(self, answered: Answered) -> None:
         """Do what follows a reply that has been sent: soon, or, if very many wait, here."""
         if self.call_log and answered.action and answered.is_new:
@@ -2125,93 +2156,55 @@ def parse_dotenv(text: str) -> tuple[dict[str, str], dict[int, str]]:
         if match is None or "${" in line[match.end("name"):]:
             name = re.match(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)", line)
             unread[number] = name[1] if name else ""
-            continue
-        value = match["single"] if match["single"] is not None else match["double"]
-        if value is None:
-            value = re.sub(r"\s+#.*", "", match["plain"]).rstrip()
-        values[match["name"]] = value
+        elif match["plain"] is not None:
+            values[match["name"]] = re.sub(r"\s+#.*", "", match["plain"]).rstrip()
+        else:
+            values[match["name"]] = match["single"] or match["double"] or ""
     return values, unread
 
 
-URL_CHARACTERS = re.compile(r"[A-Za-z0-9.:\[\]_-]+(/[A-Za-z0-9._~!$&'()*+,;=:@%-]*)*")
+SETTINGS = [known.name.upper() for known in fields(Settings)]
+PATHS = ("WEBHOOK_TLS_CERT", "WEBHOOK_TLS_KEY", "SIGNATURE_KEY_FILE", "CALL_HANDLERS", "CALL_LOG")
+CHOICES = {"VERIFY_SIGNATURE": ("on", "new-call", "off"), "CALL_OUTPUT": ("text", "json", "off")}
+NUMBERS = {"WEBHOOK_PORT": range(65536), "CALL_LOG_DAYS": range(1, 100_000)}  # port 0: any free one
+PUBLIC_URL = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?"
+                        r"(/[A-Za-z0-9._~!$&'()*+,;=:@%-]*)*")
+
+
+def read_setting(name: str, text: str, folder: str) -> Any:
+    """Return the value of a setting; a relative path counts from `folder`.
+
+    Raises ValueError that says what was expected.
+    """
+    if name in CHOICES:
+        if text.lower() not in CHOICES[name]:
+            raise ValueError("expected " + " or ".join(CHOICES[name]))
+        return text.lower()
+    if name in NUMBERS:
+        if not re.fullmatch("[0-9]{1,5}", text) or int(text) not in NUMBERS[name]:
+            numbers = NUMBERS[name]
+            raise ValueError(f"expected a whole number from {numbers[0]} to {numbers[-1]}")
+        return int(text)
+    if name == "WEBHOOK_URL":
+        return read_url(text)
+    if name == "CALL_PAGE_KEY" and not re.fullmatch("[A-Za-z0-9_-]{16,128}", text):
+        raise ValueError("expected 16 to 128 letters and digits, such as " + os.urandom(8).hex())
+    return os.path.abspath(os.path.join(folder, text)) if name in PATHS and text != "off" else text
 
 
 def read_url(text: str) -> str:
     """Return the base URL `text` without a slash at its end; ValueError says what was expected."""
-    whole = "expected a whole address such as https://example.org"
-    try:
-        parts = urllib.parse.urlsplit(text)
-    except ValueError:  # brackets that hold no IPv6 address
-        raise ValueError(whole) from None
-    if "@" in parts.netloc:
-        raise ValueError("leave out user and password, sipgate's webhooks do not need them")
-    if not re.fullmatch(r"https?://[^/?#]+", f"{parts.scheme}://{parts.netloc}"):
-        raise ValueError(whole)
-    if not parts.hostname:
-        raise ValueError(whole)
-    if "?" in text or "#" in text:
-        raise ValueError("leave out everything from the ? or # on")
-    if not URL_CHARACTERS.fullmatch(text.split("://", 1)[1]):
-        raise ValueError("expected a to z, digits, and punctuation that a URL can hold; "
-                         "other letters encoded (xn--, %C3)")
-    if re.search(r"ADDRESS|SECRET-PATH", text):
+    match, base = PUBLIC_URL.fullmatch(text), text.rstrip("/")
+    if not match or int((match[2] or ":1")[1:]) not in range(1, 65536):
+        raise ValueError("expected an address such as https://example.org/3f9c2a, without user, "
+                         "query or fragment")
+    if re.search("ADDRESS|SECRET-PATH", text):
         raise ValueError("put the real address in the place of ADDRESS, and a random path in "
                          f"that of SECRET-PATH, such as {os.urandom(8).hex()}")
-    port = re.search(r":([^:\]]*)\Z", parts.netloc)
-    if port and not (re.fullmatch("[0-9]{1,5}", port[1]) and 0 < int(port[1]) < 65536):
-        raise ValueError("expected a port from 1 to 65535")
-    base = text.rstrip("/")
     for route in ROUTES:
         if base.endswith(route):
             raise ValueError(f"leave out {route}, it is added to {base[:-len(route)]}")
     return base
-
-
-def read_host(text: str) -> str:
-    """Return the address or name `text`. ValueError says what was expected."""
-    address = text.strip("[]")
-    is_address = re.fullmatch(r"[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*|[A-Za-z0-9._-]+", address)
-    if not is_address or address.count(":") == 1:
-        raise ValueError("expected an address such as 127.0.0.1 or ::1, without a port "
-                         "(see WEBHOOK_PORT)")
-    return address
-
-
-def read_port(text: str) -> int:
-    """Return the port `text`; 0 lets the system choose one. ValueError says what was expected."""
-    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
-        raise ValueError("expected a whole number from 1 to 65535, or 0 for any free port")
-    return int(text)
-
-
-def read_days(text: str) -> int:
-    """Return the number of days `text`. ValueError says what was expected."""
-    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) < 1:
-        raise ValueError("expected a whole number of days from 1 to 99999")
-    return int(text)
-
-
-def read_page_key(text: str) -> str:
-    """Return the key of the page's address. ValueError says what was expected."""
-    if not re.fullmatch("[A-Za-z0-9_-]{16,128}", text):
-        raise ValueError("expected 16 to 128 letters and digits, such as " + os.urandom(8).hex())
-    return text
-
-
-def one_of(*choices: str) -> Callable[[str], str]:
-    """Return a reader that takes one of `choices`, in any case."""
-    def read(text: str) -> str:
-        if text.lower() not in choices:
-            raise ValueError(f"expected {', '.join(choices[:-1])} or {choices[-1]}")
-        return text.lower()
-    return read
-
-
-READERS: dict[str, Callable[[str], Any]] = {
-    "webhook_url": read_url, "webhook_port": read_port, "webhook_host": read_host,
-    "verify_signature": one_of("on", "new-call", "off"), "call_log_days": read_days,
-    "call_output": one_of("text", "json", "off"), "call_page_key": read_page_key}
-SETTINGS = [known.name.upper() for known in fields(Settings)]
 
 
 def checked(values: Mapping[str, str], folder: str = "",
@@ -2221,29 +2214,22 @@ def checked(values: Mapping[str, str], folder: str = "",
     A relative path counts from `folder`; `typed` has the flag in whose place a setting
     stands. Raises SettingsError with one sentence for each value that is wrong.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"call_log": os.path.abspath(os.path.join(folder, Settings.call_log))}
     problems = []
     for name in SETTINGS:
         text = values.get(name, "").strip()
         try:
             if text:
-                found[name.lower()] = READERS.get(name.lower(), str)(text)
+                found[name.lower()] = read_setting(name, text, folder)
         except ValueError as error:
             problems.append(f'{(typed or {}).get(name, name)} is "{text}": {error}')
-    for name in ("webhook_tls_cert", "webhook_tls_key", "signature_key_file", "call_handlers",
-                 "call_log"):
-        path = found.get(name, getattr(Settings, name))
-        if path not in ("", "off"):
-            found[name] = os.path.abspath(os.path.join(folder, path))
     settings = Settings(**found)
-    is_trial = not values.get("WEBHOOK_URL", "").strip()
-    if is_trial and not is_loopback(settings.webhook_host):
+    if not values.get("WEBHOOK_URL", "").strip() and not is_loopback(settings.webhook_host):
         problems.append(f'WEBHOOK_HOST is "{settings.webhook_host}" but WEBHOOK_URL is not set: '
                         "without it only this machine may be listened to; set WEBHOOK_URL or "
                         "leave WEBHOOK_HOST at 127.0.0.1")
     if bool(settings.webhook_tls_cert) != bool(settings.webhook_tls_key):
-        problems.append("WEBHOOK_TLS_CERT and WEBHOOK_TLS_KEY are set together or not at all: "
-                        "a certificate needs its key")
+        problems.append("WEBHOOK_TLS_CERT and WEBHOOK_TLS_KEY are set together or not at all")
     if problems:
         raise SettingsError(*problems)
     return settings
@@ -2251,22 +2237,14 @@ def checked(values: Mapping[str, str], folder: str = "",
 
 def warnings_of(settings: Settings) -> Iterator[str]:
     """What is allowed but probably not meant, a sentence each."""
-    if settings.trial:
-        return
     url = urllib.parse.urlsplit(settings.webhook_url)
-    if not is_loopback(url.hostname or ""):
-        if url.scheme == "http":
-            yield "WEBHOOK_URL begins with http: sipgate's newer accounts take https only"
-        if not url.path:
-            yield ("WEBHOOK_URL has no path, and every sipgate customer's webhooks carry the "
-                   "same signature: a long random path keeps theirs out, such as "
-                   f"WEBHOOK_URL={settings.webhook_url}/{os.urandom(8).hex()}")
-        port = url.port or (443 if url.scheme == "https" else 80)
-        if port == settings.webhook_port and is_loopback(settings.webhook_host):
-            yield (f"WEBHOOK_URL names port {port} of {url.hostname}, but only "
-                   f"{settings.webhook_host} is listened on: there must be a tunnel or proxy, or "
-                   "WEBHOOK_HOST must be 0.0.0.0")
-    if settings.verify_signature == "off":
+    if url.scheme == "http" and not is_loopback(url.hostname or ""):
+        yield "WEBHOOK_URL begins with http: sipgate's newer accounts take https only"
+    if url.hostname and not url.path and not is_loopback(url.hostname):
+        yield ("WEBHOOK_URL has no path, and every sipgate customer's webhooks carry the same "
+               "signature: a long random path keeps theirs out, such as "
+               f"WEBHOOK_URL={settings.webhook_url}/{os.urandom(8).hex()}")
+    if url.hostname and settings.verify_signature == "off":
         yield "VERIFY_SIGNATURE=off: anyone who knows the address can invent calls"
 
 
@@ -2275,10 +2253,23 @@ def warnings_of(settings: Settings) -> Iterator[str]:
 # What is read and said before the first call: your functions, keys, the text on the screen.
 # ------------------------------------------------------------------------------------------
 
+class CommandFailed(Exception):
+    """The command could not do what was asked; the text says why, in a sentence."""
+
+    status = 1  # of the exit
+
+
+class Nothing(CommandFailed):
+    """There is nothing to show, which is no failure."""
+
+    status = 0
+
+
 def likely(name: str, names: Iterable[str]) -> str:
-    """The one of `names` that `name` is a slip of the pen for, "" if it looks like none."""
+    """The words "; is X meant?" where `name` is a slip of the pen for one of `names`, or ""."""
     import difflib  # seldom needed, and each import delays the start
-    return "".join(difflib.get_close_matches(name, list(names), 1, 0.8))
+    close = difflib.get_close_matches(name, list(names), 1, 0.8)
+    return f"; is {close[0]} meant?" if close else ""
 
 
 def load_functions(path: str) -> CallFunctions:
@@ -2288,99 +2279,40 @@ def load_functions(path: str) -> CallFunctions:
     """
     if not path:
         return CallFunctions()
-    wrong = f'CALL_HANDLERS is "{path}": '
+    wrong, names = f'CALL_HANDLERS is "{path}": ', CallFunctions._fields
     spec = importlib.util.spec_from_file_location("call_handlers", path)
     if spec is None or spec.loader is None:
         raise SettingsError(wrong + "expected the name of a Python file, ending in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["call_handlers"] = module
+    module = sys.modules["call_handlers"] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except BaseException as error:  # noqa: BLE001 - sys.exit() in the file included
-        raise SettingsError(wrong + _where_and_why(error, path)) from None
-    names = CallFunctions._fields
-    for name in vars(module):
-        if name not in names and likely(name, names):
-            logger.warning("%s: %s is never called; is %s meant?", path, name, likely(name, names))
+        lines = [f"line {frame.lineno}: " for frame in traceback.extract_tb(error.__traceback__)
+                 if frame.filename == path]
+        why = printable(f"{type(error).__name__}: {error}")
+        raise SettingsError(wrong + "".join(lines[-1:]) + why) from None
+    for name in set(vars(module)).difference(names):
+        if likely(name, names):
+            logger.warning("%s: %s is never called%s", path, name, likely(name, names))
     found = {name: getattr(module, name) for name in names if hasattr(module, name)}
     if not found:
         raise SettingsError(wrong + f"expected one of {', '.join(names)} in it")
     for name, function in found.items():
         try:
             inspect.signature(function).bind(CallEvent())
+            is_plain = not inspect.iscoroutinefunction(function)
         except (TypeError, ValueError):
-            raise SettingsError(wrong + f"{name} has to be a function of one argument, the event"
-                                ) from None
-        if inspect.iscoroutinefunction(function):
-            raise SettingsError(wrong + f"{name} has to be a plain function, without async")
+            is_plain = False
+        if not is_plain:
+            raise SettingsError(wrong + f"{name} has to be a plain function of one argument, the "
+                                "event, without async")
     return CallFunctions(**found)
-
-
-def _where_and_why(error: BaseException, path: str) -> str:
-    """Line and text of an error that the file at `path` raised."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
-             if frame.filename == path]
-    line, text = lines[-1] if lines else None, str(error)
-    imported = re.match(r"cannot import name '(\w+)' from '(__main__|sipgate_callevents)'", text)
-    if imported:
-        close = likely(imported[1], globals())
-        text = f"there is no {imported[1]} to import" + (f"; is {close} meant?" if close else "")
-    if isinstance(error, SyntaxError):
-        line, text = error.lineno if error.filename == path else line, error.msg or text
-    elif isinstance(error, OSError):
-        text = error.strerror or text
-    return (f"line {line}: " if line else "") + printable(f"{type(error).__name__}: {text}")
-
-
-# AlgorithmIdentifier: rsaEncryption with NULL parameters (RFC 3279 2.3.1).
-RSA_ENCRYPTION = bytes.fromhex("300d06092a864886f70d0101010500")
-
-
-def _der_value(der: bytes, tag: int, start: int) -> tuple[bytes, int]:
-    """The content of the DER value at `start` and where the next one begins (X.690 8.1)."""
-    length, begin = der[start + 1], start + 2
-    if length >= 0x80:
-        begin += length & 0x7f
-        length = int.from_bytes(der[start + 2:begin], "big")
-    if der[start] != tag or begin + length > len(der):
-        raise ValueError
-    return der[begin:begin + length], begin + length
-
-
-def key_from_pem(text: str) -> PublicKey:
-    """Return the first RSA key that `text` holds as "BEGIN PUBLIC KEY" (RFC 7468 13).
-
-    Raises ValueError that says what `text` is instead.
-    """
-    pem = re.search("-----BEGIN PUBLIC KEY-----([A-Za-z0-9+/=\\s]+)-----END PUBLIC KEY-----",
-                    text)
-    if not pem:
-        raise ValueError('expected a PEM file with "-----BEGIN PUBLIC KEY-----" in it')
-    try:
-        info, _ = _der_value(base64.b64decode(pem[1]), 0x30, 0)
-        if not info.startswith(RSA_ENCRYPTION):
-            raise ValueError
-        bits, _ = _der_value(info, 0x03, len(RSA_ENCRYPTION))
-        # The first octet of a BIT STRING counts its unused bits, none here.
-        numbers, _ = _der_value(bits, 0x30, 1)
-        modulus, behind = _der_value(numbers, 0x02, 0)
-        exponent, _ = _der_value(numbers, 0x02, behind)
-    except (ValueError, IndexError):
-        raise ValueError("expected an RSA key") from None
-    key = PublicKey(int.from_bytes(modulus, "big"), int.from_bytes(exponent, "big"))
-    is_odd = key.modulus & key.exponent & 1
-    if key.modulus.bit_length() < 2048 or key.exponent < 3 or not is_odd:
-        raise ValueError("expected an RSA key of at least 2048 bits")
-    return key
 
 
 def load_keys(path: str) -> list[PublicKey]:
     """Return the key in the file SIGNATURE_KEY_FILE names, if any. Raises SettingsError."""
-    if not path:
-        return []
     try:
-        with open(path, encoding="ascii", errors="replace") as file:
-            return [key_from_pem(file.read())]
+        return [key_from_pem(pathlib.Path(path).read_text("ascii", "replace"))] if path else []
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise SettingsError(f'SIGNATURE_KEY_FILE is "{path}": {reason}') from None
@@ -2388,20 +2320,16 @@ def load_keys(path: str) -> list[PublicKey]:
 
 def bind_advice(error: Exception, settings: Settings) -> str:
     """One line that says why nothing can listen there, and what to do."""
-    port, host = settings.webhook_port, settings.webhook_host
-    number = error.errno if isinstance(error, OSError) else None
-    if number == errno.EADDRINUSE:
-        advice = ("another program has this port, or another copy of this one; stop it or use "
-                  f"--port {port % 65535 + 1}")
-    elif number == errno.EACCES and port < 1024:
-        advice = ("ports below 1024 need privileges; use --port 8080 and let a proxy listen on "
-                  f"{port}")
-    elif number == errno.EADDRNOTAVAIL or isinstance(error, (socket.gaierror, UnicodeError)):
-        advice = ("this machine has no such address; set WEBHOOK_HOST to 127.0.0.1, or to 0.0.0.0 "
-                  "for all of them")
-    else:
-        advice = "check WEBHOOK_HOST and WEBHOOK_PORT"
-    return f"cannot listen on {host} port {port}: {getattr(error, 'strerror', error)}: {advice}"
+    port = settings.webhook_port
+    advice = {
+        errno.EADDRINUSE: "another program has this port, or another copy of this one; stop it "
+                          f"or use --port {port % 65535 + 1}",
+        errno.EACCES: "ports below 1024 need privileges; use --port 8080, and let a proxy listen "
+                      f"on {port}",
+    }.get(getattr(error, "errno", 0), "set WEBHOOK_HOST to 127.0.0.1, or to 0.0.0.0 for all "
+                                      "addresses of this machine")
+    return (f"cannot listen on {settings.webhook_host} port {port}: "
+            f"{getattr(error, 'strerror', error)}: {advice}")
 
 
 TRIAL_STEPS = """\
@@ -2419,7 +2347,7 @@ Your first real call:
        https://ADDRESS/{secret}/new-call
   5. There under Webhooks > Sources, choose the phone lines that send webhooks.
   6. Call your number.
-{kept}Waiting for calls. Ctrl-C stops.
+{files}Waiting for calls. Ctrl-C stops.
 """
 
 LIVE_LINES = """\
@@ -2427,7 +2355,7 @@ sipgate_callevents {version} listens on {host}:{port}
 Enter this URL at https://console.sipgate.com, Webhooks > URLs:
   {url}/new-call
 {signatures}
-{kept}Waiting for calls. Ctrl-C stops.
+{files}Waiting for calls. Ctrl-C stops.
 """
 
 SIGNATURES = {
@@ -2436,40 +2364,22 @@ SIGNATURES = {
     "off": "Signatures are NOT checked (VERIFY_SIGNATURE=off)."}
 
 
-def this_command() -> str:
-    """How this script is started, as text for a shell."""
-    return f"{'python' if os.name == 'nt' else 'python3'} {shlex.quote(sys.argv[0])}"
-
-
 def announcement(settings: Settings) -> str:
-    """What a person needs next, now that the server listens; systemd is told, too."""
-    kept = "".join(f"{what}\n  {path}\n" for what, path in (
+    """What a person needs next, now that the server listens."""
+    is_kept = settings.call_log != "off"
+    files = "".join(f"{what}\n  {path}\n" for what, path in (
         ("Calls are decided by", settings.call_handlers),
         ("A further key is in", settings.signature_key_file),
-        ("The certificate is", settings.webhook_tls_cert)) if path)
-    if settings.call_log == "off":
-        kept += "No numbers are kept (CALL_LOG=off).\n"
-    else:
-        kept += (f"Numbers of the last {plural(settings.call_log_days, 'day')} are in\n"
-                 f"  {settings.call_log}\nCALL_LOG=off keeps nothing.\n")
-    host = settings.webhook_host
-    notify_ready()
+        ("The certificate is", settings.webhook_tls_cert),
+        (f"Numbers of the last {plural(settings.call_log_days, 'day')} are in",
+         settings.call_log if is_kept else "")) if path)
+    files += "CALL_LOG=off keeps nothing.\n" if is_kept else "No numbers are kept (CALL_LOG=off).\n"
+    host, port = settings.webhook_host, settings.webhook_port
     return (TRIAL_STEPS if settings.trial else LIVE_LINES).format(
-        version=__version__, host=f"[{host}]" if ":" in host else host, kept=kept,
-        port=settings.webhook_port, url=settings.webhook_url, command=this_command(),
-        flags="" if settings.webhook_port == 8080 else f" --port {settings.webhook_port}",
+        version=__version__, host=f"[{host}]" if ":" in host else host, port=port, files=files,
+        command=f"{'python' if os.name == 'nt' else 'python3'} {shlex.quote(sys.argv[0])}",
+        flags="" if port == 8080 else f" --port {port}", url=settings.webhook_url,
         secret=os.urandom(8).hex(), signatures=SIGNATURES[settings.verify_signature])
-
-
-def notify_ready() -> None:
-    """Tell systemd that we are up (sd_notify(3)); nothing where there is none."""
-    path = os.environ.get("NOTIFY_SOCKET", "")
-    if path and hasattr(socket, "AF_UNIX"):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-            try:
-                notify.sendto(b"READY=1", "\0" + path[1:] if path.startswith("@") else path)
-            except OSError as error:
-                logger.warning("NOTIFY_SOCKET: %s", error)
 
 
 def modified(path: str) -> float:
@@ -2488,8 +2398,7 @@ def modified(path: str) -> float:
 def described(action: Action) -> str:
     """An action in a few words, such as "Dial 4915799912345", "Dial voicemail", "Reject busy"."""
     words = [action.tag, *(value for name, value in action.attributes if name == "reason")]
-    for child in action.children:
-        words += [child.text or child.tag.lower()] if child.tag != "Play" else []
+    words += [child.text or child.tag.lower() for child in action.children if child.tag != "Play"]
     if action.tag == "Gather":
         words += ["up to", plural(int(dict(action.attributes).get("maxDigits", "1")), "digit")]
     return " ".join(words)
@@ -2497,8 +2406,8 @@ def described(action: Action) -> str:
 
 def rfc3339(moment: float) -> str:
     """Unix time as RFC 3339 in UTC, with milliseconds."""
-    whole, thousandths = divmod(round(moment * 1000), 1000)
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + f".{thousandths:03}Z"
+    utc = datetime.datetime.fromtimestamp(round(moment, 3), datetime.timezone.utc)  # noqa: UP017
+    return utc.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def local_time(moment: float) -> str:
@@ -2518,8 +2427,8 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def event_line(event: CallEvent) -> str:
-    """The sentence that is printed for an event."""
+def event_line(event: CallEvent, call: Any = None) -> str:
+    """The sentence that is printed for an event; `call` saves looking for its Call."""
     def known(*values: str) -> str:
         return printable(next(filter(None, values), "[unknown]"))
 
@@ -2528,14 +2437,13 @@ def event_line(event: CallEvent) -> str:
     if isinstance(event, AnswerEvent):
         who = known(event.user, event.answering_number)
         return f"{who} answered call from {known(event.from_number)}"
+    call = call or event.call
     if isinstance(event, HangupEvent):
         remarks = [printable(event.cause)] if event.cause else []
-        if event.call and event.call.ended is not None:
-            remarks.append(outcome_text(event.call))
+        remarks += [outcome_text(call)] if call and call.ended is not None else []
         return "The call has been hung up" + (f" ({', '.join(remarks)})" if remarks else "")
     if isinstance(event, DtmfEvent):
-        caller = known(event.call.from_number if event.call else "")
-        return f"{caller} pressed {known(event.dtmf)}"
+        return f"{known(call.from_number if call else '')} pressed {known(event.dtmf)}"
     return f"Unknown event {known(event.event)}"
 
 
@@ -2546,8 +2454,8 @@ def outcome_text(call: Any) -> str:
     return str(call.outcome) + ("" if call.wait_s is None else f" after {duration(call.wait_s)}")
 
 
-def event_json(event: CallEvent, received_at: float, reply: str = "") -> str:
-    """An event as one JSON object, in sipgate's field names and in ASCII."""
+def event_json(event: CallEvent, received_at: float, reply: str = "") -> dict[str, Any]:
+    """An event in sipgate's field names, for JSON."""
     entry: dict[str, Any] = {"received_at": rfc3339(received_at), "event": event.event}
     if isinstance(event, NewCallEvent):
         entry.update((wire, list(getattr(event, name))) for wire, name in LIST_FIELDS.items())
@@ -2555,23 +2463,20 @@ def event_json(event: CallEvent, received_at: float, reply: str = "") -> str:
         is_list = isinstance(event, NewCallEvent) and LIST_KEY.fullmatch(key)
         if not is_list and entry.get(key) in (None, []):
             entry[key] = values[0] if len(values) == 1 else list(values)
-    if reply:
-        entry["reply"] = reply
-    return json.dumps(entry)
+    return {**entry, "reply": reply} if reply else entry
 
 
 def teller(form: str, with_time: bool) -> Callable[[Answered], str]:
     """Return what makes the printed text of an event, in the form that CALL_OUTPUT names."""
     def tell(answered: Answered) -> str:
+        event, received_at = answered.event, answered.received_at
         reply = described(answered.action) if answered.action else ""
-        if form == "off":
-            return ""
         if form == "json":
-            return event_json(answered.event, answered.received_at, reply) + "\n"
-        moment = local_time(answered.received_at) + " " if with_time else ""
-        lines = [event_line(answered.event)] + ([f"Replied with {reply}"] if reply else [])
+            return json.dumps(event_json(event, received_at, reply)) + "\n"
+        lines = [event_line(event)] + ([f"Replied with {reply}"] if reply else [])
+        moment = local_time(received_at) + " " if with_time else ""
         return "".join(f"{moment}{line}\n" for line in lines)
-    return tell
+    return tell if form != "off" else lambda answered: ""
 
 
 # ------------------------------------------------------------------------------------------
@@ -2629,6 +2534,11 @@ class StoredEvent(NamedTuple):
         """Unix time of receipt."""
         return self.id / 1e6
 
+    @property
+    def words(self) -> str:
+        """Of a reply, its action in words."""
+        return described(self.reply) if self.reply else ""
+
 
 def stored_event(row: Sequence[Any]) -> StoredEvent:
     """Return what a row in the order of COLUMNS holds. Events without a callId are a leg each."""
@@ -2657,16 +2567,16 @@ class Leg:
             is_digit = isinstance(entry.event, DtmfEvent)
             key = entry.id if is_digit or entry.reply else (entry.event.event, entry.event.body)
             once.setdefault(key, entry)
-        self.stored = list(once.values())
+        self.stored, self.size = list(once.values()), len(stored)
         self.name = self.stored[0].leg
         self.origs = {entry.orig for entry in self.stored} - {""}
         self.xcids = {entry.xcid for entry in self.stored} - {""}
-        self.new_call = next(iter(self.of(NewCallEvent)), None)
-        self.answers = self.of(AnswerEvent)
+        self.new_calls, self.answers = self.of(NewCallEvent), self.of(AnswerEvent)
         self.hangup = next(iter(self.of(HangupEvent)), None)
+        self.replies = [entry for entry in self.stored if entry.reply]
         self.begun, self.last_at = self.stored[0].at, self.stored[-1].at
         self.ended = self.hangup.at if self.hangup else None
-        self.replies = [entry for entry in self.stored if entry.reply]
+        self.rang = [name for entry in self.new_calls for name in entry.event.users if name]
 
     def of(self, kind: type[CallEvent]) -> list[StoredEvent]:
         """Its events of one kind, earliest first."""
@@ -2674,21 +2584,20 @@ class Leg:
 
     def text(self, name: str) -> str:
         """The attribute `name` of the newCall, else of the first event that has it."""
-        ordered = ([self.new_call] if self.new_call else []) + self.stored
-        return next(filter(None, (getattr(entry.event, name, "") for entry in ordered)), "")
-
-    def rang(self) -> list[str]:
-        """The names whose phones rang."""
-        return [name for entry in self.of(NewCallEvent) for name in entry.event.users if name]
+        texts = (getattr(entry.event, name, "") for entry in self.new_calls[:1] + self.stored)
+        return next(filter(None, texts), "")
 
     def is_voicemail(self, answer: StoredEvent) -> bool:
         """Whether voicemail answered: it says so, or nobody is named and nothing else rang."""
-        if answer.event.user:
-            return bool(answer.event.user == "voicemail")
-        if set(self.rang()) == {"voicemail"}:
-            return True
+        if answer.event.user or set(self.rang) == {"voicemail"}:
+            return answer.event.user in ("", "voicemail")
         sent = [entry.reply for entry in self.replies if entry.reply and entry.at <= answer.at]
         return bool(sent) and any(child.tag == "Voicemail" for child in sent[-1].children)
+
+
+def in_order(legs: Iterable[Leg]) -> list[Leg]:
+    """`legs`, earliest first."""
+    return sorted(legs, key=lambda leg: (leg.begun, leg.name))
 
 
 def put_together(stored: Iterable[StoredEvent], now: float) -> Call:
@@ -2696,65 +2605,74 @@ def put_together(stored: Iterable[StoredEvent], now: float) -> Call:
     by_leg: dict[str, list[StoredEvent]] = {}
     for entry in sorted(stored, key=lambda entry: entry.id):
         by_leg.setdefault(entry.leg, []).append(entry)
-    legs = sorted(map(Leg, by_leg.values()), key=lambda leg: (leg.begun, leg.name))
+    legs = in_order(map(Leg, by_leg.values()))
     named = {orig for leg in legs for orig in leg.origs}
     first = next((leg for leg in legs if leg.name in named), legs[0])
-    direction, to_number = first.text("direction"), first.text("to_number")
-    spoken, voicemails = speakers(legs, first, direction)
-    replies = sorted((entry for leg in legs for entry in leg.replies), key=lambda entry: entry.id)
+    direction = first.text("direction")
+    spoken, voicemails = speakers(legs, first)
+    begun = min((leg.new_calls[0].at for leg in legs if leg.new_calls and first.new_calls),
+                default=None)
+    replies = sorted(entry for leg in legs for entry in leg.replies)
     reply = replies[-1].reply if replies else None
-    begun = min((leg.new_call.at for leg in legs if leg.new_call and first.new_call), default=None)
     answered = spoken[0][0] if spoken else None
     ended, outcome = how_it_ended(legs, answered, now)
-    if outcome == "over":
-        outcome = "answered" if spoken else "unanswered" if direction == "out" else "missed"
-        if not spoken and not first.new_call:
-            outcome = "lost"
-    if not spoken and voicemails:
+    if spoken:
+        outcome = "answered" if outcome == "over" else outcome
+    elif voicemails:
         outcome = "voicemail"
-    elif not spoken and reply and reply.tag in ("Reject", "Hangup"):
+    elif reply and reply.tag in ("Reject", "Hangup"):
         outcome = "rejected"
+    elif outcome == "over":
+        outcome = "unanswered" if direction == "out" else "missed"
+        outcome = outcome if first.new_calls else "lost"
     waited = answered if spoken else voicemails[0] if voicemails else ended
-    wait_s = None if begun is None or waited is None else max(waited - begun, 0.0)
     talked = min([at for at in voicemails if spoken and at > spoken[0][0]], default=ended)
-    talk_s = None if answered is None or talked is None else max(talked - answered, 0.0)
-    causes = [hangup.event.cause for hangup in sorted(leg.hangup for leg in legs if leg.hangup)]
+    hangups = sorted(leg.hangup for leg in legs if leg.hangup)
+    causes = [hangup.event.cause for hangup in reversed(hangups)]
     digits = sorted((entry.id, entry.event.dtmf) for leg in legs for entry in leg.of(DtmfEvent)
                     if entry.event.dtmf not in ("", "-1"))
     return Call(
-        direction, first.text("from_number"), to_number,
-        tuple(dict.fromkeys(name for leg in legs for name in leg.rang() if name != "voicemail")),
-        tuple(dict.fromkeys(name for _, name in spoken if name)),
-        begun if begun is not None else legs[0].begun, answered, ended,
-        wait_s, talk_s, outcome, next((cause for cause in reversed(causes) if cause != "forwarded"),
-                      causes[-1] if causes else ""),
-        ",".join(pressed for _, pressed in digits), described(reply) if reply else "",
-        tuple(leg.name for leg in legs if not leg.name.startswith("#")))
+        direction=direction, from_number=first.text("from_number"),
+        to_number=first.text("to_number"),
+        users=tuple(dict.fromkeys(
+            name for leg in legs for name in leg.rang if name != "voicemail")),
+        answered_by=tuple(dict.fromkeys(name for _, name in spoken if name)),
+        started=legs[0].begun if begun is None else begun, answered=answered, ended=ended,
+        wait_s=between(begun, waited), talk_s=between(answered, talked), outcome=outcome,
+        cause=next((cause for cause in causes if cause != "forwarded"), "".join(causes[:1])),
+        digits=",".join(pressed for _, pressed in digits),
+        reply=described(reply) if reply else "",
+        legs=tuple(leg.name for leg in legs if not leg.name.startswith("#")))
 
 
-def speakers(legs: Sequence[Leg], first: Leg, direction: str) -> tuple[list[Any], list[float]]:
+def between(begun: float | None, ended: float | None) -> float | None:
+    """The seconds from one to the other, None where one is not known."""
+    return None if begun is None or ended is None else max(ended - begun, 0.0)
+
+
+def speakers(legs: Sequence[Leg], first: Leg) -> tuple[list[tuple[float, str]], list[float]]:
     """Who spoke with the other side, as (time, name), and when voicemail answered.
 
     A name outranks a number; a queue, or whoever answered at the number called, is nobody.
     """
     names, numbers, nobody, voicemails = [], [], [], []
     called = {first.text("to_number"), first.text("from_number"), first.text("diversion"), ""}
+    is_outgoing = first.text("direction") == "out"
     for leg in legs:
         is_out = leg.text("direction") == "out"
         for answer in leg.answers:
-            event = answer.event
-            number = event.answering_number or event.to_number
+            number = answer.event.answering_number or answer.event.to_number
             if leg.is_voicemail(answer):
                 voicemails.append(answer.at)
-            elif event.user and not (is_out and leg is first):
-                names.append((answer.at, event.user))
-            elif is_out and direction == "in":
+            elif answer.event.user and not (is_out and leg is first):
+                names.append((answer.at, answer.event.user))
+            elif is_out and first.text("direction") == "in":
                 names.append((answer.at, number))  # a colleague put the caller through to it
             elif number not in called:
-                numbers.append((answer.at, "" if direction == "out" else number))
+                numbers.append((answer.at, "" if is_outgoing else number))
             else:
                 nobody.append((answer.at, ""))
-    is_nobody_left = not voicemails or direction == "out"
+    is_nobody_left = is_outgoing or not voicemails
     return sorted(names or numbers or (nobody if is_nobody_left else [])), sorted(voicemails)
 
 
@@ -2763,37 +2681,31 @@ def how_it_ended(legs: Sequence[Leg], answered: float | None, now: float
     """When the call ended, None if that is not known, and "over", or how it stands at `now`."""
     ends = [leg.ended for leg in legs if leg.ended is not None]
     is_over = bool(ends)
-    later_end: float | None = None  # the last end of those that began later
+    later_end = -math.inf  # of those that began later
     for leg in reversed(legs):
-        # The hangup of a leg that was passed on can be lost.
+        # The hangup of a leg that was passed on can be lost; voicemail's own is not waited for.
         patience = RINGING_LOST_SECONDS if leg.answers else 0
         if leg.ended is not None:
-            later_end = leg.ended if later_end is None else max(later_end, leg.ended)
-        elif leg.answers and all(map(leg.is_voicemail, leg.answers)):
-            pass  # voicemail's own hangup is not waited for
-        elif later_end is None or now - later_end < patience:
-            is_over = False
+            later_end = max(later_end, leg.ended)
+        elif not leg.answers or not all(map(leg.is_voicemail, leg.answers)):
+            is_over = is_over and later_end > 0 and now - later_end >= patience
     hangups = sorted(leg.hangup for leg in legs if leg.hangup)
     if is_over and hangups[-1].event.cause == "forwarded":
         is_over = now - hangups[-1].at >= FORWARD_SECONDS
     if is_over:
         return max(ends), "over"
-    quiet = now - max(leg.last_at for leg in legs)
     limit = RINGING_LOST_SECONDS if answered is None else TALKING_LOST_SECONDS
-    if quiet >= limit:
+    if now - max(leg.last_at for leg in legs) >= limit:
         return None, "lost"
     return None, "ringing" if answered is None else "talking"
 
 
-def rows_of(database: sqlite3.Connection, leg: str) -> list[StoredEvent]:
-    """The events of one leg; if there are very many, those that tell most come first."""
-    if leg.startswith("#"):
-        where, value = "id = ?", leg[1:]
-    else:
-        where, value = "call_id = ?", leg
-    rows = database.execute(f"SELECT {COLUMNS} FROM events WHERE {where} "
-                            f"ORDER BY event = 'dtmf', id LIMIT {CALL_EVENTS}", (value,))
-    return [stored_event(row) for row in rows]
+def leg_named(database: sqlite3.Connection, name: str) -> Leg | None:
+    """The leg of that name; if it has very many events, those that tell most come first."""
+    where, value = ("id", name[1:]) if name.startswith("#") else ("call_id", name)
+    rows = database.execute(f"SELECT {COLUMNS} FROM events WHERE {where} = ? "
+                            f"ORDER BY event = 'dtmf', id LIMIT {CALL_EVENTS}", (value,)).fetchall()
+    return Leg(sorted(map(stored_event, rows))) if rows else None
 
 
 def linked(database: sqlite3.Connection, column: str, value: str) -> set[str]:
@@ -2803,37 +2715,34 @@ def linked(database: sqlite3.Connection, column: str, value: str) -> set[str]:
     return {row[0] for row in rows if row[0]} if len(rows) <= LINK_EVENTS else set()
 
 
-def near(database: sqlite3.Connection, leg: str, until: float) -> list[Leg]:
+def near(database: sqlite3.Connection, name: str, until: float) -> list[Leg]:
     """The leg, and all that links join with it, whatever lies between them in time.
 
     Raises TimeoutError past `until` (time.monotonic()).
     """
-    found: dict[str, Leg | None] = {}
-    left, count = {leg}, 0
-    while left and count < CALL_EVENTS:
+    seen: set[str] = set()
+    found: list[Leg] = []
+    left = {name}
+    while left and sum(leg.size for leg in found) < CALL_EVENTS:
         if time.monotonic() > until:
             raise TimeoutError
         name = min(left)
-        left.remove(name)
-        rows = rows_of(database, name)
-        found[name] = Leg(sorted(rows)) if rows else None
-        count += len(rows)
-        one = found[name]
-        if one is None:
-            continue
-        joined = linked(database, "orig_call_id", name)
-        joined |= {orig for orig in one.origs if linked(database, "orig_call_id", orig)}
-        for xcid in one.xcids:
-            joined |= linked(database, "xcid", xcid)
-        left |= joined - set(found)
-    return [one for one in found.values() if one]
+        seen.add(name)
+        leg = leg_named(database, name)
+        if leg:
+            found.append(leg)
+            left |= linked(database, "orig_call_id", name)
+            left |= {orig for orig in leg.origs if linked(database, "orig_call_id", orig)}
+            for xcid in leg.xcids:
+                left |= linked(database, "xcid", xcid)
+        left -= seen
+    return found
 
 
 def belongs(leg: Leg, call: Sequence[Leg]) -> bool:
     """Whether `leg`, which began later, is one of the same call as the legs in `call`."""
     if leg.begun - min(other.begun for other in call) > DAY:
         return False  # or odd links would make one endless call
-    last_at = max(other.last_at for other in call)
     for other in call:
         is_named = other.name in leg.origs or leg.name in other.origs
         if is_named and leg.begun - other.last_at <= APART_SECONDS:
@@ -2841,18 +2750,19 @@ def belongs(leg: Leg, call: Sequence[Leg]) -> bool:
     if not any(leg.xcids & other.xcids for other in call):
         return False
     ends = [other.ended for other in call if other.ended is not None]
+    _, how = how_it_ended(in_order(call), None, leg.begun)
+    if ends and (len(ends) == len(call) or how == "over"):
+        return leg.begun <= max(ends) + FORWARD_SECONDS
     is_answered = any(other.answers for other in call)
-    open_until = last_at + (TALKING_LOST_SECONDS if is_answered else RINGING_LOST_SECONDS)
-    _, how = how_it_ended(sorted(call, key=lambda one: (one.begun, one.name)), None, leg.begun)
-    end = max(ends) if ends and (len(ends) == len(call) or how == "over") else open_until
-    return leg.begun <= end + FORWARD_SECONDS
+    limit = TALKING_LOST_SECONDS if is_answered else RINGING_LOST_SECONDS
+    return leg.begun <= max(other.last_at for other in call) + limit + FORWARD_SECONDS
 
 
 def call_with(database: sqlite3.Connection, leg: str, until: float = math.inf
               ) -> list[StoredEvent]:
     """The events of the call that the leg is part of. Raises TimeoutError as `near` does."""
     calls: list[list[Leg]] = []
-    for one in sorted(near(database, leg, until), key=lambda one: (one.begun, one.name)):
+    for one in in_order(near(database, leg, until)):
         if time.monotonic() > until:
             raise TimeoutError
         mine = [call for call in calls if belongs(one, call)]
@@ -2884,9 +2794,7 @@ def listed_calls(database: sqlite3.Connection, now: float, since: float = 0.0
                                 (rows[-1][0], int(since * 1e6))).fetchall()
         for number, call_id in rows:
             leg = call_id or f"#{number}"
-            if leg in seen:
-                continue
-            stored = sorted(call_with(database, leg))
+            stored = [] if leg in seen else sorted(call_with(database, leg))
             seen.update(entry.leg for entry in stored)
             if stored:
                 yield put_together(stored, now), stored
@@ -2914,8 +2822,8 @@ def to_ring_back(calls: Iterable[Call]) -> tuple[list[Caller], int]:
         number = call.to_number if is_out else call.from_number
         if call.answered is not None and (call.answered_by or is_out):
             spoken.add(plain(number))
-        is_lost = call.outcome == "lost" and call.answered is None and call.ended is None
-        is_lost = is_lost and call.direction != ""  # else remains, without any newCall
+        # Without a direction it is the remains of one, without any newCall.
+        is_lost = call.outcome == "lost" and call.direction and not (call.answered or call.ended)
         if is_out or not (is_lost or call.outcome in ("missed", "voicemail")):
             continue
         if number in ("", "anonymous"):
@@ -2937,33 +2845,25 @@ FORGET_ROWS = 200  # rewritten in one transaction: the server waits for it
 CALL_SECONDS = 0.2  # that looking up the call of an event may take
 
 
-class Nothing(Exception):
-    """There is nothing to show; the text says why, in a sentence."""
-
-
-class CommandFailed(Exception):
-    """The command could not do what was asked; the text says why, in a sentence."""
-
-
 def open_log(path: str, timeout: float = 5.0) -> sqlite3.Connection:
     """Connect to the call log at `path`; `timeout`: seconds that a lock is waited for.
 
     Raises Nothing, CommandFailed, sqlite3.Error.
     """
-    if path == "off":
-        raise Nothing("CALL_LOG=off: no calls are kept")
     # Never opened but by SQLite: closing a file drops the locks of the whole process on it.
     try:
-        is_empty = not os.stat(path).st_size
+        is_empty = path == "off" or not os.stat(path).st_size
     except FileNotFoundError:
         is_empty = True
-    except OSError as error:
-        raise CommandFailed(f"{path} cannot be opened ({error.strerror}); as its owner: "
-                            + as_owner(path)) from None
+    except OSError:  # in a folder that is closed to this user
+        is_empty = False
     if is_empty:
-        raise Nothing(f"no calls yet: there is nothing in {path}")
+        raise Nothing("no calls are kept (CALL_LOG=off)" if path == "off" else
+                      f"no calls yet: there is nothing in {path}")
     if not os.access(path, os.R_OK | os.W_OK):
-        raise CommandFailed(f"{path} belongs to another user; as that: {as_owner(path)}")
+        command = ["sudo", "env", f"CALL_LOG={path}", sys.executable, os.path.abspath(sys.argv[0])]
+        raise CommandFailed(f"{path} belongs to another user; as root: "
+                            + " ".join(map(shlex.quote, command + sys.argv[1:])))
     database = sqlite3.connect(pathlib.Path(path).as_uri() + "?mode=rw", uri=True, timeout=timeout,
                                isolation_level=None)
     marks = [database.execute(f"PRAGMA {name}").fetchone()[0]
@@ -2974,18 +2874,6 @@ def open_log(path: str, timeout: float = 5.0) -> sqlite3.Connection:
     return database
 
 
-def as_owner(path: str) -> str:
-    """What to type to run this command as the user whom the file, or its folder, belongs to."""
-    there = path if os.path.exists(path) else os.path.dirname(path)
-    try:
-        user = pathlib.Path(there).owner()
-    except (KeyError, NotImplementedError, OSError):
-        user = f"#{os.stat(there).st_uid}"  # one without a name
-    command = ["sudo", "-u", user, "env", f"CALL_LOG={path}", sys.executable,
-               os.path.abspath(sys.argv[0]), *sys.argv[1:]]
-    return " ".join(map(shlex.quote, command))
-
-
 def call_finder(path: str) -> Callable[[CallEvent], Call | None]:
     """Return what finds the call of an event; None where that takes over CALL_SECONDS."""
     def find(event: CallEvent) -> Call | None:
@@ -2994,7 +2882,7 @@ def call_finder(path: str) -> Callable[[CallEvent], Call | None]:
             with contextlib.closing(open_log(path, CALL_SECONDS)) as database:
                 database.set_progress_handler(lambda: time.monotonic() > until, 1000)
                 return call_of(database, event, time.time(), until)
-        except (sqlite3.Error, Nothing, CommandFailed, TimeoutError):
+        except (sqlite3.Error, CommandFailed, TimeoutError):
             return None
     return find
 
@@ -3004,49 +2892,39 @@ def with_plus(number: str) -> str:
     return "+" + number if re.fullmatch("[1-9][0-9]{6,}", number) else number or "unknown"
 
 
-def breadth(text: str) -> int:
-    """How many columns of a terminal `text` takes; characters of the far east take two."""
-    return sum(2 if unicodedata.east_asian_width(one) in "WF" else 1 for one in text)
-
-
-def cell(text: str, width: int) -> str:
-    """`text` safe on a terminal, in exactly `width` columns."""
-    shown = printable(text)
-    while breadth(shown) > width:
-        shown = shown[:-1]
-    return shown + " " * (width - breadth(shown))
-
-
-def aligned(rows: Sequence[Sequence[str]], most: Sequence[int]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]], most: Sequence[int]) -> str:
     """`rows` as lines as wide as the terminal, 80 at least; `most` for all columns but one."""
-    widths = [min(max(breadth(row[place]) for row in rows), limit)
+    shown = [list(map(printable, row)) for row in rows]
+    widths = [min(max(len(row[place]) for row in shown), limit)
               for place, limit in enumerate(most)]
     widths.append(max(shutil.get_terminal_size().columns, 80) - sum(widths) - len(widths))
-    return [" ".join(map(cell, row, widths)).rstrip() for row in rows]
+    return "\n".join(" ".join(text[:width].ljust(width) for text, width in zip(row, widths)).rstrip()
+                     for row in shown)
 
 
-def table(calls: Sequence[Call]) -> list[str]:
+def table(calls: Sequence[Call]) -> str:
     """`calls` as lines for a terminal."""
     rows = [("STARTED", "", "FROM", "TO", "OUTCOME", "WAIT", "TALK", "BY")]
     for call in calls:
-        wait, talk = ("" if seconds is None else duration(seconds)
+        wait, talk = ("" if seconds is None else duration(seconds).rjust(4)
                       for seconds in (call.wait_s, call.talk_s))
         rows.append((local_time(call.started)[5:16], call.direction, with_plus(call.from_number),
-                     with_plus(call.to_number), call.outcome, wait.rjust(4), talk.rjust(4),
+                     with_plus(call.to_number), call.outcome, wait, talk,
                      ", ".join(call.answered_by)))
     return aligned(rows, (11, 3, 16, 16, 10, 7, 7))
 
 
 def totals(calls: Sequence[Call]) -> str:
     """One line that sums `calls` up."""
-    def average(name: str) -> str:
-        known = [getattr(call, name) for call in calls if getattr(call, name) is not None]
+    def average(seconds: Iterable[float | None]) -> str:
+        known = [one for one in seconds if one is not None]
         return duration(sum(known) / len(known)) if known else "-"
 
     outcomes = [call.outcome for call in calls]
     return (f"{plural(len(calls), 'call')}, {outcomes.count('answered')} answered, "
-            f"{outcomes.count('missed')} missed, average wait {average('wait_s')}, "
-            f"average talk {average('talk_s')}")
+            f"{outcomes.count('missed')} missed, average wait "
+            f"{average(call.wait_s for call in calls)}, "
+            f"average talk {average(call.talk_s for call in calls)}")
 
 
 def call_row(call: Call, moment: Callable[[float], Any], seconds: Callable[[float], float]
@@ -3092,96 +2970,95 @@ def write_rows(rows: Iterable[Mapping[str, Any]], form: str, stream: TextIO | No
         writer.writerow({name: csv_cell(value) for name, value in row.items()})
 
 
-NUMBERS = ("from_number", "to_number", "diversion", "answering_number")
+def read_since(text: str) -> float:
+    """The Unix time at which a day begins. Raises SettingsError."""
+    try:
+        return datetime.datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError):
+        raise SettingsError(f'--since is "{text}": expected a date such as 2026-11-01') from None
 
 
-def chosen(options: argparse.Namespace) -> Callable[[Call, Sequence[StoredEvent]], bool]:
-    """Return whether a call is one that --number and --since ask for. Raises SettingsError.
+def chosen(number: str, since: float) -> Callable[[Call, Sequence[StoredEvent]], bool]:
+    """Return whether a call began after `since` and has `number`, in which * stands for digits.
 
     A number is found wherever it stood in an event: dialled, dialled first, or answering.
     """
-    pattern = plain(re.sub(r"[\s()/.-]", "", options.number))
-    if options.number and not re.fullmatch("[0-9A-Za-z*]+", pattern):
-        raise SettingsError(f'--number is "{options.number}": expected digits, with * for others')
-    try:
-        since = datetime.datetime.fromisoformat(options.since or "2000-01-01").timestamp()
-    except (ValueError, OverflowError):
-        raise SettingsError(f'--since is "{options.since}": expected a date such as 2026-11-01'
-                            ) from None
-    options.since = since
-    match = re.compile(re.escape(pattern or "*").replace(r"\*", ".*")).fullmatch
+    pattern = plain(re.sub(r"[\s()/.-]", "", number)) or "*"
+    match = re.compile(re.escape(pattern).replace(r"\*", ".*")).fullmatch
 
     def is_chosen(call: Call, events: Sequence[StoredEvent]) -> bool:
-        found = {getattr(one.event, name, "") for one in events for name in NUMBERS}
-        return call.started >= since and any(map(match, {call.from_number, call.to_number, *found}))
+        found = [call.from_number, call.to_number]
+        for name in ("from_number", "to_number", "diversion", "answering_number"):
+            found += [getattr(stored.event, name, "") for stored in events]
+        return call.started >= since and any(map(match, found))
     return is_chosen
 
 
 def show_calls(options: argparse.Namespace, settings: Settings) -> int:
     """The command `calls`."""
-    is_chosen, is_table = chosen(options), options.format == "table"
-    limit = options.limit or (TABLE_LIMIT if is_table else None)
-    is_json = options.format == "json"
-    moment: Callable[[float], str] = rfc3339 if is_json else local_time
+    since, form, limit = read_since(options.since), options.format, options.limit
+    is_chosen, withheld = chosen(options.number, since), 0
+    callers: list[Caller] = []
     with contextlib.closing(open_log(settings.call_log)) as database:
-        found = listed_calls(database, time.time(), options.since)
-        withheld = 0
+        found = listed_calls(database, time.time(), since)
         if options.missed:
             callers, withheld = to_ring_back(call for call, _ in found)
             found = iter([(call, []) for caller in callers for call in caller.calls])
-            callers = [one for one in callers if is_chosen(one.calls[0], [])]
+            callers = [caller for caller in callers if is_chosen(caller.calls[0], [])]
         pairs = (pair for pair in found if is_chosen(*pair))
         if options.missed and not options.all:
-            show_callers(options, callers[:limit], moment)
-        elif is_table:
-            show_table(options, pairs, limit or 0)
+            show_callers(callers[:limit], form)
+        elif form == "table":
+            show_table(pairs, limit or TABLE_LIMIT, options.events)
         else:
-            write_rows((call_and_events(*pair, options.events and is_json,
-                                        moment, (lambda s: round(s, 3)) if is_json else int)
-                        for pair in itertools.islice(pairs, limit)), options.format)
-        if withheld and is_table:
-            print(f"and {withheld} with no number")
+            write_rows(call_rows(itertools.islice(pairs, limit), form, options.events), form)
+    if withheld and form == "table":
+        print(f"and {withheld} with no number")
     return 0
 
 
-def call_and_events(call: Call, events: Sequence[StoredEvent], with_events: bool,
-                    moment: Callable[[float], str], seconds: Callable[[float], float]
-                    ) -> dict[str, Any]:
-    """A call for JSON and CSV, for JSON perhaps with what it was put together from."""
-    row = call_row(call, moment, seconds)
-    if with_events:
-        row["events"] = [json.loads(event_json(one.event, one.at, described(one.reply) if one.reply
-                                               else "")) for one in events]
-    return row
+def call_rows(pairs: Iterable[tuple[Call, Sequence[StoredEvent]]], form: str, with_events: bool
+              ) -> Iterator[dict[str, Any]]:
+    """Yield calls for CSV, or for JSON, there perhaps with what each was put together from."""
+    for call, events in pairs:
+        if form != "json":
+            yield call_row(call, local_time, int)
+            continue
+        row = call_row(call, rfc3339, lambda seconds: round(seconds, 3))
+        if with_events:
+            row["events"] = [event_json(one.event, one.at, one.words) for one in events]
+        yield row
 
 
-def show_callers(options: argparse.Namespace, callers: Sequence[Caller],
-                 moment: Callable[[float], str]) -> None:
+def show_callers(callers: Sequence[Caller], form: str) -> None:
     """Print whom to ring back, one line each."""
-    rows = [caller_row(caller, moment) for caller in callers]
-    if options.format != "table":
-        write_rows(rows, options.format)
-        return
-    lines = [("LAST CALL", "FROM", "TIMES", "OUTCOME", "TO")]
-    lines += [(row["last"][:16], with_plus(row["from"]), str(row["calls"]).rjust(5),
-               row["outcome"], with_plus(row["to"])) for row in rows]
-    print("\n".join(aligned(lines, (16, 20, 5, 10))) if rows else "Nobody is to be rung back.")
+    if form != "table":
+        moment = rfc3339 if form == "json" else local_time
+        write_rows([caller_row(caller, moment) for caller in callers], form)
+    elif callers:
+        rows = [("LAST CALL", "FROM", "TIMES", "OUTCOME", "TO")]
+        for caller in callers:
+            last, times = caller.calls[0], len(caller.calls)
+            rows.append((local_time(last.started)[:16], with_plus(caller.number),
+                         str(times).rjust(5), last.outcome, with_plus(last.to_number)))
+        print(aligned(rows, (16, 20, 5, 10)))
+    else:
+        print("Nobody is to be rung back.")
 
 
-def show_table(options: argparse.Namespace, pairs: Iterator[Any], limit: int) -> None:
+def show_table(pairs: Iterator[tuple[Call, Sequence[StoredEvent]]], limit: int, with_events: bool
+               ) -> None:
     """Print the latest calls as a table, oldest first. Raises Nothing."""
     shown = sorted(itertools.islice(pairs, limit), key=lambda pair: pair[0].started)
     if not shown:
         raise Nothing("no call matches")
-    head, *lines = table([call for call, _ in shown])
+    head, *lines = table([call for call, _ in shown]).splitlines()
     print(head)
     for line, (call, events) in zip(lines, shown):
         print(line)
-        for stored in events if options.events else ():
-            event = replace(stored.event, find_call=lambda event, call=call: call)
-            words = described(stored.reply) if stored.reply else event_line(event)
+        for stored in events if with_events else ():
             print(f"  {local_time(stored.at)[11:]} {printable(stored.event.event):7} "
-                  + printable(words))
+                  + printable(stored.words or event_line(stored.event, call)))
     print(totals([call for call, _ in shown]))
     if next(pairs, None):
         print(f"These are the latest {limit}; --limit N shows more.")
@@ -3203,36 +3080,31 @@ def pattern_of(digits: str) -> re.Pattern[str]:
     return re.compile(r"(?<![0-9])(?:00)?" + r"[\s()/.#*+-]*".join(digits) + "(?![0-9])")
 
 
-def blanked(body: bytes, number: re.Pattern[str], token: str = FORGOTTEN,
-            is_reply: bool = False) -> bytes:
-    """A stored body with each value blanked that holds `number`; `token` stands for an id."""
-    def clean(text: str, word: str = FORGOTTEN) -> str:
-        return word if number.search(text) else text
-
-    if is_reply:
-        response = ET.fromstring(body)
-        for element in response.iter():
-            element.text = clean(element.text or "")
-            element.attrib.update({name: clean(text) for name, text in element.attrib.items()})
-        changed = ET.tostring(response)
-        return body if changed == body.strip() else changed
-    pairs = urllib.parse.parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True)
-    ids = ("callId", "origCallId", "xcid")
-    kept = [(clean(name), clean(value, token if name in ids else FORGOTTEN))
-            for name, value in pairs]
-    return body if kept == pairs else urllib.parse.urlencode(kept).encode()
+def blanked(row: Sequence[Any], number: re.Pattern[str], token: str) -> tuple[Any, ...]:
+    """A stored row with each value blanked that holds `number`; `token` stands for an id."""
+    key, event, *ids, body = row
+    ids = [token if text and number.search(text) else text for text in ids]
+    text = body.decode("utf-8", "replace")
+    if event == "reply":  # XML: what stands between brackets or quotes is a value
+        text = re.sub(r"""[^<>"']+""", lambda found: FORGOTTEN if number.search(found[0])
+                      else found[0], text)
+        return (key, event, *ids, text.encode() if FORGOTTEN in text else body)
+    pairs = urllib.parse.parse_qsl(text, keep_blank_values=True)
+    kept = []
+    for name, value in pairs:
+        word = token if name in ("callId", "origCallId", "xcid") else FORGOTTEN
+        kept.append((FORGOTTEN if number.search(name) else name,
+                     word if number.search(value) else value))
+    return (key, event, *ids, body if kept == pairs else urllib.parse.urlencode(kept).encode())
 
 
-def rows_with(database: sqlite3.Connection, number: re.Pattern[str], since: int) -> Iterator[Any]:
-    """The stored rows behind the id `since` that hold the number; read in pieces."""
-    rows: list[Any] = [(since,)]
+def rows_with(database: sqlite3.Connection, number: re.Pattern[str]) -> Iterator[Any]:
+    """The stored rows that hold the number, in the order of COLUMNS; read in pieces."""
+    rows: list[Any] = [(0,)]
     while rows:
-        rows = database.execute("SELECT id, event = 'reply', call_id, orig_call_id, xcid, body "
-                                "FROM events WHERE id > ? ORDER BY id LIMIT 1000",
+        rows = database.execute(f"SELECT {COLUMNS} FROM events WHERE id > ? ORDER BY id LIMIT 1000",
                                 (rows[-1][0],)).fetchall()
-        for row in rows:
-            if number.search(row[2]) or blanked(row[5], number, is_reply=row[1]) != row[5]:
-                yield row
+        yield from (row for row in rows if blanked(row, number, FORGOTTEN) != row)
 
 
 def forget_number(options: argparse.Namespace, settings: Settings) -> int:
@@ -3240,26 +3112,22 @@ def forget_number(options: argparse.Namespace, settings: Settings) -> int:
     digits, path = digits_of(options.number), os.path.realpath(settings.call_log)
     number, shown = pattern_of(digits), with_plus(digits)
     with contextlib.closing(open_log(settings.call_log)) as database:
-        rows = list(rows_with(database, number, 0))
-        hint = "" if rows else similar(database, digits)
-    if not rows and not remains(path, digits):
+        # When each event came, and the first leg of its call, as far as one event tells that.
+        found = [(row[0] / 1e6, row[3] or row[2] or row[0]) for row in rows_with(database, number)]
+        hint = "" if found else similar(database, digits)
+    if not found and not remains(path, digits):
         raise CommandFailed(f"no call holds {options.number}; with the country code?{hint}")
-    if rows:
-        count = len({row[3] or row[2] or row[0] for row in rows})
-        first, last = (local_time(row[0] / 1e6)[:16] for row in (rows[0], rows[-1]))
-        print(f"{plural(count, 'call')}, from {first} to {last}, hold{'s' * (count == 1)} "
-              f"{shown}.", flush=True)
+    if found:
+        count = len({leg for _, leg in found})
+        print(f"{plural(count, 'call')}, from {local_time(found[0][0])[:16]} to "
+              f"{local_time(found[-1][0])[:16]}, hold{'s' * (count == 1)} {shown}.", flush=True)
     said = "yes" if options.yes else ""
     with contextlib.suppress(EOFError):
         said = said or input("Forget it? The calls stay. (yes/no) ")
     if not said.startswith("y"):
         raise CommandFailed("nothing was changed")
     with contextlib.closing(open_log(settings.call_log)) as database:
-        # One word where it stands as an id, so that what it joins stays joined, and nothing else.
-        token = f"{FORGOTTEN[:-1]} {os.urandom(4).hex()}]"
-        while rows:
-            blank_rows(database, rows, number, token)
-            rows = list(rows_with(database, number, rows[-1][0]))  # what came meanwhile
+        blank_rows(database, number)
         rewrite(database, os.path.dirname(path))
     for name in remains(path, digits):
         if ".damaged-" in name:
@@ -3274,18 +3142,19 @@ def forget_number(options: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
-def blank_rows(database: sqlite3.Connection, rows: Sequence[Any], number: re.Pattern[str],
-               token: str) -> None:
-    """Rewrite rows that hold the number, a few at a time."""
+def blank_rows(database: sqlite3.Connection, number: re.Pattern[str]) -> None:
+    """Rewrite the rows that hold the number, a few at a time."""
+    # One word where it stands as an id, so that what it joins stays joined, and nothing else.
+    token = f"{FORGOTTEN[:-1]} {os.urandom(4).hex()}]"
     database.execute("PRAGMA secure_delete=ON")
-    for start in range(0, len(rows), FORGET_ROWS):
+    found = rows_with(database, number)
+    for batch in iter(lambda: list(itertools.islice(found, FORGET_ROWS)), []):
         database.execute("BEGIN IMMEDIATE")
-        for key, is_reply, *ids, body in rows[start:start + FORGET_ROWS]:
-            clean = [token if text and number.search(text) else text for text in ids]
+        for row in batch:
+            key, _, *values = blanked(row, number, token)
             # The digest told repeats of these very bytes, and whether a guess at them is right.
             database.execute("UPDATE events SET call_id = ?, orig_call_id = ?, xcid = ?, body = ?, "
-                             "digest = NULL WHERE id = ?",
-                             (*clean, blanked(body, number, token, is_reply), key))
+                             "digest = NULL WHERE id = ?", (*values, key))
         database.execute("COMMIT")
         time.sleep(0.02)  # so that a running server gets its turn
 
@@ -3316,12 +3185,11 @@ def remains(path: str, digits: str) -> list[str]:
 
 def similar(database: sqlite3.Connection, digits: str) -> str:
     """The stored numbers that end like one that no call holds."""
-    end = digits.lstrip("0")
+    number = re.compile(f"[0-9]+{digits.lstrip('0')}\\b")
     found: set[str] = set()
     for (body,) in database.execute("SELECT body FROM events ORDER BY id DESC LIMIT 100000"):
-        if end.encode() in body:
-            found.update(map(plain, re.findall(rf"[0-9]+{end}\b", body.decode("ascii", "replace"))))
-    return " " + ", ".join(map(with_plus, sorted(found)[:5])) if found else ""
+        found.update(map(with_plus, number.findall(body.decode("ascii", "replace"))))
+    return " " + ", ".join(sorted(found)[:5]) if found else ""
 
 
 # ------------------------------------------------------------------------------------------
@@ -3344,123 +3212,100 @@ SCENARIOS = {
 MENU_LIMIT = 20  # of <Gather> in a row
 
 
-def is_quiet(receiver: Receiver, seconds: float) -> bool:
-    """Wait up to `seconds` for all that follows what was answered; whether that is done."""
-    until = time.monotonic() + seconds
-    while receiver.afterwards.waiting() or receiver.your_code.hooks.waiting():
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.005)
-    return True
+class Rehearsal:
+    """Plays one scenario towards `receiver`, and prints what is said."""
 
-
-class Sipgate:
-    """Plays sipgate towards `receiver`, and prints what is said."""
-
-    def __init__(self, receiver: Receiver, options: argparse.Namespace) -> None:
-        self.receiver, self.options = receiver, options
-        self.digits = options.digits.split(",")
+    def __init__(self, receiver: Receiver, scenario: str, options: argparse.Namespace) -> None:
+        self.receiver, self.scenario, self.options = receiver, scenario, options
+        self.pressed = options.digits.split(",")
+        self.call_id, self.xcid = os.urandom(32).hex().upper()[1:], os.urandom(8).hex()
         self.faults = 0
-        self.run, self.xcid = os.urandom(32).hex().upper()[1:], os.urandom(8).hex()
-        self.urls: dict[str, str] = {}  # of the follow-ups, by event
+        self.urls: dict[str, str] = {}  # that replies have asked for, by event
         self.answering: dict[str, str] = {}  # who answers in place of the first one who rang
         self.cause = ""  # why our reply has ended the call
 
-    def play(self, name: str) -> None:
-        """Play a scenario, and do what the replies say."""
-        print(f"\n{name}", flush=True)
-        for word in SCENARIOS[name].split():
+    def play(self) -> None:
+        """Send the events of the scenario, as far as the replies ask for them."""
+        print(f"\n{self.scenario}", flush=True)
+        for word in SCENARIOS[self.scenario].split():
             leg, _, event = word.rpartition(".")
             event, _, detail = event.partition(":")
             if leg and self.cause:
                 continue  # a call that was refused is neither forwarded nor transferred
-            fields = self._fields(event, leg or "A", detail)
-            if name == "outgoing":
-                fields.update({"direction": "out", "from": fields["to"], "to": fields["from"]})
+            form = self._form(event, leg or "A", detail)
             if event == "newCall":
-                self._converse(fields, name == "menu")
-            elif event == "answer" and "answer" in self.urls and not self.cause:
-                self._post(self.urls["answer"], {**fields, **self.answering})
-            elif event == "hangup" and "hangup" in self.urls:
-                self._post(self.urls["hangup"], {**fields, "cause": self.cause or fields["cause"]})
+                base = self.receiver.settings.base_url
+                self._obey(self._post(base + "/new-call", form), form["callId"])
+            elif event in self.urls and not (event == "answer" and self.cause):
+                self._post(self.urls[event], form)
 
-    def _fields(self, event: str, leg: str, detail: str) -> dict[str, Any]:
+    def _form(self, event: str, leg: str, detail: str) -> dict[str, Any]:
+        ends = [self.options.sender, self.options.to]
+        if self.scenario == "outgoing":
+            ends.reverse()
+        form: dict[str, Any] = {
+            "event": event, "direction": "out" if self.scenario == "outgoing" else "in",
+            "from": ends[0], "to": ends[1], "callId": self.call_id + leg,
+            "origCallId": self.call_id + "A", "xcid": self.xcid}
         users = [detail] if detail else self.options.user or ["Alice", "Bob"]
-        fields: dict[str, Any] = {
-            "event": event, "direction": "in", "from": self.options.sender, "to": self.options.to,
-            "callId": self.run + leg, "origCallId": self.run + "A", "xcid": self.xcid}
-        if leg == "B":
-            fields["diversion"] = self.options.to
         if event == "newCall":
-            ids = [f"w{number}" for number in range(len(users)) if detail != "voicemail"]
-            fields.update({"user[]": users, "userId[]": ids,
-                           "fullUserId[]": ["1234567" + name for name in ids]})
+            form["user[]"] = users
         elif event == "answer":
-            fields.update({"user": users[0], "userId": "w0", "fullUserId": "1234567w0",
-                           "answeringNumber": self.options.to})
+            form.update({"user": users[0], "answeringNumber": self.options.to, **self.answering})
         else:
-            fields["cause"] = detail or "normalClearing"
-        return fields
+            form["cause"] = self.cause or detail or "normalClearing"
+        return form
 
-    def _converse(self, fields: Mapping[str, Any], is_menu: bool) -> None:
-        """Send a newCall, follow each Gather with digits, and note what comes of the call."""
-        base = self.receiver.settings.base_url
-        action = self._post(base + "/new-call", fields)
-        if is_menu and (action is None or action.tag != "Gather"):
-            print("    (your functions ask for no digits)")
-            self.digits = []
-        for _ in range(MENU_LIMIT):
-            if action is None or action.tag != "Gather":
-                break
-            url, digits = action.get("onData", ""), self.digits.pop(0) if self.digits else ""
-            if not url.startswith(base + "/"):
+    def _obey(self, action: ET.Element | None, call_id: str) -> None:
+        """Press keys for each Gather that the replies ask for, and note what comes of the call."""
+        asked = 0
+        while action is not None and action.tag == "Gather":
+            url, asked = action.get("onData", ""), asked + 1
+            if not url.startswith(self.receiver.settings.base_url + "/"):
                 print(f"    {printable(url)} is on another server: it is not followed")
                 break
-            action = self._post(url, {"event": "dtmf", "dtmf": digits, "callId": fields["callId"]})
-        else:
-            self._complain(f"{MENU_LIMIT} times <Gather> in a row: the menu never ends")
-        if is_menu and self.digits and self.digits != [""]:
-            print(f"    ({','.join(self.digits)} was not asked for)")
-        self.answering = {}
+            if asked > MENU_LIMIT:
+                self._complain(f"{MENU_LIMIT} times <Gather> in a row: the menu never ends")
+                break
+            digits = self.pressed.pop(0) if self.pressed else ""
+            action = self._post(url, {"event": "dtmf", "dtmf": digits, "callId": call_id})
+        if self.scenario == "menu" and any(self.pressed):
+            print(f"    (your functions do not ask for {','.join(self.pressed)})")
         if action is not None and action.tag == "Dial":
-            number = action.findtext("Number")
-            who = {"answeringNumber": number} if number else {"user": "voicemail"}
-            self.answering = {"user": "", "userId": "", "fullUserId": "", **who}
+            number = action.findtext("Number") or ""
+            self.answering = {"user": "" if number else "voicemail", "answeringNumber": number}
         elif action is not None:
-            ends = {"Reject": "busy" if action.get("reason") else "noAnswer",
-                    "Hangup": "normalClearing"}
-            self.cause = ends.get(action.tag, "")
+            reject = "busy" if action.get("reason") else "noAnswer"
+            self.cause = {"Reject": reject, "Hangup": "normalClearing"}.get(action.tag, "")
 
     def _complain(self, text: str) -> None:
         self.faults += 1
-        print(f"!!! {printable(text)}", flush=True)
+        print(f"!!! {text}", flush=True)
 
-    def _post(self, url: str, fields: Mapping[str, Any]) -> ET.Element | None:
+    def _post(self, url: str, form: Mapping[str, Any]) -> ET.Element | None:
         """Send an event as sipgate does; return the action that the reply asks for."""
         time.sleep(self.options.pause)
-        words = fields.get("cause") or fields.get("user") or fields.get("answeringNumber", "")
-        if fields["event"] == "newCall":
-            words = f"{fields['from']} to {fields['to']} ({', '.join(fields['user[]'])})"
-        elif fields["event"] == "dtmf":
-            words = fields["dtmf"] or "(no key pressed)"
-        print(f"--> {fields['event']:8} {printable(words)}", flush=True)
-        body = urllib.parse.urlencode(fields, doseq=True, errors="replace").encode()
-        began = time.monotonic()
-        event = self.receiver.admit(url[len(self.receiver.settings.base_url):], body)
-        answered = self.receiver.answer(event, began + self.receiver.reply_seconds)
+        words = form.get("cause") or form.get("user") or form.get("answeringNumber") or (
+            f"{form['from']} to {form['to']} ({', '.join(form['user[]'])})" if "from" in form
+            else form["dtmf"] or "(no key pressed)")
+        print(f"--> {form['event']:8} {printable(words)}", flush=True)
+        body = urllib.parse.urlencode(form, doseq=True, errors="replace").encode()
+        receiver, began = self.receiver, time.monotonic()
+        event = receiver.admit(url[len(receiver.settings.base_url):], body)
+        answered = receiver.answer(event, began + receiver.reply_seconds)
         took = f"<-- {answered.reply.status} in {(time.monotonic() - began) * 1000:.0f} ms"
-        self.receiver.follow(answered)
-        if not is_quiet(self.receiver, 10):
+        receiver.follow(answered)
+        if not receiver.is_done(10):
             self._complain("your on_answer or on_hangup has not returned after 10 s")
-        if answered.reply.content_type != "application/xml":
+        if answered.reply is DISCARDED:
             print(took, flush=True)
             return None
         response = ET.fromstring(answered.reply.body)
-        for name, kind in (("onAnswer", "answer"), ("onHangup", "hangup")):
-            self.urls.update({kind: response.get(name, "")} if name in response.attrib else {})
+        asked = {name[2:].lower(): url for name, url in response.attrib.items()}
+        self.urls.update(asked)
         action = printable(described(answered.action)) if answered.action else "no action"
-        asked = " and ".join(name[2:].lower() for name in response.attrib) or "nothing more"
-        print(wrapped(f"{took}  {action}, asks for {asked}", sys.stdout, 4), flush=True)
+        print(wrapped(f"{took}  {action}, asks for {' and '.join(asked) or 'nothing more'}",
+                      sys.stdout, 4), flush=True)
         for sound in response.iter("Url"):
             if not (sound.text or "").partition("?")[0].lower().endswith(".wav"):
                 print(f"    is {printable(sound.text or '')} a WAV file? sipgate plays no other")
@@ -3483,15 +3328,6 @@ def check_sound(path: str) -> int:
     return 1 if fault else 0
 
 
-class ErrorCount(logging.Handler):
-    """Counts what is reported of your code."""
-
-    count = 0
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.count += record.levelno >= logging.ERROR
-
-
 def simulate(options: argparse.Namespace, settings: Settings) -> int:
     """The command `simulate`."""
     if options.sound:
@@ -3500,22 +3336,28 @@ def simulate(options: argparse.Namespace, settings: Settings) -> int:
     print("Rehearsal: nothing leaves this machine"
           + (f", but your functions really run\n({settings.call_handlers})."
              if settings.call_handlers else "; CALL_HANDLERS names no functions of yours."))
-    errors, faults = ErrorCount(), 0
-    logger.addHandler(errors)
+    faults = 0
+
+    def count(record: logging.LogRecord) -> bool:
+        nonlocal faults
+        faults += record.levelno >= logging.ERROR
+        return True
+
+    logger.addFilter(count)
     with tempfile.TemporaryDirectory() as folder:
         log = CallLog(os.path.join(folder, "calls.db"), 1)
         receiver = Receiver(Settings(webhook_port=settings.webhook_port), [], functions,
                             call_log=log, find_call=call_finder(log.path))
-        for name in list(SCENARIOS) if options.all else [options.scenario]:
-            player = Sipgate(receiver, options)
-            player.play(name)
-            faults += player.faults
+        for scenario in SCENARIOS if options.all else [options.scenario]:
+            rehearsal = Rehearsal(receiver, scenario, options)
+            rehearsal.play()
+            faults += rehearsal.faults
             with contextlib.closing(open_log(log.path)) as database:
                 call, _ = next(listed_calls(database, time.time()))
-            print("\n".join(table([call])), flush=True)
+            print(table([call]), flush=True)
         log.close(5)
-    logger.removeHandler(errors)
-    return 1 if faults or errors.count else 0
+    logger.removeFilter(count)
+    return 1 if faults else 0
 
 
 # ------------------------------------------------------------------------------------------
@@ -3524,19 +3366,6 @@ def simulate(options: argparse.Namespace, settings: Settings) -> int:
 # A finding is a pair: "ok", "warning" or "problem", and a sentence.
 # ------------------------------------------------------------------------------------------
 
-# Signed by sipgate, from the tests of its Node SDK (MIT). It is no event: its callId is empty.
-VECTOR_BODY = (
-    b"callId=&direction=in&event=newCall&from=4912354678&fullUserId%5B%5D%5B0%5D=123456789"
-    b"&originalCallId=&to=49999999&user%5B%5D%5B0%5D=TestUser&userId%5B%5D%5B0%5D=123456789&xcid=")
-VECTOR_SIGNATURE = (
-    "hlY7r9Vad0NP/7xJxf+vcDqjWaGWHOcIrj+rcP5aqQQcHtbSLsElp2kRNRPBL5unWbq6bExVPZB49HHM+Y/fWSVL"
-    "19q7KSJhYPHfikcME0r0mCYB4S/VnJwnIvpiqz6s7Dpnk3wDCy65B3WQLwBVWA9oh6ojNM/g+87YnoMTKRx1KoFq"
-    "osKNfBp1c1I8XjXusGOW/VlGnMb6wHhUVdwi9K7FfUgxj2pnV+M1Xv9rYs6RAi4V1OcUPqdT5geHsxWa09sk+AEH"
-    "SUm1EFnAvx7PhIkugpNwST7yPKHf0+iyei4qUQCBZtfQVOI4mLZTRfQuyVo3YuJfvHaNPYY34/1ZCZGCKeu+HS6W"
-    "Hs1vGUyKxSi8v4JJqog2VOlWruf8pMGg+syuAFwuxiCnWsSXgaaUfe9JrBAFjBxUmNP9DzR1bbkwxkJnthacu7jA"
-    "LXjGsubjSSSl955QgenV/ZpODHgWDPg0fe6qGILtk+kXLjyfSsoR/qgzE5W5OAyZq8W64h01KAt9Q283N7/2nogy"
-    "6keiIWL3qjPolWnrchSP7iJUatM2YiTcpkNKnJ70UE05cdw3swuNe7zqD51MdOX3rAioEOFgOIFMSrxMVX+V4XK7"
-    "sa5o43smN8lHoa+0AogQMuIrC7k2axdRbulSSNfyqVAZIT4qS0cItiv3aPXsdDKkkA0=")
 LITTLE_ROOM = 100 * 1024 * 1024  # bytes
 LOOK_SECONDS = 10.0  # for one answer from the network, however slowly it drips
 
@@ -3552,30 +3381,23 @@ class Health(NamedTuple):
 
 def get_health(url: str, context: ssl.SSLContext | None = None) -> Health:
     """GET `url`, for LOOK_SECONDS at most. Raises OSError, http.client.HTTPException."""
-    outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def get() -> None:
+    parts = urllib.parse.urlsplit(url)
+    link = http.client.HTTPConnection(parts.netloc, timeout=LOOK_SECONDS)
+    if parts.scheme == "https":
+        link = http.client.HTTPSConnection(parts.netloc, timeout=LOOK_SECONDS, context=context)
+    with contextlib.closing(link):
+        link.connect()
+        alarm = threading.Timer(LOOK_SECONDS, socket.socket.shutdown, (link.sock, socket.SHUT_RDWR))
+        alarm.daemon = True
+        alarm.start()
         try:
-            parts = urllib.parse.urlsplit(url)
-            secure = {"context": context} if parts.scheme == "https" else {}
-            kind: Any = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-            with contextlib.closing(kind(parts.netloc, timeout=LOOK_SECONDS, **secure)) as link:
-                link.request("GET", parts.path)
-                reply = link.getresponse()
-                text = printable(reply.read(200).decode("utf-8", "replace").strip())
-                outcome.put(Health(reply.status, reply.headers.get("X-Instance", ""),
-                                   reply.headers.get("X-Refused", "0")[:9], text))
-        except Exception as error:  # noqa: BLE001 - raised where it is waited for
-            outcome.put(error)
-
-    threading.Thread(target=get, daemon=True).start()
-    try:
-        found = outcome.get(timeout=LOOK_SECONDS)
-    except queue.Empty:
-        raise socket.timeout("timed out") from None  # noqa: UP041 - before Python 3.10
-    if isinstance(found, Health):
-        return found
-    raise found
+            link.request("GET", parts.path)
+            reply = link.getresponse()
+            text = printable(reply.read(200).decode("utf-8", "replace").strip())
+        finally:
+            alarm.cancel()
+    return Health(reply.status, reply.headers.get("X-Instance", ""),
+                  printable(reply.headers.get("X-Refused", "0")[:9]), text)
 
 
 def local_health(settings: Settings) -> Health:
@@ -3589,104 +3411,81 @@ def local_health(settings: Settings) -> Health:
                       ssl._create_unverified_context())
 
 
-def check_basics(settings: Settings, sources: str) -> Iterator[tuple[str, str]]:
-    """Versions, signature arithmetic, the settings, and the files that they name."""
-    yield "ok", f"Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}"
-    is_right = is_signed(VECTOR_BODY, VECTOR_SIGNATURE, [SIPGATE_KEY])
-    yield ("ok", "signatures: sipgate's own example is verified") if is_right else (
-        "problem", "signatures: sipgate's own example is not verified: get a fresh script")
-    yield "ok", f"settings: {sources}"
+def check_files(settings: Settings) -> Iterator[tuple[str, str]]:
+    """What is probably not meant, and the files that the settings name."""
     for warning in warnings_of(settings):
         yield "warning", warning
     try:
         load_keys(settings.signature_key_file)
         if settings.webhook_tls_cert:
             TlsFiles(settings.webhook_tls_cert, settings.webhook_tls_key)
+        load_functions(settings.call_handlers)
         if settings.call_handlers:
-            load_functions(settings.call_handlers)
             yield "ok", f"your code: {settings.call_handlers} is loaded"
     except SettingsError as error:
         yield "problem", str(error)
 
 
 def check_log(path: str) -> Iterator[tuple[str, str]]:
-    """The call log: whether it can be written, is healthy, private, and has room."""
+    """Whether the call log can be written, is private, whole, and what its events tell."""
     folder = os.path.dirname(path)
     if path == "off":
         yield "ok", "call log: off, nothing is kept"
-    elif (os.path.lexists(path) and not os.path.isfile(path)) or not os.path.isdir(folder):
-        yield "problem", (f"call log: {path} is no file, or its folder does not exist: set "
-                          "CALL_LOG to a file, or to off")
-    elif not os.access(folder, os.W_OK | os.X_OK):  # SQLite keeps files beside it
-        yield "problem", f"call log: this user may not write in {folder}: set CALL_LOG, or off"
-    elif not os.path.exists(path) or not os.path.getsize(path):
-        yield "ok", f"call log: {path} will be created"
-    else:
+        return
+    if not os.access(folder, os.W_OK | os.X_OK):  # SQLite keeps files beside it
+        yield "problem", (f"call log: {folder} is no folder in which this user may write: set "
+                          "CALL_LOG to a file elsewhere, or to off")
+        return
+    if shutil.disk_usage(folder).free < LITTLE_ROOM:
+        yield "warning", f"call log: less than {LITTLE_ROOM >> 20} MB are free for {path}"
+    try:
         if os.name != "nt" and os.stat(path).st_mode & 0o077:
             yield "warning", f"call log: {path} can be read by others: chmod 600 {path}"
-        if shutil.disk_usage(folder).free < LITTLE_ROOM:
-            yield "warning", f"call log: less than {LITTLE_ROOM >> 20} MB are free for {path}"
-        yield from check_story(path, time.time())
-
-
-def check_story(path: str, now: float) -> Iterator[tuple[str, str]]:
-    """Whether the file is whole, and what its events tell of the way that they took."""
-    try:
         with contextlib.closing(open_log(path)) as database:
             fault = database.execute("PRAGMA quick_check(1)").fetchone()[0]
-            if fault != "ok":
-                raise sqlite3.DatabaseError(fault)
-            latest = database.execute("SELECT event, id FROM events ORDER BY id DESC LIMIT 1000"
-                                      ).fetchall()
-    except CommandFailed as error:
-        yield "problem", f"call log: {error}"
+            latest = database.execute("SELECT event, id FROM events WHERE event <> 'reply' "
+                                      "ORDER BY id DESC LIMIT 1000").fetchall()
+    except (Nothing, FileNotFoundError):
+        yield "ok", f"call log: {path} will be created"
         return
-    except sqlite3.Error as error:
-        yield "problem", f"call log: {error}: the server puts a damaged file aside"
+    except (CommandFailed, sqlite3.Error) as error:
+        yield "problem", f"call log: {path}: {error}"
         return
-    yield "ok", f"call log: {path} is healthy"
-    kinds = [kind for kind, _ in latest]
-    if not latest:
-        yield "warning", ("events: none yet; enter the URL in sipgate's console, choose the "
-                          "sources, and call")
-    elif kinds.count("newCall") >= 5 and not {"answer", "hangup"} & set(kinds):
-        yield "problem", ("events: no answer and no hangup follows the newCalls; the URLs in the "
-                          "replies begin with WEBHOOK_URL, which must be reached from the internet")
-    else:
-        yield "ok", f"events: the last one came {ago(now - latest[0][1] / 1e6)}"
+    yield "ok" if fault == "ok" else "problem", f"call log: {path}: {fault}"
+    yield told_by([row[0] for row in latest], latest[0][1] / 1e6 if latest else 0.0)
 
 
-def ago(seconds: float) -> str:
-    """How long ago that was, in the largest unit that fits."""
-    for size, noun in ((86400, "day"), (3600, "hour"), (60, "minute")):
-        if seconds >= size:
-            return f"{plural(int(seconds // size), noun)} ago"
-    return "in the last minute"
+def told_by(events: Sequence[str], last_at: float) -> tuple[str, str]:
+    """What the latest events tell of the way that they took."""
+    if not events:
+        return "warning", ("events: none yet; enter the URL in sipgate's console, choose the "
+                           "sources, and call")
+    if events.count("newCall") >= 5 and not {"answer", "hangup"} & set(events):
+        return "problem", ("events: no answer and no hangup follows the newCalls; the URLs in the "
+                           "replies begin with WEBHOOK_URL, which must be reached from the internet")
+    return "ok", f"events: the last one came on {local_time(last_at)}"
 
 
-def check_port(settings: Settings) -> tuple[tuple[str, str], str]:
-    """Whether somebody listens, and the instance of the copy of this script that does."""
+def check_port(settings: Settings) -> tuple[str, str, str]:
+    """Whether somebody listens; and the instance of the copy of this script that does, or ""."""
     place = f"port {settings.webhook_port} of {settings.webhook_host}"
     try:
         health = local_health(settings)
-    except (OSError, UnicodeError, http.client.HTTPException):
-        try:
-            with WebhookServer(settings.webhook_host, settings.webhook_port):
-                return ("warning", (f"{place} is free: no server runs with these settings, so "
-                                    "nothing can arrive: start it, or give check its settings "
-                                    "(--env-file)")), ""
-        except (OSError, UnicodeError) as error:
-            return ("problem", bind_advice(error, settings)), ""
+    except ConnectionRefusedError:
+        return "warning", (f"{place}: no server runs with these settings, so nothing can arrive: "
+                           "start it, or give check its settings (--env-file)"), ""
+    except (OSError, UnicodeError, http.client.HTTPException) as error:
+        return "problem", f"{place}: no answer ({printable(str(error))})", ""
     if not health.instance:
-        return ("problem", (f"{place} is held by another program, or by a copy of this script with "
-                            "other settings: give check the settings of that copy (--env-file, "
-                            "--url)")), ""
+        return "problem", (f"{place} is held by another program, or by a copy of this script with "
+                           "other settings: give check the settings of that copy (--env-file, "
+                           "--url)"), ""
     if health.status == 503:
-        return ("problem", f"{place}: the running copy says: {health.text}"), health.instance
+        return "problem", f"{place}: the running copy says: {health.text}", health.instance
     if health.refused != "0":
-        return ("warning", (f"{place}: the running copy has refused webhooks (so far: "
-                            f"{printable(health.refused)}); its stderr says why")), health.instance
-    return ("ok", f"{place}: a copy of this script runs"), health.instance
+        return "warning", (f"{place}: the running copy has refused webhooks (so far: "
+                           f"{health.refused}); its stderr says why"), health.instance
+    return "ok", f"{place}: a copy of this script runs", health.instance
 
 
 def check_way_in(url: str, instance: str) -> tuple[str, str]:
@@ -3697,14 +3496,11 @@ def check_way_in(url: str, instance: str) -> tuple[str, str]:
         except ssl.SSLCertVerificationError as error:
             return "problem", (f"{url}: sipgate will not accept the certificate: "
                                f"{error.verify_message}; get one from Let's Encrypt, for instance")
-        except ssl.SSLError as error:
-            return "problem", f"{url} does not speak https there: {error.reason or error}"
-        except socket.timeout:  # noqa: UP041 - no TimeoutError before Python 3.10
-            return "warning", (f"{url} does not answer in time; from inside, that may be a router "
-                               "that cannot reach its own public address")
         except (OSError, UnicodeError, http.client.HTTPException) as error:
-            return "problem", (f"{url} cannot be reached ({printable(str(error))}): is the tunnel "
-                               "or proxy running?")
+            # From inside, a router may not be able to reach its own public address.
+            return "warning" if isinstance(error, socket.timeout) else "problem", (
+                f"{url} cannot be reached from here ({printable(str(error))}): is the tunnel or "
+                "proxy running?")
         if not health.instance:
             return "problem", (f"{url}{route} does not get through (status {health.status}): the "
                                "proxy leads elsewhere, or changes the path on its way (nginx: no "
@@ -3718,10 +3514,12 @@ def check_way_in(url: str, instance: str) -> tuple[str, str]:
 def check(options: argparse.Namespace, settings: Settings) -> int:
     """The command `check`."""
     def findings() -> Iterator[tuple[str, str]]:
-        yield from check_basics(settings, options.sources)
+        yield "ok", f"Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}"
+        yield "ok", f"settings: {options.sources}"
+        yield from check_files(settings)
         yield from check_log(settings.call_log)
-        finding, instance = check_port(settings)
-        yield finding
+        kind, text, instance = check_port(settings)
+        yield kind, text
         if instance and settings.trial:
             yield "warning", "no WEBHOOK_URL: trial mode, sipgate cannot reach this machine"
         elif instance:
@@ -4370,33 +4168,21 @@ def read_env_file(path: str) -> str:
     """Return the text of a .env file. Raises SettingsError."""
     try:
         content = pathlib.Path(path).read_bytes()
+        if b"\0" in content or content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise SettingsError(f"{path} is in UTF-16, as PowerShell's > writes it: save it as "
+                                "UTF-8")
+        return str(content, "utf-8")
     except OSError as error:
         raise SettingsError(f"{path} cannot be read: {error.strerror}") from None
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in content:
-        raise SettingsError(f"{path} is in UTF-16, as PowerShell's > writes it: save it as UTF-8")
-    try:
-        return str(content, "utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise SettingsError(f"{path} is not in UTF-8, see line {line}: save it as UTF-8") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"{path} is not in UTF-8: save it as UTF-8") from None
 
 
-def find_env_file(options: argparse.Namespace) -> str:
-    """Return the path of the .env file: the one named, beside the script, or here; "" for none."""
-    if options.env_file:
-        return os.path.abspath(str(options.env_file))
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".env")
-    found = [path for path in (beside, os.path.abspath(".env")) if os.path.isfile(path)]
-    return found[0] if found else ""
-
-
-def warn_of_names(values: Iterable[str]) -> None:
-    """Name what looks like a setting and is none."""
-    for name in sorted(set(values) - set(SETTINGS)):
-        close = likely(name.upper(), SETTINGS)
-        if close or re.match("(WEBHOOK|CALL)_", name):
-            meant = f"; is {close} meant?" if close else ""
-            logger.warning("there is no setting %s%s", name, meant)
+def find_env_file() -> str:
+    """Return the path of the .env file beside the script, or here; "" if there is none."""
+    folders = (os.path.dirname(os.path.abspath(__file__)), os.getcwd())
+    paths = [os.path.join(folder, ".env") for folder in folders]
+    return next(filter(os.path.isfile, paths), "")
 
 
 def read_settings(options: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
@@ -4404,35 +4190,34 @@ def read_settings(options: argparse.Namespace, environ: Mapping[str, str]) -> Se
 
     Says in `options.sources` where they are from. Raises SettingsError.
     """
-    path = find_env_file(options)
+    path = os.path.abspath(options.env_file) if options.env_file else find_env_file()
     in_file, unread = parse_dotenv(read_env_file(path)) if path else ({}, {})
     if path and options.command != "check":
         print(f"Settings are read from {path}", file=sys.stderr)
-    expected = "expected NAME=value, quotes closed, without ${...}, \\ or text behind them"
-    problems = [f"{path} line {number}: {name} cannot be read: {expected}"
-                for number, name in unread.items() if name in SETTINGS]
-    if problems:
-        raise SettingsError(*problems)
-    for number in unread:
-        logger.warning("%s: line %d is skipped: %s", path, number, expected)
+    for number, name in unread.items():
+        text = (f"{path} line {number}: {name} cannot be read: expected NAME=value, quotes "
+                "closed, without ${...}, \\ or text behind them")
+        if name in SETTINGS:
+            raise SettingsError(text)
+        logger.warning("%s", text)
     flags = {"WEBHOOK_URL": options.url, "WEBHOOK_PORT": options.port}
     typed = {name: value for name, value in flags.items() if value is not None}
+    values = {**in_file, **environ, **typed}
+    for name in sorted(set(values) - set(SETTINGS)):
+        meant = likely(name.upper(), SETTINGS)
+        if meant or re.match("(WEBHOOK|CALL)_", name):
+            logger.warning("there is no setting %s%s", name, meant)
+    said = []
+    for name in filter(values.get, SETTINGS):
+        source = "typed" if name in typed else "environment" if name in environ else path
+        said.append(f"{name} ({source})")
     for name in SETTINGS:
-        if environ.get(name) == "" and in_file.get(name):
+        if in_file.get(name) and values[name] == "":
             logger.warning("%s is empty in the environment, which switches off the one in .env",
                            name)
-    values = {**in_file, **environ, **typed}
-    warn_of_names(values)
-    sources = ((typed, "typed"), (environ, "from the environment"), (in_file, f"from {path}"))
-    said, left = [], [name for name in SETTINGS if values.get(name)]
-    for source, words in sources:
-        names = [name for name in left if name in source]
-        left = [name for name in left if name not in source]
-        said += [f"{', '.join(names)} {words}"] if names else []
-    options.sources = "; ".join([*said, "the others are defaults" if said else "all are defaults"])
-    names_typed = {"WEBHOOK_URL": "--url", "WEBHOOK_PORT": "--port"}
+    options.sources = ", ".join(said) or "all are defaults"
     return checked(values, os.path.dirname(path or os.path.abspath(__file__)),
-                   {name: names_typed[name] for name in typed})
+                   {name: "--" + name[8:].lower() for name in typed})
 
 
 def some_seconds(text: str) -> float:
@@ -4462,18 +4247,13 @@ def dialled(text: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that says which word is wrong, and which may be meant."""
+    """An ArgumentParser that takes an unknown flag for the fault, and not the word behind it."""
 
     def error(self, message: str) -> NoReturn:
-        flags = list(self._option_string_actions)
-        unknown = [word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
-        unknown = [word for word in unknown if word not in flags]
-        choice = re.search("invalid choice: '(.*?)'", message)
-        if choice:
-            word = unknown[0] if unknown and self.prog.count(" ") == 0 else choice[1]
-            close = likely(word, [*flags, *re.findall(r"\w+", message.partition("choose from")[2])])
-            message = f"there is no {word}" + (f"; is {close} meant?" if close else
-                                               f", see {self.prog} -h")
+        flags = [word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+        unknown = [flag for flag in flags if flag not in self._option_string_actions]
+        if "invalid choice" in message and unknown:
+            message = f"there is no {unknown[0]}{likely(unknown[0], self._option_string_actions)}"
         super().error(message)
 
 
@@ -4486,56 +4266,35 @@ def command_line() -> argparse.ArgumentParser:
         + ", ".join(SETTINGS[2:]) + ". See the README.")
     parser.add_argument("--version", action="version", version=f"sipgate_callevents {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    parsers = [parser]
-    for name, words, describe in (
-            ("calls", "show the latest calls", describe_calls),
-            ("forget", "remove every trace of a number", describe_forget),
-            ("simulate", "rehearse calls without a phone", describe_simulate),
-            ("check", "find out why nothing arrives", None),
-            ("page", "show calls in a browser", describe_page)):
-        command = commands.add_parser(name, help=words, allow_abbrev=False,
-                                      description=words[0].upper() + words[1:] + ".")
-        if describe:
-            describe(command)
-        parsers.append(command)
-    for each in parsers:
-        default = None if each is parser else argparse.SUPPRESS
-        each.add_argument("--url", metavar="URL", default=default,
-                          help="public base URL of the webhooks (WEBHOOK_URL)")
-        if each.prog.split()[-1] != "page":
-            each.add_argument("--port", metavar="PORT", default=default,
-                              help="port to listen on (WEBHOOK_PORT, default 8080)")
-        each.add_argument("--env-file", metavar="FILE", default=default,
-                          help="read this file instead of .env")
-    return parser
 
+    def add_shared(each: argparse.ArgumentParser, default: Any) -> Any:
+        add = functools.partial(each.add_argument, default=default)
+        add("--url", help="public base URL of the webhooks (WEBHOOK_URL)")
+        if not each.prog.endswith("page"):  # which has a port of its own
+            add("--port", help="port to listen on (WEBHOOK_PORT, default 8080)")
+        add("--env-file", metavar="FILE", help="read this file instead of .env")
+        return each.add_argument
 
-def describe_calls(calls: argparse.ArgumentParser) -> None:
-    """The options of `calls`."""
-    calls.epilog = ("Times are local, in JSON UTC. In CSV an apostrophe stands before what a "
-                    "spreadsheet would take for a formula or a number to be rounded.")
-    calls.add_argument("--missed", action="store_true",
-                       help="whom to ring back: missed or on voicemail, not spoken to since")
-    calls.add_argument("--all", action="store_true", help="with --missed: each call, not caller")
-    calls.add_argument("--since", metavar="DATE", help="from this day on, such as 2026-11-01")
-    calls.add_argument("--number", metavar="NUMBER", default="",
-                       help="with this number; * stands for any digits")
-    calls.add_argument("--limit", metavar="N", type=whole_number,
-                       help="at most so many (in a table 20)")
-    calls.add_argument("--events", action="store_true", help="with their events (not in CSV)")
-    calls.add_argument("--format", choices=("table", "csv", "excel", "json"), default="table",
-                       help="excel: CSV as a German Excel reads it")
+    def command(name: str, words: str) -> Any:
+        each = commands.add_parser(name, help=words, allow_abbrev=False,
+                                   description=f"{words[0].upper()}{words[1:]}.")
+        return add_shared(each, argparse.SUPPRESS)
 
-
-def describe_forget(forget: argparse.ArgumentParser) -> None:
-    """The options of `forget`."""
-    forget.add_argument("number", help="the number with its country code, written as you like")
-    forget.add_argument("--yes", action="store_true", help="do not ask")
-
-
-def describe_simulate(simulate: argparse.ArgumentParser) -> None:
-    """The options of `simulate`."""
-    add = simulate.add_argument
+    add_shared(parser, None)
+    add = command("calls", "show the latest calls")
+    add("--missed", action="store_true",
+        help="whom to ring back: missed or on voicemail, not spoken to since")
+    add("--all", action="store_true", help="with --missed: each call, not caller")
+    add("--since", metavar="DATE", default="2000-01-01", help="from this day on, as 2026-11-01")
+    add("--number", default="", help="with this number; * stands for any digits")
+    add("--limit", metavar="N", type=whole_number, help="at most so many (in a table 20)")
+    add("--events", action="store_true", help="with their events (not in CSV)")
+    add("--format", choices=("table", "csv", "excel", "json"), default="table",
+        help="excel: CSV as a German Excel reads it")
+    add = command("forget", "remove every trace of a number")
+    add("number", help="the number with its country code, written as you like")
+    add("--yes", action="store_true", help="do not ask")
+    add = command("simulate", "rehearse calls without a phone")
     add("scenario", nargs="?", choices=list(SCENARIOS), default="answered", metavar="SCENARIO",
         help=f"{', '.join(SCENARIOS)} (default: answered)")
     add("--all", action="store_true", help="every scenario in turn")
@@ -4548,51 +4307,47 @@ def describe_simulate(simulate: argparse.ArgumentParser) -> None:
     add("--pause", metavar="SECONDS", type=some_seconds, default=0.05,
         help="between the events (0.05)")
     add("--sound", metavar="FILE", help="only check whether sipgate would play this file")
+    command("check", "find out why nothing arrives")
+    add = command("page", "show calls in a browser")
+    add("--port", dest="page_port", type=whole_number, default=8081,
+        help="port of the page, on 127.0.0.1 (8081)")
+    return parser
 
 
-def describe_page(page: argparse.ArgumentParser) -> None:
-    """The options of `page`."""
-    page.add_argument("--port", dest="page_port", metavar="PORT", type=whole_number, default=8081,
-                      help="port of the page, on 127.0.0.1 (8081)")
-
-
-def run_server(options: argparse.Namespace) -> int:
-    """Serve until a signal comes."""
+def run_server(settings: Settings) -> int:
+    """Serve until a signal comes. Raises SettingsError, CommandFailed."""
+    path = settings.call_handlers
     with diagnostics(sys.stderr):
-        settings = read_settings(options, os.environ)
         for warning in warnings_of(settings):
             logger.warning("%s", warning)
         if time.time() < 1_577_836_800:  # 2020
             logger.warning("the clock of this machine says %s: set it, or calls get wrong times",
                            local_time(time.time()))
-        keys, functions = load_keys(settings.signature_key_file), load_functions(
-            settings.call_handlers)
-    tell = teller(settings.call_output, not has_own_time(sys.stdout))
-    loaded = modified(settings.call_handlers)
+        keys, functions = load_keys(settings.signature_key_file), load_functions(path)
+    loaded, tell = modified(path), teller(settings.call_output, not has_own_time(sys.stdout))
 
     def tell_and_look(answered: Answered) -> str:
-        if modified(settings.call_handlers) != loaded:
-            logger.warning("%s has changed: restart this program to use it",
-                           settings.call_handlers)
+        if modified(path) != loaded:
+            logger.warning("%s has changed: restart this program to use it", path)
         return tell(answered)
 
     try:
         return serve(settings, keys=keys, functions=functions, tell=tell_and_look,
-                     announce=announcement,
-                     find_call=call_finder(settings.call_log))
+                     announce=announcement, find_call=call_finder(settings.call_log))
     except (OSError, UnicodeError) as error:
         raise CommandFailed(bind_advice(error, settings)) from None
 
 
-def run_command(options: argparse.Namespace) -> int:
-    """Run a command; return its exit status."""
-    commands = {"calls": show_calls, "forget": forget_number, "simulate": simulate,
-                "check": check, "page": page}
+def run(options: argparse.Namespace) -> int:
+    """Serve, or do what the command says; return the exit status."""
+    commands: dict[str, Callable[[argparse.Namespace, Settings], int]] = {
+        "calls": show_calls, "forget": forget_number, "simulate": simulate, "check": check,
+        "page": page}
     with diagnostics(sys.stderr):
         settings = read_settings(options, os.environ)
-        status: int = commands[options.command](options, settings)
-        sys.stdout.flush()
-        return status
+        if options.command:
+            return commands[options.command](options, settings)
+    return run_server(settings)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -4603,29 +4358,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # rather than end at an odd name
     try:
-        return run_command(options) if options.command else run_server(options)
+        status = run(options)
+        sys.stdout.flush()
+        return status
     except SettingsError as error:
-        for problem in error.problems:
-            print(wrapped(f"sipgate_callevents: {problem}", sys.stderr), file=sys.stderr)
-        return 2
+        status, problems = 2, error.problems
     except CommandFailed as error:
-        print(wrapped(f"sipgate_callevents: {error}", sys.stderr), file=sys.stderr)
-        return 1
-    except Nothing as nothing:
-        text = str(nothing)
-        print(wrapped(f"{text[0].upper()}{text[1:]}.", sys.stderr), file=sys.stderr)
-        return 0
+        status, problems = error.status, (str(error),)
     except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
+        status, problems = 130, ()
     except BrokenPipeError:  # such as head, which has seen enough
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - nothing to flush
-        return 0
+        status, problems = 0, ()
     except (sqlite3.Error, OSError) as error:
-        if not options.command:
-            raise
-        print(f"sipgate_callevents: {printable(str(error))}", file=sys.stderr)
-        return 1
+        status, problems = 1, (printable(str(error)),)
+    for problem in problems:
+        print(wrapped(f"sipgate_callevents: {problem}", sys.stderr), file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":
