@@ -37,8 +37,8 @@ Five Workers: call log, stdout, stderr, printing events, and on_answer and on_ha
 
 Every time limit, and what happens then:
 
-    the first byte of a new connection            10 s    closed, without a word
     a request, from its first byte to its last    10 s    closed, without a word
+    its first byte, on a new connection           10 s    closed, without a word
     the reply, from the last byte of the body      3 s    the call goes through undecided
       of these, storing the event                  1 s    it waits in memory, stderr says so
       of these, waiting for one of 8 slots       0.5 s    the call goes through undecided
@@ -50,7 +50,7 @@ Every time limit, and what happens then:
     on_answer, on_hangup                        no end    after 60 s stderr and /healthz say so
 
 The 3 s hold while Python runs: code of yours that never lets go of the interpreter (a regular
-expression that takes minutes on one odd number) stops every thread, and so every caller.
+expression that takes minutes) stops every thread, and so every caller.
 
 Words: an *event* is one of sipgate's; the *response* is its XML document, the *reply* the
 HTTP answer that carries it; a *handler* is http.server's class. A *call* is what a person
@@ -262,32 +262,9 @@ dXVrZDeBJYibvD1jRx4ES0KlfhwzNXBYUoM/Movg9zMM2PzyHHKS//xIjwUC/FJ6
 M+TfPtOUumI/NHMTvsRW9+ECAwEAAQ==
 -----END PUBLIC KEY-----
 """
-# The DER form of an RSA key of 2048 to 65536 bits up to its modulus, whose length comes last: each
-# value has a tag and, as long as these are, 0x82 and two octets of length (RFC 3279 2.3.1).
-RSA_KEY = re.compile(
-    rb"\x30\x82..\x30\x0d\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01\x05\x00"
-    rb"\x03\x82..\x00\x30\x82..\x02\x82(..)", re.DOTALL)
-
-
-def key_from_pem(text: str) -> PublicKey:
-    """Return the first RSA key that `text` holds as "BEGIN PUBLIC KEY" (RFC 7468 13).
-
-    Raises ValueError that says what was expected.
-    """
-    pem = re.search("-----BEGIN PUBLIC KEY-----([A-Za-z0-9+/=\\s]+)-----END PUBLIC KEY-----", text)
-    der = base64.b64decode(pem[1]) if pem else b""
-    head = RSA_KEY.match(der)
-    start = head.end() if head else 0
-    end = start + (int.from_bytes(head[1], "big") if head else 0)
-    # Behind the modulus there are a tag, one octet of length, and the exponent.
-    key = PublicKey(int.from_bytes(der[start:end], "big"), int.from_bytes(der[end + 2:], "big"))
-    if key.size < 256 or key.exponent < 3 or not key.modulus & key.exponent & 1:
-        raise ValueError('expected a PEM file with "-----BEGIN PUBLIC KEY-----" and an RSA key of '
-                         "at least 2048 bits in it")
-    return key
-
-
-SIPGATE_KEY = key_from_pem(SIPGATE_PUBLIC_KEY)
+_DER = base64.b64decode("".join(SIPGATE_PUBLIC_KEY.splitlines()[1:-1]))
+# In the DER form of a key of this kind and size (RFC 3279 2.3.1), modulus and exponent lie here.
+SIPGATE_KEY = PublicKey(int.from_bytes(_DER[33:545], "big"), int.from_bytes(_DER[547:550], "big"))
 
 
 def decode_signature(header: str | None) -> bytes:
@@ -746,14 +723,16 @@ STORE_SECONDS = 1.0  # that a webhook waits for the disk
 DAY = 24 * 3600.0
 
 
-class _Entry:
-    """A row on its way to disk: event, call_id, orig_call_id, xcid, body, digest."""
+class Entry:
+    """A row on its way to disk."""
 
-    def __init__(self, row: tuple[str, str, str | None, str | None, bytes, bytes | None]) -> None:
+    def __init__(self, event: str, call_id: str, body: bytes, orig_call_id: str | None = None,
+                 xcid: str | None = None, digest: bytes | None = None) -> None:
         self.id = 0
-        self.row = row
+        self.event, self.call_id, self.body, self.digest = event, call_id, body, digest
+        self.orig_call_id, self.xcid = orig_call_id, xcid
         self.is_new = True  # no repeat of a stored one
-        self.outcome: queue.SimpleQueue[bool | None] = queue.SimpleQueue()
+        self.outcome: queue.SimpleQueue[bool | None] = queue.SimpleQueue()  # is_new, once stored
 
 
 class CallLog:
@@ -775,7 +754,7 @@ class CallLog:
         self._database: sqlite3.Connection | None = None
         self._identity: os.stat_result | None = None
         self._last_id = 0
-        self._newest_at_start = 0.0
+        self._newest_at_start = 0.0  # Unix time
         self._started = self._last_event = time.monotonic()
         self._look_at, self._remove_at = 0.0, self._started + self.REMOVE_FIRST_SECONDS
         self._is_vacuum_due = self._is_vacuuming = False
@@ -796,11 +775,11 @@ class CallLog:
         Waits for the commit up to STORE_SECONDS, but not at all while the log is behind.
         Returns whether the event is new, None if that is not known yet.
         """
-        orig, xcid = getattr(event, "orig_call_id", ""), getattr(event, "xcid", "") or None
-        orig = orig if orig not in ("", event.call_id) else None
+        orig, xcid = getattr(event, "orig_call_id", ""), getattr(event, "xcid", "")
         # An event of that name, which sipgate does not have, is not to pass for a reply of ours.
-        kind = event.event if event.event != "reply" else "?reply"
-        entry = _Entry((kind, event.call_id, orig, xcid, event.body, digest))
+        entry = Entry(event.event if event.event != "reply" else "?reply", event.call_id,
+                      event.body, orig if orig not in ("", event.call_id) else None, xcid or None,
+                      digest)
         self._last_event = time.monotonic()
         if not self._queue(entry, received_at):
             return None
@@ -813,7 +792,7 @@ class CallLog:
 
     def record_reply(self, event: CallEvent, document: bytes) -> None:
         """Store the XML that `event` was answered with, without waiting for it."""
-        self._queue(_Entry(("reply", event.call_id, None, None, document, None)), self.clock())
+        self._queue(Entry("reply", event.call_id, document), self.clock())
 
     def close(self, seconds: float) -> None:
         """Store what is queued, for up to `seconds`, and close the file."""
@@ -821,7 +800,7 @@ class CallLog:
         left = self._worker.finish(seconds)
         if left:
             logger.error("%d events could not be stored before the end, of the calls %s", len(left),
-                         ", ".join(dict.fromkeys(entry.row[1] for entry in left)))
+                         ", ".join(dict.fromkeys(entry.call_id for entry in left)))
         else:
             self._close_database()
 
@@ -832,7 +811,7 @@ class CallLog:
             with contextlib.suppress(sqlite3.Error):  # closed in this very moment
                 database.interrupt()
 
-    def _queue(self, entry: _Entry, received_at: float) -> bool:
+    def _queue(self, entry: Entry, received_at: float) -> bool:
         now = int(received_at * 1e6)
         with self._worker.lock:  # or ids would not be committed in their order
             # A clock that was put back a little is bridged, one that was wrong is not followed.
@@ -841,7 +820,7 @@ class CallLog:
             is_queued = self._worker.put(entry)
         if not is_queued:
             logger.error("the call log has no room: %s of call %s is not stored, since %d events "
-                         "wait for the disk", entry.row[0], entry.row[1], self.QUEUE)
+                         "wait for the disk", entry.event, entry.call_id, self.QUEUE)
         return is_queued
 
     def _fall_behind(self, reason: str) -> None:
@@ -851,14 +830,14 @@ class CallLog:
 
     # What follows runs in the worker's thread.
 
-    def _work(self, batch: list[_Entry]) -> bool:
+    def _work(self, batch: list[Entry]) -> bool:
         """Store `batch`; whether that is done. Look after the file when it is quiet, or time."""
         try:
             database = self._database or self._open()
             if batch:
                 self._store(database, batch)
             if not batch or time.monotonic() >= self._look_at:
-                self._look()
+                self._look_after(database)
         except (sqlite3.Error, OSError, SettingsError) as error:
             self._close_database()
             self._set_aside(error)
@@ -872,7 +851,7 @@ class CallLog:
             logger.info("the call log has caught up: all events are stored")
         return True
 
-    def _store(self, database: sqlite3.Connection, batch: list[_Entry]) -> None:
+    def _store(self, database: sqlite3.Connection, batch: list[Entry]) -> None:
         database.execute("BEGIN IMMEDIATE")
         for entry in batch:
             self._insert(database, entry)
@@ -880,17 +859,18 @@ class CallLog:
         for entry in batch:
             entry.outcome.put(entry.is_new)
 
-    def _insert(self, database: sqlite3.Connection, entry: _Entry) -> None:
-        event, body, digest = entry.row[0], entry.row[4], entry.row[5]
+    def _insert(self, database: sqlite3.Connection, entry: Entry) -> None:
         while True:
             try:
-                database.execute(INSERT, (entry.id, *entry.row))
+                database.execute(INSERT, (entry.id, entry.event, entry.call_id, entry.orig_call_id,
+                                          entry.xcid, entry.body, entry.digest))
                 return
             except sqlite3.IntegrityError:
                 pass
-            twin = database.execute("SELECT id FROM events WHERE digest = ?", (digest,)).fetchone()
+            twin = database.execute("SELECT id FROM events WHERE digest = ?",
+                                    (entry.digest,)).fetchone()
             there = database.execute("SELECT event, body FROM events WHERE id = ?", (entry.id,))
-            if twin or there.fetchone() == (event, body):
+            if twin or there.fetchone() == (entry.event, entry.body):
                 # Under our own id it is our first try, of which we were told that it failed.
                 entry.is_new = not twin or twin[0] == entry.id
                 return
@@ -914,38 +894,25 @@ class CallLog:
         database = sqlite3.connect(self.path, timeout=self.LOCK_SECONDS, isolation_level=None,
                                    check_same_thread=False)
         try:
-            self._prepare(database)
+            version = database.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, SCHEMA_VERSION):
+                raise SettingsError(f'CALL_LOG is "{self.path}": another version of this program '
+                                    "wrote it; take that, or another file")
+            if not version:
+                # Before WAL mode, so that the mark that it is ours is in the file itself at once.
+                database.executescript(SCHEMA)
+            # Where there can be no write-ahead log (network file systems), it does without.
+            for pragma in ("journal_mode=WAL", "synchronous=FULL", "fullfsync=ON",
+                           "secure_delete=ON"):
+                database.execute("PRAGMA " + pragma)
+            newest = database.execute("SELECT max(id) FROM events").fetchone()[0] or 0
         except BaseException:
             database.close()
             raise
-        self._database, self._identity = database, os.stat(self.path)
-        return database
-
-    def _prepare(self, database: sqlite3.Connection) -> None:
-        for pragma in ("synchronous=FULL", "fullfsync=ON", "secure_delete=ON"):
-            database.execute("PRAGMA " + pragma)
-        version = database.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, SCHEMA_VERSION):
-            raise SettingsError(f'CALL_LOG is "{self.path}": another version of this program wrote '
-                                "it; take that, or another file")
-        if not version:
-            # Before WAL mode, so that the mark that it is ours is in the file itself at once.
-            database.executescript(SCHEMA)
-        with contextlib.suppress(sqlite3.OperationalError):
-            database.execute("PRAGMA journal_mode=WAL")
-        if database.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
-            # Network file systems do not share the memory that WAL needs.
-            logger.warning("%s cannot have a write-ahead log where it is; it works, but more "
-                           "slowly", self.path)
-        newest = database.execute("SELECT max(id) FROM events").fetchone()[0] or 0
         self._last_id = max(self._last_id, newest)
         self._newest_at_start = self._newest_at_start or newest / 1e6
-
-    def _is_ours(self) -> bool:
-        """Whether the file under our path is the one that is open."""
-        with contextlib.suppress(OSError):
-            return bool(self._identity and os.path.samestat(os.stat(self.path), self._identity))
-        return False
+        self._database, self._identity = database, os.stat(self.path)
+        return database
 
     def _close_database(self) -> None:
         database, self._database = self._database, None
@@ -965,17 +932,21 @@ class CallLog:
                 os.replace(self.path + suffix, name + suffix)
         logger.error("the call log was damaged; it is now %s, and a new one is begun", name)
 
-    def _look(self) -> None:
+    def _look_after(self, database: sqlite3.Connection) -> None:
         """See whether the file under our path is still ours, and remove what is too old."""
         self._look_at = time.monotonic() + self.LOOK_SECONDS
-        if self._database and not self._is_ours():
+        try:
+            is_ours = os.path.samestat(os.stat(self.path), self._identity or os.stat(os.curdir))
+        except OSError:
+            is_ours = False
+        if not is_ours:
             logger.error("the call log %s was deleted or replaced; what is there now is used",
                          self.path)
             # What -wal still holds goes into the file that it belongs to, not into the next one.
             with contextlib.suppress(sqlite3.Error):
-                self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self._close_database()
-        database = self._database or self._open()
+            database = self._open()
         if time.monotonic() >= self._remove_at:
             try:
                 wait = self._remove(database)
@@ -996,43 +967,42 @@ class CallLog:
         for path in glob.glob(glob.escape(self.path) + ".damaged-*"):
             if os.path.getmtime(path) < before:
                 os.remove(path)
-        old = "SELECT id FROM events WHERE id < ? LIMIT ?"
-        removed = database.execute(f"DELETE FROM events WHERE id IN ({old})",
-                                   (int(before * 1e6), self.REMOVE_ROWS)).rowcount
+        removed = database.execute(
+            "DELETE FROM events WHERE id IN (SELECT id FROM events WHERE id < ? LIMIT ?)",
+            (int(before * 1e6), self.REMOVE_ROWS)).rowcount
         if removed:
             self._is_vacuum_due = True
             return self.REMOVE_STEP_SECONDS
         if self._is_vacuum_due or database.execute("PRAGMA freelist_count").fetchone()[0]:
-            wait = self._vacuum(database)
-            if wait:
-                return wait
+            quiet = time.monotonic() - self._last_event
+            if quiet < self.QUIET_SECONDS:
+                return self.QUIET_SECONDS - quiet
+            if not self._vacuum(database):
+                return self.QUIET_SECONDS
         # -wal holds pages as they were before; a reader can be in the way, and is not waited for.
         database.execute("PRAGMA busy_timeout=0")
         is_busy = database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
         database.execute(f"PRAGMA busy_timeout={self.LOCK_SECONDS * 1000:.0f}")
         return 1.0 if is_busy else DAY
 
-    def _vacuum(self, database: sqlite3.Connection) -> float:
-        """Write the file anew, without what deleted rows left in it; 0, or when to try again."""
-        quiet = time.monotonic() - self._last_event
-        if quiet < self.QUIET_SECONDS:
-            return self.QUIET_SECONDS - quiet
+    def _vacuum(self, database: sqlite3.Connection) -> bool:
+        """Write the file anew, without what deleted rows left in it; False if interrupted."""
         folder = os.path.dirname(self.path)
         if shutil.disk_usage(folder).free < 2.5 * os.path.getsize(self.path):
             logger.warning("there is no room to write %s anew: traces of removed numbers stay in "
                            "it until tomorrow's try", self.path)
-            return DAY
+            return True
         # Its temporary file holds numbers, too: beside the log, and not where others look.
         database.execute("PRAGMA temp_store_directory='{}'".format(folder.replace("'", "''")))
         self._is_vacuuming = True
         try:
             database.execute("VACUUM")
             self._is_vacuum_due = False
-            return 0.0
+            return True
         except sqlite3.OperationalError as error:
             if str(error) != "interrupted":  # by an event, for which there is time at once
                 raise
-            return self.QUIET_SECONDS
+            return False
         finally:
             self._is_vacuuming = False
 
@@ -1134,11 +1104,9 @@ class YourCode:
     def _run(self, name: str, event: CallEvent, outcome: queue.SimpleQueue[Any]) -> None:
         thread = threading.get_ident()
         self._began[thread] = time.monotonic()
-        try:
-            outcome.put(self._called(name, event))
-        finally:
-            del self._began[thread]
-            self._slots.release()
+        outcome.put(self._called(name, event))
+        del self._began[thread]
+        self._slots.release()
 
     def _run_hook(self, batch: list[Any]) -> None:
         for name, event in batch:
@@ -1147,6 +1115,7 @@ class YourCode:
             self._hook = ""
 
     def _called(self, name: str, event: CallEvent) -> Any:
+        """What that function returns; None if it raises, whatever it is. Raises nothing."""
         try:
             result = getattr(self.functions, name)(event)
             print(end="", flush=True)  # what print(..., end="") has left
@@ -1182,27 +1151,21 @@ class Answered(NamedTuple):
     action: Action | None = None
 
 
-# What is refused: the reply, and for stderr what to do about it.
-MISSING = "signature missing, see VERIFY_SIGNATURE"
-MALFORMED = "signature malformed, see SIGNATURE_KEY_FILE"
-MISMATCH = "signature does not match, see SIGNATURE_KEY_FILE"
-REMEDIES = {
-    MISSING: "a proxy drops X-Sipgate-Signature",
-    MALFORMED: "a proxy changes X-Sipgate-Signature",
-    MISMATCH: "a proxy changes the body, or sipgate has a new key (SIGNATURE_KEY_FILE)"}
-UNSIGNED_TRIAL = (" (in trial mode only requests of this machine need none: curl to "
-                  "http://localhost, through no proxy or tunnel)")
-UNSIGNED_FOLLOW_UP = ("; if sipgate itself sends this event without one, VERIFY_SIGNATURE=new-call "
-                      "takes it")
-WRONG_PATH = ("a webhook came in at %s, where nothing is: either the URL entered at sipgate is "
-              "not WEBHOOK_URL plus /new-call, or a proxy cuts off or changes the path")
 DISCARDED = Reply(200, b"This response will be discarded")
+MISSING, MALFORMED, MISMATCH = "missing", "malformed", "does not match"
+# For stderr: what it is, if it is sipgate's; for the reply: the setting to look at.
+REMEDIES = {
+    MISSING: ("a proxy drops X-Sipgate-Signature", "VERIFY_SIGNATURE"),
+    MALFORMED: ("a proxy changes X-Sipgate-Signature", "SIGNATURE_KEY_FILE"),
+    MISMATCH: ("a proxy changes the body, or sipgate has a new key (SIGNATURE_KEY_FILE)",
+               "SIGNATURE_KEY_FILE")}
 
 
-def refusal(reason: str, more: str = "") -> WebhookError:
-    """The error for a signature that is not right."""
-    return WebhookError(403, reason, f"a webhook was refused, {reason.partition(',')[0]}: it is "
-                        f"not from sipgate, or {REMEDIES[reason]}{more}")
+def refusal(fault: str, more: str = "") -> WebhookError:
+    """The error for a signature that is MISSING, MALFORMED or MISMATCH."""
+    remedy, setting = REMEDIES[fault]
+    return WebhookError(403, f"signature {fault}, see {setting}", "a webhook was refused, "
+                        f"signature {fault}: it is not from sipgate, or {remedy}{more}")
 
 
 class Receiver:
@@ -1217,11 +1180,10 @@ class Receiver:
         """`show` gets what has been answered, in order; `find_call` finds the call of an event."""
         self.settings, self.keys, self.show, self.find_call = settings, keys, show, find_call
         self.call_log, self.clock = call_log, clock
-        base = settings.base_path
+        base, url = settings.base_path, settings.base_url
         self.routes = {base + route: event for route, event in ROUTES.items()}
         # Somebody entered WEBHOOK_URL at sipgate as it stands: the body says which event it is.
         self.routes.update({base + "/": "", base or "/": ""})
-        url = settings.base_url
         self.urls = {"on_answer": url + "/on-answer", "on_hangup": url + "/on-hangup",
                      "on_data": url + "/on-data"}
         self._undecided = response_xml(None, **self.urls)  # most replies are this one
@@ -1245,13 +1207,19 @@ class Receiver:
         path, _, query = target.partition("?")
         try:
             if path not in self.routes:
-                logger.warning(WRONG_PATH, path[:80])
+                logger.warning("a webhook came in at %s, where nothing is: either the URL entered "
+                               "at sipgate is not WEBHOOK_URL plus /new-call, or a proxy cuts off "
+                               "or changes the path", path[:80])
                 raise WebhookError(404, "not found")
-            self._verify(path, body, signature, outside)
+            self._verify(self.routes[path], body, signature, outside)
             state = dict(urllib.parse.parse_qsl(query)).get("state", "") if query else ""
             event = parse_event(body, self.routes[path], state, signature=signature,
                                 find_call=self.find_call)
-            self._check(event, signature, outside)
+            if not self._is_open(outside):
+                if signature is None and event.event not in ("answer", "hangup", "dtmf"):
+                    raise refusal(MISSING)  # VERIFY_SIGNATURE=new-call has to read it first
+                if not event.call_id:
+                    raise WebhookError(400, "callId is missing")
         except WebhookError:
             self.refused += 1
             raise
@@ -1264,50 +1232,41 @@ class Receiver:
         """Whether nothing need be signed: trial mode on this machine, or no checks at all."""
         return self.settings.verify_signature == "off" or (self.settings.trial and not outside)
 
-    def _verify(self, path: str, body: bytes, signature: str | None, outside: str) -> None:
-        """Refuse what sipgate did not sign, before the form in the body is read.
-
-        With VERIFY_SIGNATURE=new-call an unsigned one has to be read to know what it is.
-        """
+    def _verify(self, expected: str, body: bytes, signature: str | None, outside: str) -> None:
+        """Refuse what sipgate did not sign, before the form in the body is read."""
         mode = self.settings.verify_signature
         if signature is not None:
             if mode != "off" and not is_signed(body, signature, self.keys):
                 sizes = [key.size for key in self.keys]
                 raise refusal(MISMATCH if len(decode_signature(signature)) in sizes else MALFORMED)
-        elif not self._is_open(outside):
-            if self.settings.trial:
-                raise refusal(MISSING, UNSIGNED_TRIAL)
-            if mode == "on":
-                is_follow_up = self.routes[path] not in ("", "newCall")
-                raise refusal(MISSING, UNSIGNED_FOLLOW_UP if is_follow_up else "")
-
-    def _check(self, event: CallEvent, signature: str | None, outside: str) -> None:
-        """Refuse what is not to be taken, now that it is known which event it is."""
-        if self._is_open(outside):
+        elif self._is_open(outside):
             return
-        if signature is None and not isinstance(event, (AnswerEvent, HangupEvent, DtmfEvent)):
-            raise refusal(MISSING)
-        if not event.call_id:
-            raise WebhookError(400, "callId is missing")
+        elif self.settings.trial:
+            raise refusal(MISSING, " (in trial mode only requests of this machine need none: curl "
+                          "to http://localhost, through no proxy or tunnel)")
+        elif mode == "on":
+            raise refusal(MISSING, "" if expected in ("", "newCall") else "; if sipgate itself "
+                          "sends this event without one, VERIFY_SIGNATURE=new-call takes it")
 
     def answer(self, event: CallEvent, deadline: float, outside: str = "") -> Answered:
         """Store the event, decide, and return the reply: by `deadline` (time.monotonic()).
 
         From here on the call is real, and no fault of ours may keep it from going through.
         """
-        received_at = self.clock()
+        received_at, is_new, action = self.clock(), True, None
         try:
             is_new = self._record(event, received_at)
             if isinstance(event, (AnswerEvent, HangupEvent)):
                 return Answered(event, DISCARDED, received_at, is_new)
             if isinstance(event, UnknownEvent):
-                reply = Reply(200, response_xml(), "application/xml")
-                return Answered(event, reply, received_at, is_new)
-            name = "on_new_call" if isinstance(event, NewCallEvent) else "on_dtmf"
-            action, document = self._document(self.your_code.decide(name, event, deadline), outside)
+                document = response_xml()
+            else:
+                name = "on_new_call" if isinstance(event, NewCallEvent) else "on_dtmf"
+                action = self.your_code.decide(name, event, deadline)
+                action, document = self._document(action, outside)
         except Exception:
             logger.exception("an error in this program; the call goes through undecided")
-            is_new, (action, document) = True, self._document(None, outside)
+            action, document = self._document(None, outside)
         return Answered(event, Reply(200, document, "application/xml"), received_at, is_new, action)
 
     def _record(self, event: CallEvent, received_at: float) -> bool:
@@ -1337,15 +1296,6 @@ class Receiver:
         except ValueError as error:
             logger.error("%s; the call goes through undecided", error)
             return None, undecided
-
-    def is_done(self, seconds: float) -> bool:
-        """Wait up to `seconds` for all that follows what was answered; whether that is done."""
-        until = time.monotonic() + seconds
-        while self.afterwards.waiting() or self.your_code.hooks.waiting():
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.005)
-        return True
 
     def follow(self, answered: Answered) -> None:
         """Do what follows a reply that has been sent: soon, or, if very many wait, here."""
@@ -2309,6 +2259,31 @@ def load_functions(path: str) -> CallFunctions:
     return CallFunctions(**found)
 
 
+# The DER form of an RSA key of 2048 to 65536 bits up to its modulus, whose length comes last: each
+# value has a tag and, as long as these are, 0x82 and two octets of length (RFC 3279 2.3.1).
+RSA_KEY = re.compile(
+    rb"\x30\x82..\x30\x0d\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01\x05\x00"
+    rb"\x03\x82..\x00\x30\x82..\x02\x82(..)", re.DOTALL)
+
+
+def key_from_pem(text: str) -> PublicKey:
+    """Return the first RSA key that `text` holds as "BEGIN PUBLIC KEY" (RFC 7468 13).
+
+    Raises ValueError that says what was expected.
+    """
+    pem = re.search("-----BEGIN PUBLIC KEY-----([A-Za-z0-9+/=\\s]+)-----END PUBLIC KEY-----", text)
+    der = base64.b64decode(pem[1]) if pem else b""
+    head = RSA_KEY.match(der)
+    start = head.end() if head else 0
+    end = start + (int.from_bytes(head[1], "big") if head else 0)
+    # Behind the modulus there are a tag, one octet of length, and the exponent.
+    key = PublicKey(int.from_bytes(der[start:end], "big"), int.from_bytes(der[end + 2:], "big"))
+    if key.size < 256 or key.exponent < 3 or not key.modulus & key.exponent & 1:
+        raise ValueError('expected a PEM file with "-----BEGIN PUBLIC KEY-----" and an RSA key of '
+                         "at least 2048 bits in it")
+    return key
+
+
 def load_keys(path: str) -> list[PublicKey]:
     """Return the key in the file SIGNATURE_KEY_FILE names, if any. Raises SettingsError."""
     try:
@@ -3212,6 +3187,16 @@ SCENARIOS = {
 MENU_LIMIT = 20  # of <Gather> in a row
 
 
+def is_done(receiver: Receiver, seconds: float) -> bool:
+    """Wait up to `seconds` for all that follows what was answered; whether that is done."""
+    until = time.monotonic() + seconds
+    while receiver.afterwards.waiting() or receiver.your_code.hooks.waiting():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.005)
+    return True
+
+
 class Rehearsal:
     """Plays one scenario towards `receiver`, and prints what is said."""
 
@@ -3295,7 +3280,7 @@ class Rehearsal:
         answered = receiver.answer(event, began + receiver.reply_seconds)
         took = f"<-- {answered.reply.status} in {(time.monotonic() - began) * 1000:.0f} ms"
         receiver.follow(answered)
-        if not receiver.is_done(10):
+        if not is_done(receiver, 10):
             self._complain("your on_answer or on_hangup has not returned after 10 s")
         if answered.reply is DISCARDED:
             print(took, flush=True)

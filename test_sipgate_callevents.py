@@ -904,7 +904,7 @@ class CallLogTest(unittest.TestCase):
         log, other = self.open(), self.other()
         self.record(log, "1", b"d")
         for digest in (None, b"e"):
-            entry = sc._Entry(("hangup", "2", None, None, b"x", digest))
+            entry = sc.Entry("hangup", "2", b"x", digest=digest)
             entry.id = 7 if digest else 8
             other.execute(sc.INSERT, (entry.id, *entry.row))
             log._worker.put(entry)
@@ -961,7 +961,7 @@ class CallLogTest(unittest.TestCase):
     def test_at_the_end_all_that_is_queued_is_stored_or_named(self):
         log = self.open()
         for n in range(500):
-            log._queue(sc._Entry(("newCall", str(n), None, None, b"", None)), self.now)
+            log._queue(sc.Entry("newCall", str(n), b""), self.now)
         log.close(10)
         self.assertEqual(self.rows(), [str(n) for n in range(500)])
         self.assertFalse(os.path.exists(self.path + "-wal"), "the database is closed")
@@ -1139,7 +1139,7 @@ class Conversation:
 
     def events(self):
         """What has been shown, once all that follows is done."""
-        if not self.receiver.is_done(5):
+        if not sc.is_done(self.receiver, 5):
             raise AssertionError("not quiet")
         return [answered.event for answered in self.shown]
 
@@ -1723,7 +1723,7 @@ class HttpTest(unittest.TestCase):
             lines = [mutated(coding, 0), length if chance.random() < 0.5 else mutated(length, 15)]
             chance.shuffle(lines)
             self.running.exchange(b"POST /new-call HTTP/1.1\r\n" + HOST_LINE + b"".join(lines) + b"\r\n" + body)
-        self.assertTrue(self.running.receiver.is_done(5))
+        self.assertTrue(sc.is_done(self.running.receiver, 5))
         self.assertEqual([event for event in self.running.shown[before:] if event.call_id == "H"], [])
 
     def test_requests_in_two_segments_get_the_same_reply(self):
@@ -1895,7 +1895,7 @@ class TimeLimitTest(unittest.TestCase):
     def test_what_comes_too_slowly_is_closed_without_a_word_and_recorded_nowhere(self):
         for sent in (b"", b"POST /new-call HT", request(b"callId=slow")[:-1]):
             self.assertEqual(self.running.exchange(sent, close=False), b"")
-        self.assertTrue(self.running.receiver.is_done(5))
+        self.assertTrue(sc.is_done(self.running.receiver, 5))
         self.assertEqual([event for event in self.running.shown if event.call_id == "slow"], [])
 
     def test_a_byte_now_and_then_does_not_stretch_the_limit(self):
