@@ -906,7 +906,7 @@ class CallLogTest(unittest.TestCase):
         for digest in (None, b"e"):
             entry = sc.Entry("hangup", "2", b"x", digest=digest)
             entry.id = 7 if digest else 8
-            other.execute(sc.INSERT, (entry.id, *entry.row))
+            other.execute(sc.INSERT, (entry.id, entry.event, entry.call_id, None, None, entry.body, entry.digest))
             log._worker.put(entry)
             self.assertIs(entry.outcome.get(timeout=5), True, "our own first try is no repeat")
         self.assertEqual(self.rows("id"), [7, 8, 10**15])
