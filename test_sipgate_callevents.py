@@ -910,7 +910,7 @@ class CallLogTest(unittest.TestCase):
             log._worker.put(entry)
             self.assertIs(entry.outcome.get(timeout=5), True, "our own first try is no repeat")
         self.assertEqual(self.rows("id"), [7, 8, 10**15])
-        twin = sc._Entry(("hangup", "3", None, None, b"y", None))
+        twin = sc.Entry("hangup", "3", b"y")
         twin.id = 7
         log._worker.put(twin)
         self.assertIs(twin.outcome.get(timeout=5), True)
