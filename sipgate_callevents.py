@@ -1603,7 +1603,7 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
         try:
             getattr(self, "do_" + head.method, self.do_other)(head, body)
         except WebhookError as error:
-            if error.status != 404:
+            if error.status != 404:  # which admit() has spoken of, if it was a webhook
                 logger.warning(error.detail or "a request was refused: " + error.reason)
             self._send(Reply(error.status, error.reason.encode() + b"\n"))
         except OSError:  # the client has gone
@@ -1677,35 +1677,29 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
 class TlsFiles:
     """The certificate and key of the webhook port; a renewed pair is picked up while it runs."""
 
-    CHECK_SECONDS = 1.0
-
     def __init__(self, certificate: str, key: str) -> None:
         """Load the PEM files. Raises SettingsError."""
         self.certificate, self.key = certificate, key
         self._lock = threading.Lock()
         self._stamp: list[tuple[int, int]] = []
-        self._checked_at = -math.inf
         try:
-            self._look()
+            self._load_if_new()
         except (OSError, ValueError) as error:
             raise SettingsError(f'WEBHOOK_TLS_CERT is "{certificate}" and WEBHOOK_TLS_KEY "{key}": '
                                 f"{error}; expected a PEM certificate (with its chain) and the key "
                                 "that belongs to it") from None
 
     def context(self) -> ssl.SSLContext:
-        """The context for a new connection; looks for renewed files at most once a second."""
+        """The context for a new connection."""
         with self._lock:
             try:
-                self._look()
+                self._load_if_new()
             except (OSError, ValueError) as error:
                 logger.error("the renewed certificate %s cannot be used with its key (%s); the old "
                              "one stays in use", self.certificate, error)
             return self._context
 
-    def _look(self) -> None:
-        if time.monotonic() - self._checked_at < self.CHECK_SECONDS:
-            return
-        self._checked_at = time.monotonic()
+    def _load_if_new(self) -> None:
         found = [os.stat(path) for path in (self.certificate, self.key)]
         stamp = [(status.st_mtime_ns, status.st_ino) for status in found]
         if stamp != self._stamp:
