@@ -1494,12 +1494,13 @@ def rendered(reply: Reply, is_closing: bool, is_head: bool, moment: int) -> byte
 class Connection:
     """What the server has to know of a connection; but for the deadline guarded by its lock."""
 
+    IDLE_SPARED = 5.0  # after a reply: a proxy may be about to send the next request
+    READ_SPARED = 0.5  # after the first byte of a request
+
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self.since = time.monotonic()  # waiting for a request, or for the client to go
         self.deadline = math.inf  # past it, the server cuts the connection
-        self.has_read = False  # a first byte
-        self.is_idle = False  # between two requests
+        self.spared_until = time.monotonic()
         self.in_flight = False  # a complete request is being answered
         self.is_cut = False
 
@@ -1507,10 +1508,9 @@ class Connection:
         """Put the deadline so many seconds from now."""
         self.deadline = time.monotonic() + seconds
 
-    def may_go(self, now: float) -> bool:
+    def may_go(self) -> bool:
         """Whether it can be cut to make room: no request of it is answered, or about to be."""
-        spared = 5.0 if self.is_idle else 0.5  # a proxy is about to use it again; it is being read
-        if self.in_flight or self.is_cut or (self.has_read and now - self.since < spared):
+        if self.in_flight or self.is_cut or time.monotonic() < self.spared_until:
             return False
         with contextlib.suppress(OSError, AttributeError):  # nothing has come; Windows cannot tell
             peek = socket.MSG_PEEK | socket.MSG_DONTWAIT
@@ -1579,8 +1579,7 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
     def _await_request(self) -> bool:
         """Wait for the first byte of a request; False if the client closes, or speaks TLS."""
         first = self.rfile.peek(1)[:1]  # type: ignore[attr-defined]
-        self.entry.has_read, self.entry.is_idle = True, False
-        self.entry.since = time.monotonic()
+        self.entry.spared_until = time.monotonic() + Connection.READ_SPARED
         self.entry.allow(self.head_seconds)
         if first == b"\x16":
             logger.warning("https on the http port: a TLS handshake came in; the tunnel or proxy "
@@ -1761,12 +1760,10 @@ class WebhookServer(socketserver.ThreadingTCPServer):
 
     def _make_room(self) -> None:
         """Cut the connection that has waited longest; none that is served, or soon will be."""
-        connections = sorted(self.connections.values(), key=lambda connection: connection.since)
-        if not any(connection.is_cut for connection in connections):
-            now = time.monotonic()
-            oldest = next((one for one in connections if one.may_go(now)), None)
-            if oldest:
-                oldest.cut()
+        waiting = sorted(self.connections.values(), key=lambda one: one.spared_until)
+        if not any(connection.is_cut for connection in waiting):
+            for connection in itertools.islice(filter(Connection.may_go, waiting), 1):
+                connection.cut()
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection. Raises OSError."""
@@ -1820,8 +1817,8 @@ class WebhookServer(socketserver.ThreadingTCPServer):
     def end(self, connection: Connection) -> None:
         """The request has its reply."""
         with self._changed:
-            connection.in_flight, connection.is_idle = False, True
-            connection.since = time.monotonic()
+            connection.in_flight = False
+            connection.spared_until = time.monotonic() + Connection.IDLE_SPARED
             if self.is_stopping:
                 self._changed.notify_all()
 
