@@ -318,8 +318,8 @@ class WebhookError(Exception):
 class CallEvent:
     """What every event carries. What sipgate left out is "" or (); numbers and ids are text.
 
-    `fields` is the form as it came: key to list of values, unknown keys included. `body` and
-    `signature` (None without) are what to pass on if another program is to verify it.
+    `fields` is the form as it came: key to list of values. `body` and `signature` (None without)
+    are what to pass on if another program is to verify it.
     """
 
     event: ClassVar[str]
@@ -365,10 +365,7 @@ class NewCallEvent(LegEvent):
 
     @property
     def first_leg(self) -> bool:
-        """Whether this begins a call: its origCallId is empty or its own callId.
-
-        False for a further leg, such as a transfer, or the way to voicemail.
-        """
+        """Whether this begins a call, and is no further leg of one, such as a transfer."""
         return self.orig_call_id in ("", self.call_id)
 
 
@@ -418,9 +415,6 @@ TEXT_FIELDS = {
     "from": "from_number", "to": "to_number", "diversion": "diversion", "cause": "cause",
     "user": "user", "userId": "user_id", "fullUserId": "full_user_id", "dtmf": "dtmf",
     "answeringNumber": "answering_number"}
-OWN_FIELDS = {kind: [(wire, python) for wire, python in TEXT_FIELDS.items()
-                     if python in {known.name for known in fields(kind)}]
-              for kind in (*EVENTS.values(), UnknownEvent)}
 LIST_FIELDS = {"user": "users", "userId": "user_ids", "fullUserId": "full_user_ids"}
 # user[] as documented, user[][0] as sipgate's own test sends it.
 LIST_KEY = re.compile(r"(user|userId|fullUserId)\[\](?:\[[0-9]+\])?")
@@ -429,9 +423,9 @@ LIST_KEY = re.compile(r"(user|userId|fullUserId)\[\](?:\[[0-9]+\])?")
 def parse_event(body: bytes, default_event: str, state: str = "", **more: Any) -> CallEvent:
     """Return the event that the form in `body` holds, `more` among its attributes.
 
-    The event named in the body decides; `default_event` stands in where it names none.
-    Raises WebhookError: 400 for what is no form or has a single field twice, 404 if there is
-    no event at all. Unknown events and fields are kept. (sipgate's Push API, "Events".)
+    The event named in the body decides; `default_event` stands in where it names none. Unknown
+    events and fields are kept. Raises WebhookError: 400 for what is no form or has a single
+    field twice, 404 if there is no event at all. (sipgate's Push API, "Events".)
     """
     if body and b"=" not in body:
         raise WebhookError(400, "the body is no form (application/x-www-form-urlencoded)")
@@ -446,8 +440,8 @@ def parse_event(body: bytes, default_event: str, state: str = "", **more: Any) -
     if not name:
         raise WebhookError(404, "no event is named")
     kind = EVENTS.get(name, UnknownEvent)
-    values: dict[str, Any] = {python: _single(form, wire) for wire, python in OWN_FIELDS[kind]
-                              if wire in form}
+    values: dict[str, Any] = {python: _single(form, wire) for wire, python in TEXT_FIELDS.items()
+                              if wire in form and python in kind.__dataclass_fields__}
     if kind is NewCallEvent:
         values.update(_lists(form))
     elif kind is DtmfEvent:
@@ -494,12 +488,9 @@ class Action:
 def _phone_number(argument: str, value: str) -> str:
     digits = re.sub(r"\A\s*\+|[\s()/-]", "", value) if isinstance(value, str) else ""
     # "+49 (0) 211" means 49211; without the brackets it would be a wrong number.
-    if not re.fullmatch("[0-9]{1,32}", digits) or re.search(r"\(\s*0\s*\)", value):
-        raise ValueError(f"{argument} is {value!r}: expected text of digits with the country code, "
-                         "such as '4915799912345'")
-    if digits.startswith("0"):
-        raise ValueError(f"{argument} is {value!r}: a number begins with its country code, "
-                         "without 0 or 00, such as '4915799912345'")
+    if not re.fullmatch("[1-9][0-9]{0,31}", digits) or re.search(r"\(\s*0\s*\)", value):
+        raise ValueError(f"{argument} is {value!r}: expected text of digits that begin with the "
+                         "country code, without 0 or 00, such as '4915799912345'")
     return digits
 
 
@@ -508,10 +499,6 @@ def _absolute_url(argument: str, value: str) -> str:
         raise ValueError(f"{argument} is {value!r}: expected a URL that begins with http:// or "
                          "https://")
     return value
-
-
-def _sound(argument: str, url: str) -> tuple[Action, ...]:
-    return (Action("Url", text=_absolute_url(argument, url)),)
 
 
 def _at_least_one(argument: str, value: int) -> str:
@@ -549,7 +536,7 @@ def play(url: str) -> Action:
 
     It must be WAV, mono, 16-bit PCM, 8 kHz. Raises ValueError for a URL that is not absolute.
     """
-    return Action("Play", children=_sound("url", url))
+    return Action("Play", children=(Action("Url", text=_absolute_url("url", url)),))
 
 
 def gather(url: str | None = None, *, play: str | None = None, max_digits: int = 1,
@@ -559,17 +546,17 @@ def gather(url: str | None = None, *, play: str | None = None, max_digits: int =
     `url` is the address to send them to instead of our own, `timeout_ms` runs from the end of
     the sound, in milliseconds, and `state` comes back as event.state. Raises ValueError.
     """
-    # What does not begin with http is completed by response_xml.
-    target = "" if url is None else _absolute_url("url", url)
+    target = "" if url is None else _absolute_url("url", url)  # response_xml puts ours before ""
     if state is not None:
         if not isinstance(state, str) or re.search("[\ud800-\udfff]", state):
             raise ValueError(f"state is {state!r}: expected text")
         target += ("&" if "?" in target else "?") + urllib.parse.urlencode({"state": state})
+    sound = () if play is None else (Action("Url", text=_absolute_url("play", play)),)
     return Action("Gather", (
         ("onData", target),
         ("maxDigits", _at_least_one("max_digits", max_digits)),
         ("timeout", _at_least_one("timeout_ms", timeout_ms)),
-    ), () if play is None else (Action("Play", children=_sound("play", play)),))
+    ), (Action("Play", children=sound),) if sound else ())
 
 
 def reject(reason: str = "rejected") -> Action:
@@ -623,11 +610,11 @@ class Worker:
 
     def __init__(self, name: str, work: Callable[[list[Any]], bool | None], limit: int, *,
                  most: int = 1000, pause: float = 0.0, idle_seconds: float | None = None) -> None:
-        """Start the thread: it calls `work` with a list of all that waits, up to `most` items.
+        """Start the thread: it calls `work` with a list of what waits, up to `most` items.
 
-        False from `work` means: the same again, after RETRY_SECONDS. `limit` items may wait;
-        `pause` seconds pass after each list, so that little things gather. With `idle_seconds`
-        `work` gets an empty list whenever nothing came for so long.
+        `limit` items may wait; False from `work` means: the same again, after RETRY_SECONDS.
+        `pause` seconds pass after each list, so that little things gather. With `idle_seconds`,
+        `work` gets an empty list when nothing came for so long.
         """
         self._work, self.limit, self._most, self._pause = work, limit, most, pause
         self.idle_seconds = idle_seconds
@@ -667,23 +654,18 @@ class Worker:
                 if self._is_closing and not self._items:
                     break
                 batch = list(itertools.islice(self._items, self._most))
-            if not self._is_done(batch):
-                time.sleep(self.RETRY_SECONDS)
-            elif self._pause:
-                time.sleep(self._pause)
+            is_done = None
+            try:
+                is_done = self._work(batch)
+            except Exception:  # the thread serves all that comes later, too
+                logger.exception("an error in this program; %d entries are passed over", len(batch))
+            with self.lock:
+                for _ in batch if is_done is not False else ():
+                    self._items.popleft()
+            pause = self.RETRY_SECONDS if is_done is False else self._pause
+            if pause:
+                time.sleep(pause)
         self._ended.set()
-
-    def _is_done(self, batch: list[Any]) -> bool:
-        """Work on `batch` and take it off the queue; False if it is to come again."""
-        try:
-            if self._work(batch) is False:
-                return False
-        except Exception:  # the thread serves all that comes later, too
-            logger.exception("an error in this program; %d entries are passed over", len(batch))
-        with self.lock:
-            for _ in batch:
-                self._items.popleft()
-        return True
 
 
 # ------------------------------------------------------------------------------------------
@@ -1288,9 +1270,6 @@ class Receiver:
                            "hangup too", outside, outside)
         if action is None:
             return None, undecided
-        asks_us = action.tag == "Gather" and not action.attributes[0][1].startswith("http")
-        if asks_us and self.your_code.does_nothing("on_dtmf"):
-            logger.warning("gather() was returned, but on_dtmf does nothing with the digits")
         try:
             return action, response_xml(action, **urls)
         except ValueError as error:
@@ -1600,7 +1579,7 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
         options = head.headers.get("connection", "").lower().replace(" ", "").split(",")
         self.close_connection = not head.minor or "close" in options or self.server.is_crowded()
         try:
-            getattr(self, "do_" + head.method, self.do_other)(head, body)
+            self._dispatch(head, body)
         except WebhookError as error:
             if error.status != 404:  # which admit() has spoken of, if it was a webhook
                 logger.warning(error.detail or "a request was refused: " + error.reason)
@@ -1611,12 +1590,29 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
             logger.exception("an error in this program; replied 500")
             self._send(Reply(500, b"internal error\n"))
 
-    def do_POST(self, head: RequestHead, body: bytes) -> None:
-        """A webhook: the reply, and then what follows it."""
+    def _dispatch(self, head: RequestHead, body: bytes) -> None:
+        """Do what the path stands for. Raises WebhookError, OSError."""
+        server = self.server
+        is_health = head.path == server.health_path
+        # By the marks `check` proves that this very path leads to this very process.
+        if is_health and head.method in ("GET", "HEAD"):
+            wrong = server.receiver.health()
+            self._send(Reply(503 if wrong else 200, (wrong or "ok").encode() + b"\n", headers=(
+                *server.marks, ("X-Refused", str(server.receiver.refused)),
+                ("Cache-Control", "no-store"))))
+        elif is_health:
+            self._send(Reply(405, b"takes GET\n", headers=(("Allow", "GET, HEAD"), *server.marks)))
+        elif head.method == "POST":
+            self._receive(head, body)
+        elif head.path in server.receiver.routes:
+            self._send(Reply(405, b"takes POST from sipgate\n",
+                             headers=(("Allow", "POST"), *server.marks)))
+        else:
+            raise WebhookError(404, "not found")
+
+    def _receive(self, head: RequestHead, body: bytes) -> None:
+        """Take in a webhook: the reply, and then what follows it."""
         receiver, headers = self.server.receiver, head.headers
-        if head.path == self.server.health_path:
-            self.do_other(head, body)
-            return
         deadline, outside = time.monotonic() + receiver.reply_seconds, outside_host(headers)
         event = receiver.admit(head.target, body, headers.get("x-sipgate-signature"), outside)
         answered = receiver.answer(event, deadline, outside)
@@ -1630,29 +1626,6 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
         if body and not FORM_TYPE.match(headers.get("content-type", "")):
             logger.warning("a webhook came without the Content-Type that sipgate sends "
                            "(application/x-www-form-urlencoded)")
-
-    def do_GET(self, head: RequestHead, body: bytes) -> None:
-        """The health of this process."""
-        if head.path != self.server.health_path:
-            self.do_other(head, body)
-            return
-        receiver = self.server.receiver
-        wrong = receiver.health()
-        self._send(Reply(503 if wrong else 200, (wrong or "ok").encode() + b"\n", headers=(
-            *self.server.marks, ("X-Refused", str(receiver.refused)),
-            ("Cache-Control", "no-store"))))
-
-    do_HEAD = do_GET
-
-    def do_other(self, head: RequestHead, body: bytes) -> None:
-        """A method where it does not belong."""
-        is_health = head.path == self.server.health_path
-        if not is_health and head.path not in self.server.receiver.routes:
-            raise WebhookError(404, "not found")
-        allowed, text = ("GET, HEAD", b"takes GET\n") if is_health else (
-            "POST", b"takes POST from sipgate\n")
-        # By the marks `check` proves that this very path leads to this very process.
-        self._send(Reply(405, text, headers=(("Allow", allowed), *self.server.marks)))
 
     def _send(self, reply: Reply) -> None:
         """Write `reply` in one piece, so that it is one TCP segment."""
@@ -2003,19 +1976,13 @@ def consoles() -> Iterator[tuple[Console, Console]]:
 
 
 def catch_signals() -> list[int]:
-    """Return the list that SIGINT, SIGTERM and SIGHUP go to; a second one ends the process."""
+    """Return the list that SIGINT, SIGTERM and SIGHUP go to."""
     arrived: list[int] = []
-
-    def on_signal(number: int, frame: Any) -> None:
-        if arrived:
-            os._exit(128 + number)
-        arrived.append(number)
-
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
         number = getattr(signal, name, None)
         # nohup has SIGHUP ignored, and means it.
         if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
-            signal.signal(number, on_signal)
+            signal.signal(number, lambda number, frame: arrived.append(number))
     return arrived
 
 
@@ -3282,6 +3249,8 @@ class Rehearsal:
         action = printable(described(answered.action)) if answered.action else "no action"
         print(wrapped(f"{took}  {action}, asks for {' and '.join(asked) or 'nothing more'}",
                       sys.stdout, 4), flush=True)
+        if response.find("Gather") is not None and receiver.your_code.does_nothing("on_dtmf"):
+            print("    (on_dtmf does nothing with the digits)")
         for sound in response.iter("Url"):
             if not (sound.text or "").partition("?")[0].lower().endswith(".wav"):
                 print(f"    is {printable(sound.text or '')} a WAV file? sipgate plays no other")
@@ -4303,7 +4272,7 @@ def run_server(settings: Settings) -> int:
     loaded, tell = modified(path), teller(settings.call_output, not has_own_time(sys.stdout))
 
     def tell_and_look(answered: Answered) -> str:
-        if modified(path) != loaded:
+        if path and modified(path) != loaded:
             logger.warning("%s has changed: restart this program to use it", path)
         return tell(answered)
 

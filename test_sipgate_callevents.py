@@ -583,8 +583,7 @@ class ActionTest(unittest.TestCase):
         self.assertEqual(dial(" +49 (157) 999-123/45"), dial("4915799912345"))
 
     def test_what_sipgate_would_not_understand_is_refused_when_it_is_built(self):
-        digits = "expected text of digits with the country code, such as '4915799912345'"
-        country = "a number begins with its country code, without 0 or 00, such as '4915799912345'"
+        digits = "expected text of digits that begin with the country code, without 0 or 00, such as '4915799912345'"
         url = "expected a URL that begins with http:// or https://"
         whole = "expected a whole number of 1 or more"
         for build, message in [
@@ -597,7 +596,7 @@ class ActionTest(unittest.TestCase):
                 (lambda: dial("+49 (0) 211 1"), f"numbers is '+49 (0) 211 1': {digits}"),
                 (lambda: dial(["1", "2"]), f"numbers is ['1', '2']: {digits}"),
                 (lambda: dial(4921100), f"numbers is 4921100: {digits}"),
-                (lambda: dial("0157123"), f"numbers is '0157123': {country}"), (lambda: dial("0049157"), f"numbers is '0049157': {country}"),
+                (lambda: dial("0157123"), f"numbers is '0157123': {digits}"), (lambda: dial("0049157"), f"numbers is '0049157': {digits}"),
                 (lambda: dial("1", caller_id="me"), f"caller_id is 'me': {digits}"),
                 (lambda: dial("1", anonymous="yes"), "anonymous is 'yes': expected True or False"),
                 (lambda: play("example.wav"), f"url is 'example.wav': {url}"),
@@ -1374,7 +1373,6 @@ class YourCodeTest(unittest.TestCase):
             self.assertEqual(talk.receive("/new-call", NEW_CALL, sign(NEW_CALL), "abc.lhr.life").body, BARE_XML)
             self.assertIn("gather() without a URL needs WEBHOOK_URL; the call goes through undecided", said)
             self.assertIn(b"<Gather", talk.receive("/new-call", NEW_CALL).body)
-        self.assertIn("gather() was returned, but on_dtmf does nothing with the digits", said)
 
     def test_late_code_is_reported_and_its_slot_is_free_again_when_it_returns(self):
         go_on, replies, below = threading.Event(), [], []
@@ -3589,23 +3587,6 @@ class ProgramTest(unittest.TestCase):
         program.process.send_signal(signal.SIGHUP)
         self.assertEqual(program.post("/new-call", NEW_CALL)[0], 200)
         self.assertEqual(program.end()[0], 0)
-
-    def test_the_second_signal_ends_at_once(self):
-        self.write("mine.py", "import time\ndef on_hangup(event):\n    print('begun', flush=True)\n    time.sleep(60)\n")
-        program = self.start(CALL_HANDLERS="mine.py")
-        program.post("/on-hangup", HANGUP)
-        while program.process.stdout.readline() not in (b"begun\n", b""):
-            pass
-        program.process.send_signal(signal.SIGTERM)
-        connected = True
-        while connected:  # until the first signal has closed the port
-            try:
-                program.post("/new-call", b"")
-            except OSError:
-                connected = False
-        began = time.monotonic()
-        self.assertEqual(program.end()[0], 128 + signal.SIGTERM)
-        self.assertLess(time.monotonic() - began, 2)
 
     def run_command(self, *arguments, **environ):
         """Exit status, stdout and stderr of a command."""
