@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Unlicense
 # Public domain, see https://unlicense.org
-"""Receive the call events of sipgate.io: verify, decide, answer, keep, show.
+"""Receive the call events of sipgate.io: verify, decide, reply, keep, show.
 
 Copy this one file to a server and start it; Python 3.8 or newer is all it needs:
 
@@ -22,7 +22,7 @@ has stored; no reply waits for it, unless a function of yours asks for event.cal
       |  WebhookRequestHandler    a complete, strictly framed request, in time, within limits
       |  Receiver.admit           is_signed on the raw body, before the form in it is read;
       |                           then parse_event. What is refused is stored and run nowhere
-      |  Receiver.answer          CallLog.record: on disk, or stderr says that it is not yet;
+      |  Receiver.reply_to        CallLog.record: on disk, or stderr says that it is not yet;
       |                           on_new_call, on_dtmf: your decision; response_xml
       |  one sendall
       +  Receiver.follow          afterwards: the printed line, on_answer and on_hangup
@@ -773,7 +773,7 @@ class CallLog:
             return None
 
     def record_reply(self, event: CallEvent, document: bytes) -> None:
-        """Store the XML that `event` was answered with, without waiting for it."""
+        """Store the XML of the reply to `event`, without waiting for it."""
         self._queue(Entry("reply", event.call_id, document), self.clock())
 
     def close(self, seconds: float) -> None:
@@ -1123,7 +1123,7 @@ class Reply(NamedTuple):
     headers: tuple[tuple[str, str], ...] = ()
 
 
-class Answered(NamedTuple):
+class Replied(NamedTuple):
     """An event with its reply, and what is left to do once that has been sent."""
 
     event: CallEvent
@@ -1156,10 +1156,10 @@ class Receiver:
     reply_seconds = REPLY_SECONDS
 
     def __init__(self, settings: Settings, keys: Sequence[PublicKey], functions: CallFunctions,
-                 show: Callable[[list[Answered]], Any] = lambda batch: None, *,
+                 show: Callable[[list[Replied]], Any] = lambda batch: None, *,
                  call_log: CallLog | None = None, clock: Callable[[], float] = time.time,
                  find_call: Callable[[CallEvent], Any] | None = None) -> None:
-        """`show` gets what has been answered, in order; `find_call` finds the call of an event."""
+        """`show` gets what has been replied to, in order; `find_call` finds the call of an event."""
         self.settings, self.keys, self.show, self.find_call = settings, keys, show, find_call
         self.call_log, self.clock = call_log, clock
         base, url = settings.base_path, settings.base_url
@@ -1230,7 +1230,7 @@ class Receiver:
             raise refusal(MISSING, "" if expected in ("", "newCall") else "; if sipgate itself "
                           "sends this event without one, VERIFY_SIGNATURE=new-call takes it")
 
-    def answer(self, event: CallEvent, deadline: float, outside: str = "") -> Answered:
+    def reply_to(self, event: CallEvent, deadline: float, outside: str = "") -> Replied:
         """Store the event, decide, and return the reply: by `deadline` (time.monotonic()).
 
         From here on the call is real, and no fault of ours may keep it from going through.
@@ -1239,7 +1239,7 @@ class Receiver:
         try:
             is_new = self._record(event, received_at)
             if isinstance(event, (AnswerEvent, HangupEvent)):
-                return Answered(event, DISCARDED, received_at, is_new)
+                return Replied(event, DISCARDED, received_at, is_new)
             if isinstance(event, UnknownEvent):
                 document = response_xml()
             else:
@@ -1249,7 +1249,7 @@ class Receiver:
         except Exception:
             logger.exception("an error in this program; the call goes through undecided")
             action, document = self._document(None, outside)
-        return Answered(event, Reply(200, document, "application/xml"), received_at, is_new, action)
+        return Replied(event, Reply(200, document, "application/xml"), received_at, is_new, action)
 
     def _record(self, event: CallEvent, received_at: float) -> bool:
         """Have the event stored; whether it is not an exact repeat (where signatures count)."""
@@ -1276,19 +1276,19 @@ class Receiver:
             logger.error("%s; the call goes through undecided", error)
             return None, undecided
 
-    def follow(self, answered: Answered) -> None:
+    def follow(self, replied: Replied) -> None:
         """Do what follows a reply that has been sent: soon, or, if very many wait, here."""
-        if self.call_log and answered.action and answered.is_new:
-            self.call_log.record_reply(answered.event, answered.reply.body)
-        if not self.afterwards.put(answered):
-            self._follow([answered])
+        if self.call_log and replied.action and replied.is_new:
+            self.call_log.record_reply(replied.event, replied.reply.body)
+        if not self.afterwards.put(replied):
+            self._follow([replied])
 
-    def _follow(self, batch: list[Answered]) -> None:
+    def _follow(self, batch: list[Replied]) -> None:
         try:
             self.show(batch)
         except Exception:  # your code is to run all the same
             logger.exception("an error in this program; events were not printed")
-        for event in (answered.event for answered in batch if answered.is_new):
+        for event in (replied.event for replied in batch if replied.is_new):
             if isinstance(event, (AnswerEvent, HangupEvent)):
                 self.your_code.run_later("on_" + event.event, event)
 
@@ -1480,7 +1480,7 @@ class Connection:
         self.sock = sock
         self.deadline = math.inf  # past it, the server cuts the connection
         self.spared_until = time.monotonic()
-        self.in_flight = False  # a complete request is being answered
+        self.in_flight = False  # a complete request is being replied to
         self.is_cut = False
 
     def allow(self, seconds: float) -> None:
@@ -1488,7 +1488,7 @@ class Connection:
         self.deadline = time.monotonic() + seconds
 
     def may_go(self) -> bool:
-        """Whether it can be cut to make room: no request of it is answered, or about to be."""
+        """Whether it can be cut to make room: none that is being replied to, or soon will be."""
         if self.in_flight or self.is_cut or time.monotonic() < self.spared_until:
             return False
         with contextlib.suppress(OSError, AttributeError):  # nothing has come; Windows cannot tell
@@ -1521,14 +1521,14 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
     server: WebhookServer
 
     def setup(self) -> None:
-        self.entry = self.server.connections[self.request]
+        self.state = self.server.connections[self.request]
         self.close_connection, self.command = True, ""
-        self.entry.allow(self.head_seconds)
+        self.state.allow(self.head_seconds)
         if self.server.tls:
             # Here and not in the accepting thread, which a silent client would hold up.
-            self.request = self.entry.sock = self.server.tls.context().wrap_socket(
+            self.request = self.state.sock = self.server.tls.context().wrap_socket(
                 self.request, True, do_handshake_on_connect=False)
-            if self.entry.is_cut:  # in its old form, which had no effect
+            if self.state.is_cut:  # in its old form, which had no effect
                 raise ConnectionAbortedError
             self.request.do_handshake()
         super().setup()
@@ -1549,17 +1549,17 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
         except WebhookError as error:
             self._refuse(error)
             return
-        if self.server.begin(self.entry):
+        if self.server.begin(self.state):
             try:
-                self._answer(head, body)
+                self._reply_to(head, body)
             finally:
-                self.server.end(self.entry)
+                self.server.end(self.state)
 
     def _await_request(self) -> bool:
         """Wait for the first byte of a request; False if the client closes, or speaks TLS."""
         first = self.rfile.peek(1)[:1]  # type: ignore[attr-defined]
-        self.entry.spared_until = time.monotonic() + Connection.READ_SPARED
-        self.entry.allow(self.head_seconds)
+        self.state.spared_until = time.monotonic() + Connection.READ_SPARED
+        self.state.allow(self.head_seconds)
         if first == b"\x16":
             logger.warning("https on the http port: a TLS handshake came in; the tunnel or proxy "
                            "must speak http to this port")
@@ -1574,7 +1574,7 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
         if head.minor:
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def _answer(self, head: RequestHead, body: bytes) -> None:
+    def _reply_to(self, head: RequestHead, body: bytes) -> None:
         """Reply to a complete request."""
         options = head.headers.get("connection", "").lower().replace(" ", "").split(",")
         self.close_connection = not head.minor or "close" in options or self.server.is_crowded()
@@ -1615,31 +1615,31 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
         receiver, headers = self.server.receiver, head.headers
         deadline, outside = time.monotonic() + receiver.reply_seconds, outside_host(headers)
         event = receiver.admit(head.target, body, headers.get("x-sipgate-signature"), outside)
-        answered = receiver.answer(event, deadline, outside)
+        replied = receiver.reply_to(event, deadline, outside)
         try:
-            self._send(answered.reply)
+            self._send(replied.reply)
         except OSError:
-            answered = answered._replace(action=None)  # which sipgate did not get to know
+            replied = replied._replace(action=None)  # which sipgate did not get to know
             raise
         finally:
-            receiver.follow(answered)
+            receiver.follow(replied)
         if body and not FORM_TYPE.match(headers.get("content-type", "")):
             logger.warning("a webhook came without the Content-Type that sipgate sends "
                            "(application/x-www-form-urlencoded)")
 
     def _send(self, reply: Reply) -> None:
         """Write `reply` in one piece, so that it is one TCP segment."""
-        self.entry.allow(self.reply_seconds)
+        self.state.allow(self.reply_seconds)
         self.connection.sendall(rendered(reply, self.close_connection, self.command == "HEAD",
                                          int(time.time())))
-        self.entry.allow(self.idle_seconds)
+        self.state.allow(self.idle_seconds)
 
     def _refuse(self, error: WebhookError) -> None:
         """Reply, and read on for a moment: closed with input unread, the client sees a reset."""
         logger.warning("a request was refused with %d: %s", error.status, error.reason)
         self._send(Reply(error.status, error.reason.encode() + b"\n"))
         socket.socket.shutdown(self.connection, socket.SHUT_WR)
-        self.entry.allow(self.linger_seconds)
+        self.state.allow(self.linger_seconds)
         left = self.linger_bytes
         while left > 0:
             more = len(self.connection.recv(65536))
@@ -1781,7 +1781,7 @@ class WebhookServer(socketserver.ThreadingTCPServer):
         return self.is_stopping or len(self.connections) > self.max_connections * 3 // 4
 
     def begin(self, connection: Connection) -> bool:
-        """Whether the complete request may be answered: not once the connection has been cut."""
+        """Whether the complete request may be replied to: not once the connection has been cut."""
         with self._changed:
             connection.in_flight = not (self.is_stopping or connection.is_cut)
             connection.deadline = math.inf  # the reply has a limit of its own
@@ -1989,7 +1989,7 @@ def catch_signals() -> list[int]:
 def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
           functions: CallFunctions = CallFunctions(),  # noqa: B008 - it is never changed
           find_call: Callable[[CallEvent], Any] | None = None,
-          tell: Callable[[Answered], str] = lambda answered: "",
+          tell: Callable[[Replied], str] = lambda replied: "",
           announce: Callable[[Settings], str] = lambda settings: "") -> int:
     """Receive webhooks until a signal comes; return the exit status.
 
@@ -2399,17 +2399,17 @@ def event_json(event: CallEvent, received_at: float, reply: str = "") -> dict[st
     return {**entry, "reply": reply} if reply else entry
 
 
-def teller(form: str, with_time: bool) -> Callable[[Answered], str]:
+def teller(form: str, with_time: bool) -> Callable[[Replied], str]:
     """Return what makes the printed text of an event, in the form that CALL_OUTPUT names."""
-    def tell(answered: Answered) -> str:
-        event, received_at = answered.event, answered.received_at
-        reply = described(answered.action) if answered.action else ""
+    def tell(replied: Replied) -> str:
+        event, received_at = replied.event, replied.received_at
+        reply = described(replied.action) if replied.action else ""
         if form == "json":
             return json.dumps(event_json(event, received_at, reply)) + "\n"
         lines = [event_line(event)] + ([f"Replied with {reply}"] if reply else [])
         moment = local_time(received_at) + " " if with_time else ""
         return "".join(f"{moment}{line}\n" for line in lines)
-    return tell if form != "off" else lambda answered: ""
+    return tell if form != "off" else lambda replied: ""
 
 
 # ------------------------------------------------------------------------------------------
@@ -3146,7 +3146,7 @@ MENU_LIMIT = 20  # of <Gather> in a row
 
 
 def is_done(receiver: Receiver, seconds: float) -> bool:
-    """Wait up to `seconds` for all that follows what was answered; whether that is done."""
+    """Wait up to `seconds` for all that follows a reply; whether that is done."""
     until = time.monotonic() + seconds
     while receiver.afterwards.waiting() or receiver.your_code.hooks.waiting():
         if time.monotonic() > until:
@@ -3235,18 +3235,18 @@ class Rehearsal:
         body = urllib.parse.urlencode(form, doseq=True, errors="replace").encode()
         receiver, began = self.receiver, time.monotonic()
         event = receiver.admit(url[len(receiver.settings.base_url):], body)
-        answered = receiver.answer(event, began + receiver.reply_seconds)
-        took = f"<-- {answered.reply.status} in {(time.monotonic() - began) * 1000:.0f} ms"
-        receiver.follow(answered)
+        replied = receiver.reply_to(event, began + receiver.reply_seconds)
+        took = f"<-- {replied.reply.status} in {(time.monotonic() - began) * 1000:.0f} ms"
+        receiver.follow(replied)
         if not is_done(receiver, 10):
             self._complain("your on_answer or on_hangup has not returned after 10 s")
-        if answered.reply is DISCARDED:
+        if replied.reply is DISCARDED:
             print(took, flush=True)
             return None
-        response = ET.fromstring(answered.reply.body)
+        response = ET.fromstring(replied.reply.body)
         asked = {name[2:].lower(): url for name, url in response.attrib.items()}
         self.urls.update(asked)
-        action = printable(described(answered.action)) if answered.action else "no action"
+        action = printable(described(replied.action)) if replied.action else "no action"
         print(wrapped(f"{took}  {action}, asks for {' and '.join(asked) or 'nothing more'}",
                       sys.stdout, 4), flush=True)
         if response.find("Gather") is not None and receiver.your_code.does_nothing("on_dtmf"):
@@ -3312,7 +3312,7 @@ def simulate(options: argparse.Namespace, settings: Settings) -> int:
 # ------------------------------------------------------------------------------------------
 
 LITTLE_ROOM = 100 * 1024 * 1024  # bytes
-LOOK_SECONDS = 10.0  # for one answer from the network, however slowly it drips
+GET_SECONDS = 10.0  # for one answer from the network, however slowly it drips
 
 
 class Health(NamedTuple):
@@ -3325,14 +3325,14 @@ class Health(NamedTuple):
 
 
 def get_health(url: str, context: ssl.SSLContext | None = None) -> Health:
-    """GET `url`, for LOOK_SECONDS at most. Raises OSError, http.client.HTTPException."""
+    """GET `url`, for GET_SECONDS at most. Raises OSError, http.client.HTTPException."""
     parts = urllib.parse.urlsplit(url)
-    link = http.client.HTTPConnection(parts.netloc, timeout=LOOK_SECONDS)
+    link = http.client.HTTPConnection(parts.netloc, timeout=GET_SECONDS)
     if parts.scheme == "https":
-        link = http.client.HTTPSConnection(parts.netloc, timeout=LOOK_SECONDS, context=context)
+        link = http.client.HTTPSConnection(parts.netloc, timeout=GET_SECONDS, context=context)
     with contextlib.closing(link):
         link.connect()
-        alarm = threading.Timer(LOOK_SECONDS, socket.socket.shutdown, (link.sock, socket.SHUT_RDWR))
+        alarm = threading.Timer(GET_SECONDS, socket.socket.shutdown, (link.sock, socket.SHUT_RDWR))
         alarm.daemon = True
         alarm.start()
         try:
@@ -3885,13 +3885,13 @@ class Overview:
 
     def _publish(self, is_new: bool, nothing: str) -> None:
         if self._see_health() or is_new or not self.version:
-            answer = self._answer(self.clock())
+            figures = self._figures(self.clock())
             self._count += 1
             version = f"{self._instance}-{self._count}"
-            answer.update(version=version, trouble=self._trouble, nothing=nothing)
-            self.version, self.text = version, json.dumps(answer).encode()
+            figures.update(version=version, trouble=self._trouble, nothing=nothing)
+            self.version, self.text = version, json.dumps(figures).encode()
 
-    def _answer(self, now: float) -> dict[str, Any]:
+    def _figures(self, now: float) -> dict[str, Any]:
         """All that the page shows above its list."""
         last_day = datetime.date.fromtimestamp(now)
         days = [str(last_day - datetime.timedelta(age)) for age in range(SHOWN_DAYS)]
@@ -3914,7 +3914,7 @@ class Overview:
             "days": [[day, *map(sum, zip(*bars[day]))] for day in reversed(days)]}
 
     def _bars_of(self, day: str) -> list[list[int]]:
-        """Answered, voicemail and missed by hour; counted anew only where the day has changed."""
+        """Replied, voicemail and missed by hour; counted anew only where the day has changed."""
         if day not in self._bars:
             bars = [[0, 0, 0] for _ in range(24)]
             for call in self.days.get(day, {}).values():
@@ -3990,7 +3990,7 @@ class PageHandler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
         else:
-            self._answer(target.path, query)
+            self._dispatch(target.path, query)
 
     do_HEAD = do_GET
 
@@ -4008,7 +4008,7 @@ class PageHandler(http.server.BaseHTTPRequestHandler):
         is_ours = [hmac.compare_digest(cookie, self.server.cookie) for cookie in cookies]
         return 0 if any(is_ours) else 403
 
-    def _answer(self, path: str, query: Mapping[str, str]) -> None:
+    def _dispatch(self, path: str, query: Mapping[str, str]) -> None:
         overview = self.server.overview
         if path == "/":
             self._send(200, PAGE.encode(), "text/html")
@@ -4271,10 +4271,10 @@ def run_server(settings: Settings) -> int:
         keys, functions = load_keys(settings.signature_key_file), load_functions(path)
     loaded, tell = modified(path), teller(settings.call_output, not has_own_time(sys.stdout))
 
-    def tell_and_look(answered: Answered) -> str:
+    def tell_and_look(replied: Replied) -> str:
         if path and modified(path) != loaded:
             logger.warning("%s has changed: restart this program to use it", path)
-        return tell(answered)
+        return tell(replied)
 
     try:
         return serve(settings, keys=keys, functions=functions, tell=tell_and_look,

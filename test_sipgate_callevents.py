@@ -1129,7 +1129,7 @@ class Conversation:
 
     def receive(self, target, body, signature=None, outside=""):
         event = self.receiver.admit(target, body, signature, outside)
-        answered = self.receiver.answer(event, time.monotonic() + self.receiver.reply_seconds, outside)
+        answered = self.receiver.reply_to(event, time.monotonic() + self.receiver.reply_seconds, outside)
         self.receiver.follow(answered)
         return answered.reply
 
@@ -3000,12 +3000,12 @@ class CheckTest(unittest.TestCase):
         with socket.create_server(("127.0.0.1", 0)) as silent:
             dripping = threading.Thread(target=self.drip, args=(silent,), daemon=True)
             dripping.start()
-            before, sc.LOOK_SECONDS = sc.LOOK_SECONDS, 0.3
+            before, sc.GET_SECONDS = sc.GET_SECONDS, 0.3
             try:
                 began = time.monotonic()
                 kind, text = self.way_in(f"http://localhost:{silent.getsockname()[1]}")
             finally:
-                sc.LOOK_SECONDS = before
+                sc.GET_SECONDS = before
             self.assertLess(time.monotonic() - began, 2)
             self.assertEqual((kind, "cannot be reached" in text), ("problem", True), text)
         dripping.join()
@@ -3152,7 +3152,7 @@ class OutputTest(unittest.TestCase):
                          {"received_at": "1970-01-01T00:00:00.000Z", "event": "newCall", "user": [], "userId": [], "fullUserId": []})
 
     def test_the_time_stands_first_unless_something_else_adds_it(self):
-        answered = sc.Answered(NewCallEvent(from_number="1", to_number="2"), sc.DISCARDED, 1e9, True, reject("busy"))
+        answered = sc.Replied(NewCallEvent(from_number="1", to_number="2"), sc.DISCARDED, 1e9, True, reject("busy"))
         moment = sc.local_time(1e9)
         self.assertEqual(sc.teller("text", True)(answered), f"{moment} New call from 1 to 2 is ringing...\n{moment} Replied with Reject busy\n")
         self.assertEqual(sc.teller("text", False)(answered._replace(action=None)), "New call from 1 to 2 is ringing...\n")
