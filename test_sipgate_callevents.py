@@ -220,6 +220,12 @@ def wait_until(condition, seconds=10):
         threading.Event().wait(0.005)
 
 
+def free_port():
+    """A port on which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        return closed.getsockname()[1]
+
+
 # ------------------------------------------------------------------------------------------
 # Settings
 # ------------------------------------------------------------------------------------------
@@ -2461,8 +2467,7 @@ class PageTest(unittest.TestCase):
         self.addCleanup(shutil.rmtree, self.folder)
         self.path = os.path.join(self.folder, "calls.db")
         CallLog(self.path, 30).close(5)
-        with socket.create_server(("127.0.0.1", 0)) as closed:
-            self.settings = Settings(call_log=self.path, webhook_port=closed.getsockname()[1], call_page_key="k" * 16)
+        self.settings = Settings(call_log=self.path, webhook_port=free_port(), call_page_key="k" * 16)
 
     def serve(self):
         sc.Overview.POLL_SECONDS = 0.02
@@ -2612,8 +2617,7 @@ class PageTest(unittest.TestCase):
         wait_until(lambda: "webhooks were refused (2)" in self.data(server).get("trouble", ""))
 
     def test_the_command_prints_the_address_and_ends_quietly(self):
-        with socket.create_server(("127.0.0.1", 0)) as closed:
-            port = closed.getsockname()[1]
+        port = free_port()
         program = Program("page", "--port", str(port), folder=self.folder, wait=False, CALL_LOG="calls.db", PYTHONUNBUFFERED="1")
         self.addCleanup(program.kill)
         line = program.process.stdout.readline().decode()
@@ -2975,128 +2979,123 @@ class CheckTest(unittest.TestCase):
         self.addCleanup(server.shutdown)
         return f"http://localhost:{server.server_port}"
 
-    def way_in(self, url, instance="me"):
-        return sc.check_way_in(url, instance)
-
     def test_the_way_in_is_proven_for_each_path(self):
         running = Running(Settings(webhook_url="https://x.example/p"))
         self.addCleanup(running.stop)
-        url = f"http://127.0.0.1:{running.server.port}"
-        self.assertEqual(self.way_in(url + "/p", running.server.instance), ("ok", f"{url}/p leads to the running copy, with each of its paths"))
-        self.assertEqual(self.way_in(url + "/p", "me"), (
-            "problem", f"{url}/p/new-call leads to another copy of this script: check the port that the tunnel or proxy leads to"))
-        self.assertEqual(self.way_in(url, running.server.instance), (
-            "problem", f"{url}/new-call does not get through (status 404): the proxy leads elsewhere, or changes the path on its way (nginx: no slash at the end of proxy_pass)"))
-        ours = (405, b"", {"X-Instance": "me"})
-        partly = self.serve({"/p/new-call": ours, "/p/on-answer": ours})
-        self.assertIn("/p/on-hangup does not get through", self.way_in(partly + "/p")[1])
-        with socket.create_server(("127.0.0.1", 0)) as closed:
-            port = closed.getsockname()[1]
-        kind, text = self.way_in(f"http://localhost:{port}")
-        self.assertEqual((kind, text.endswith(": is the tunnel or proxy running?")), ("problem", True), text)
-        self.assertEqual(self.way_in("http://127.0.0.1..x:1")[0], "problem")
+        url, instance = f"http://127.0.0.1:{running.server.port}", running.server.instance
+        partly = self.serve({path: (405, b"", {"X-Instance": "me"}) for path in ("/p/new-call", "/p/on-answer")})
+        for base, asked, kind, said in [
+                (url + "/p", instance, "ok", f"{url}/p leads to the running copy, with each of its paths"),
+                (url + "/p", "me", "problem", f"{url}/p/new-call leads to another copy of this script: "),
+                (url, instance, "problem", f"{url}/new-call does not get through (status 404): the proxy leads elsewhere"),
+                (partly + "/p", "me", "problem", partly + "/p/on-hangup does not get through"),
+                (f"http://localhost:{free_port()}", "", "problem", "cannot be reached from here"),
+                ("http://127.0.0.1..x:1", "", "problem", "cannot be reached from here"),
+                (partly.replace("http:", "https:"), "", "problem", "cannot be reached from here ([SSL")]:
+            with self.subTest(said):
+                found, text = sc.check_way_in(base, asked)
+                self.assertEqual((found, said in text), (kind, True), text)
 
     def test_a_way_in_that_drips_is_not_waited_for(self):
+        def drip():
+            connection, _ = silent.accept()
+            with connection, contextlib.suppress(OSError):
+                for _ in range(8):
+                    connection.sendall(b"H")
+                    threading.Event().wait(0.05)
+
         with socket.create_server(("127.0.0.1", 0)) as silent:
-            dripping = threading.Thread(target=self.drip, args=(silent,), daemon=True)
+            dripping = threading.Thread(target=drip, daemon=True)
             dripping.start()
-            before, sc.GET_SECONDS = sc.GET_SECONDS, 0.3
+            before, sc.GET_SECONDS = sc.GET_SECONDS, 0.2
             try:
                 began = time.monotonic()
-                kind, text = self.way_in(f"http://localhost:{silent.getsockname()[1]}")
+                kind, text = sc.check_way_in(f"http://localhost:{silent.getsockname()[1]}", "me")
             finally:
                 sc.GET_SECONDS = before
             self.assertLess(time.monotonic() - began, 2)
             self.assertEqual((kind, "cannot be reached" in text), ("problem", True), text)
         dripping.join()
 
-    def drip(self, listener):
-        connection, _ = listener.accept()
-        with connection, contextlib.suppress(OSError):
-            for _ in range(8):
-                connection.sendall(b"H")
-                threading.Event().wait(0.05)
-
     def test_certificates_that_sipgate_will_not_accept(self):
-        for number, trusted, host, said in [(0, False, "localhost", "self[- ]signed certificate"), (2, True, "localhost", "certificate has expired"),
-                                            (0, True, "127.0.0.1", "IP address mismatch|not valid for")]:
-            paths = [os.path.join(self.folder, name) for name in ("cert.pem", "key.pem")]
+        before = os.environ.get("SSL_CERT_FILE")
+        paths = [os.path.join(self.folder, name) for name in ("cert.pem", "key.pem")]
+        for number, trusted, host, said in [(0, "none", "localhost", "self[- ]signed certificate"),
+                                            (2, "cert.pem", "localhost", "certificate has expired"),
+                                            (0, "cert.pem", "127.0.0.1", "IP address mismatch|not valid for")]:
             for path, text in zip(paths, CERTIFICATES[number]):
-                with open(path, "w", encoding="ascii") as file:
-                    file.write(text)
+                pathlib.Path(path).write_text(text, "ascii")
             running = Running(tls=sc.TlsFiles(*paths))
-            before = os.environ.get("SSL_CERT_FILE")
+            os.environ["SSL_CERT_FILE"] = os.path.join(self.folder, trusted)
             try:
-                os.environ["SSL_CERT_FILE"] = paths[0] if trusted else os.path.join(self.folder, "none")
-                kind, text = self.way_in(f"https://{host}:{running.server.port}")
+                kind, text = sc.check_way_in(f"https://{host}:{running.server.port}", "me")
             finally:
                 running.stop()
-                os.environ.pop("SSL_CERT_FILE")
-                if before is not None:
-                    os.environ["SSL_CERT_FILE"] = before
+                del os.environ["SSL_CERT_FILE"]
+                os.environ.update({"SSL_CERT_FILE": before} if before else {})
             self.assertEqual(kind, "problem")
             self.assertRegex(text, f"sipgate will not accept the certificate: .*({said})")
-        with self.subTest("no https"):
-            self.assertRegex(self.way_in(self.serve({}).replace("http:", "https:"))[1], "cannot be reached from here .*SSL")
+
+    def checked(self, **settings):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            sc.check(argparse.Namespace(sources=""), Settings(call_log="off", **settings))
+        return printed.getvalue().splitlines()
 
     def test_the_port(self):
         running = Running()
         self.addCleanup(running.stop)
         port = running.server.port
-        settings = Settings(webhook_port=port)
-        place = f"port {port} of 127.0.0.1"
+        settings, place = Settings(webhook_port=port), f"port {port} of 127.0.0.1"
         self.assertEqual(sc.check_port(settings), ("ok", f"{place}: a copy of this script runs", running.server.instance))
-        self.assertEqual(self.checked(settings)[-1], "warning  no WEBHOOK_URL: trial mode, sipgate cannot reach this machine")
+        self.assertEqual(self.checked(webhook_port=port)[-1],
+                         "warning  no WEBHOOK_URL: trial mode, sipgate cannot reach this machine")
         running.receiver.refused = 3
         self.assertEqual(sc.check_port(settings)[:2], (
             "warning", f"{place}: the running copy has refused webhooks (so far: 3); its stderr says why"))
         running.receiver.health = lambda: "the call log is behind"
-        self.assertEqual(sc.check_port(settings)[:2], ("problem", f"{place}: the running copy says: the call log is behind"))
+        self.assertEqual(sc.check_port(settings)[:2],
+                         ("problem", f"{place}: the running copy says: the call log is behind"))
         other = int(self.serve({"/healthz": (200, b"\x1b[2J", {})}).rpartition(":")[2])
         kind, text, instance = sc.check_port(Settings(webhook_port=other))
-        self.assertEqual((kind, instance), ("problem", ""))
-        self.assertIn("held by another program", text)
-        self.assertEqual(self.checked(Settings(webhook_port=other))[-1], "problem  " + text, "no word of trial mode")
-        with socket.create_server(("127.0.0.1", 0)) as closed:
-            port = closed.getsockname()[1]
-        self.assertIn("no server runs with these settings", self.checked(Settings(webhook_port=port, webhook_url="https://x.example/p"))[-1])
+        self.assertEqual((kind, instance, "held by another program" in text), ("problem", "", True))
+        self.assertEqual(self.checked(webhook_port=other)[-1], "problem  " + text, "no word of trial mode")
+        self.assertIn("no server runs with these settings",
+                      self.checked(webhook_port=free_port(), webhook_url="https://x.example/p")[-1])
 
-    def checked(self, settings):
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            sc.check(argparse.Namespace(sources=""), replace(settings, call_log="off"))
-        return printed.getvalue().splitlines()
+    def found(self):
+        return list(sc.check_log(self.path))
 
     def test_the_call_log(self):
         self.assertEqual(list(sc.check_log("off")), [("ok", "call log: off, nothing is kept")])
-        self.assertEqual(list(sc.check_log(self.path)), [("ok", f"call log: {self.path} will be created")])
+        self.assertEqual(self.found(), [("ok", f"call log: {self.path} will be created")])
         self.assertEqual(os.listdir(self.folder), [])
-        missing = os.path.join(self.folder, "none", "calls.db")
-        self.assertEqual(list(sc.check_log(missing)), [(
-            "problem", f"call log: {os.path.dirname(missing)} is no folder in which this user may write: set CALL_LOG to a file elsewhere, or to off")])
+        missing = os.path.join(self.folder, "none")
+        self.assertEqual(list(sc.check_log(os.path.join(missing, "calls.db"))), [(
+            "problem", f"call log: {missing} is no folder in which this user may write: "
+                       "set CALL_LOG to a file elsewhere, or to off")])
         self.assertEqual(list(sc.check_log(self.folder))[-1][0], "problem")
-        with contextlib.closing(sqlite3.connect(os.path.join(self.folder, "foreign.db"))) as foreign:
+        with contextlib.closing(sqlite3.connect(self.path)) as foreign:
             foreign.execute("CREATE TABLE a(b)")
-        self.assertRegex(list(sc.check_log(os.path.join(self.folder, "foreign.db")))[-1][1], "is not a call log of this version of the program$")
-        os.remove(os.path.join(self.folder, "foreign.db"))
+        self.assertRegex(self.found()[-1][1], "is not a call log of this version of the program$")
+        os.remove(self.path)
         log = CallLog(self.path, 30)
-        self.assertEqual(list(sc.check_log(self.path))[-1], (
-            "warning", "events: none yet; enter the URL in sipgate's console, choose the sources, and call"))
+        self.assertEqual(self.found(), [("ok", f"call log: {self.path}: ok"), (
+            "warning", "events: none yet; enter the URL in sipgate's console, choose the sources, and call")])
         for n in range(5):
             log.record(new_call(str(n)), time.time() - 65, None)
-        self.assertEqual([text.partition(":")[0] for _, text in sc.check_log(self.path)], ["call log", "events"])
-        log.record(HangupEvent(call_id="0"), time.time() - 65, None)
-        (kind, text), = list(sc.check_log(self.path))[1:]
-        self.assertEqual(kind, "ok")
-        self.assertRegex(text, r"events: the last one came on \d{4}-\d\d-\d\d \d\d:\d\d:\d\d$")
+        kind, text = self.found()[-1]
+        self.assertEqual((kind, "no answer and no hangup follows the newCalls" in text), ("problem", True))
+        log.record(HangupEvent(call_id="0"), 1e9, None)
+        self.assertEqual(self.found()[-1][0], "ok")
         log.close(5)
         if os.name != "nt":
             os.chmod(self.path, 0o644)
-            self.assertEqual(next(sc.check_log(self.path)), (
+            self.assertEqual(self.found()[0], (
                 "warning", f"call log: {self.path} can be read by others: chmod 600 {self.path}"))
         with open(self.path, "r+b") as file:
             file.seek(100)
             file.write(b"\xff" * 9000)
-        kind, text = list(sc.check_log(self.path))[-1]
+        kind, text = self.found()[-1]
         self.assertEqual(kind, "problem")
         self.assertRegex(text, "malformed|not a database|disk image")
 
@@ -3104,8 +3103,7 @@ class CheckTest(unittest.TestCase):
         mine = os.path.join(self.folder, "mine.py")
 
         def findings(text, **settings):
-            with open(mine, "w", encoding="ascii") as file:
-                file.write(text)
+            pathlib.Path(mine).write_text(text, "ascii")
             return list(sc.check_files(Settings(call_handlers=mine, **settings)))
 
         self.assertEqual(findings("def on_hangup(event): pass\n"), [("ok", f"your code: {mine} is loaded")])
@@ -3113,10 +3111,6 @@ class CheckTest(unittest.TestCase):
             self.assertEqual(findings(text)[-1][0], "problem", "what the server would refuse")
         self.assertEqual([kind for kind, _ in findings("", signature_key_file=mine, webhook_url="http://x.example")],
                          ["warning", "warning", "problem"])
-
-    def test_the_vector_is_the_one_that_sipgate_published(self):
-        self.assertEqual((len(VECTOR_BODY), hashlib.sha256(VECTOR_BODY).hexdigest(), len(VECTOR_SIGNATURE)), (
-            175, "78fa0b9aa52423e998e263f3059cde974f5e22c7ae2dd67dc6bc023fd54f1d95", 684))
 
 
 # ------------------------------------------------------------------------------------------
