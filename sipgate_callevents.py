@@ -3227,7 +3227,6 @@ class Rehearsal:
 
     def _post(self, url: str, form: Mapping[str, Any]) -> ET.Element | None:
         """Send an event as sipgate does; return the action that the reply asks for."""
-        time.sleep(self.options.pause)
         words = form.get("cause") or form.get("user") or form.get("answeringNumber") or (
             f"{form['from']} to {form['to']} ({', '.join(form['user[]'])})" if "from" in form
             else form["dtmf"] or "(no key pressed)")
@@ -3311,7 +3310,6 @@ def simulate(options: argparse.Namespace, settings: Settings) -> int:
 # A finding is a pair: "ok", "warning" or "problem", and a sentence.
 # ------------------------------------------------------------------------------------------
 
-LITTLE_ROOM = 100 * 1024 * 1024  # bytes
 GET_SECONDS = 10.0  # for one answer from the network, however slowly it drips
 
 
@@ -3372,7 +3370,7 @@ def check_files(settings: Settings) -> Iterator[tuple[str, str]]:
 
 
 def check_log(path: str) -> Iterator[tuple[str, str]]:
-    """Whether the call log can be written, is private, whole, and what its events tell."""
+    """Whether the call log can be written and is whole, and what its events tell."""
     folder = os.path.dirname(path)
     if path == "off":
         yield "ok", "call log: off, nothing is kept"
@@ -3381,16 +3379,12 @@ def check_log(path: str) -> Iterator[tuple[str, str]]:
         yield "problem", (f"call log: {folder} is no folder in which this user may write: set "
                           "CALL_LOG to a file elsewhere, or to off")
         return
-    if shutil.disk_usage(folder).free < LITTLE_ROOM:
-        yield "warning", f"call log: less than {LITTLE_ROOM >> 20} MB are free for {path}"
     try:
-        if os.name != "nt" and os.stat(path).st_mode & 0o077:
-            yield "warning", f"call log: {path} can be read by others: chmod 600 {path}"
         with contextlib.closing(open_log(path)) as database:
             fault = database.execute("PRAGMA quick_check(1)").fetchone()[0]
             latest = database.execute("SELECT event, id FROM events WHERE event <> 'reply' "
                                       "ORDER BY id DESC LIMIT 1000").fetchall()
-    except (Nothing, FileNotFoundError):
+    except Nothing:
         yield "ok", f"call log: {path} will be created"
         return
     except (CommandFailed, sqlite3.Error) as error:
@@ -4165,30 +4159,11 @@ def read_settings(options: argparse.Namespace, environ: Mapping[str, str]) -> Se
                    {name: "--" + name[8:].lower() for name in typed})
 
 
-def some_seconds(text: str) -> float:
-    """For argparse: 0 to 60 seconds."""
-    if not re.fullmatch(r"[0-9]{1,2}(\.[0-9]{1,6})?", text) or float(text) > 60:
-        raise argparse.ArgumentTypeError(f'"{text}": expected 0 to 60 seconds')
-    return float(text)
-
-
 def whole_number(text: str) -> int:
     """For argparse: a count of 1 or more."""
     if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f'"{text}": expected a whole number of 1 or more')
     return int(text)
-
-
-def pressed(text: str) -> str:
-    """For argparse: digits for one menu after the other."""
-    if not re.fullmatch("[0-9*#,]*", text):
-        raise argparse.ArgumentTypeError(f'"{text}": expected keys of a phone, such as 1,0042')
-    return text
-
-
-def dialled(text: str) -> str:
-    """For argparse: a number as sipgate sends it, or a word such as anonymous."""
-    return plain(re.sub(r"[\s()/.-]", "", text))
 
 
 class Parser(argparse.ArgumentParser):
@@ -4243,14 +4218,12 @@ def command_line() -> argparse.ArgumentParser:
     add("scenario", nargs="?", choices=list(SCENARIOS), default="answered", metavar="SCENARIO",
         help=f"{', '.join(SCENARIOS)} (default: answered)")
     add("--all", action="store_true", help="every scenario in turn")
-    add("--from", dest="sender", metavar="NUMBER", type=dialled, default="492111234567",
+    add("--from", dest="sender", metavar="NUMBER", type=plain, default="492111234567",
         help="the caller")
-    add("--to", metavar="NUMBER", type=dialled, default="4915791234567", help="the number called")
+    add("--to", metavar="NUMBER", type=plain, default="4915791234567", help="the number called")
     add("--user", metavar="NAME", action="append", help="who rings (repeatable)")
-    add("--digits", metavar="1,0042", type=pressed, default="1",
+    add("--digits", metavar="1,0042", default="1",
         help="what the caller presses, menu by menu; empty: nothing")
-    add("--pause", metavar="SECONDS", type=some_seconds, default=0.05,
-        help="between the events (0.05)")
     add("--sound", metavar="FILE", help="only check whether sipgate would play this file")
     command("check", "find out why nothing arrives")
     add = command("page", "show calls in a browser")
