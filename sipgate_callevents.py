@@ -1474,12 +1474,12 @@ class Connection:
     """What the server has to know of a connection; but for the deadline guarded by its lock."""
 
     IDLE_SPARED = 5.0  # after a reply: a proxy may be about to send the next request
-    READ_SPARED = 0.5  # after the first byte of a request
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.deadline = math.inf  # past it, the server cuts the connection
         self.spared_until = time.monotonic()
+        self.is_waiting = True  # for more of a request
         self.in_flight = False  # a complete request is being replied to
         self.is_cut = False
 
@@ -1489,7 +1489,7 @@ class Connection:
 
     def may_go(self) -> bool:
         """Whether it can be cut to make room: none that is being replied to, or soon will be."""
-        if self.in_flight or self.is_cut or time.monotonic() < self.spared_until:
+        if self.is_cut or not self.is_waiting or time.monotonic() < self.spared_until:
             return False
         with contextlib.suppress(OSError, AttributeError):  # nothing has come; Windows cannot tell
             peek = socket.MSG_PEEK | socket.MSG_DONTWAIT
@@ -1504,6 +1504,23 @@ class Connection:
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
 
+class SocketInput(io.RawIOBase):
+    """What a connection receives, as a stream."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Receive some bytes; 0 at the end of the input. Raises OSError."""
+        self.connection.is_waiting = True
+        count = self.connection.sock.recv_into(buffer)
+        self.connection.is_waiting = False
+        return count
+
+
 class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
     """One connection, in its own thread.
 
@@ -1511,8 +1528,6 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
     and no client can stretch it byte by byte.
     """
 
-    disable_nagle_algorithm = True
-    rbufsize = MAX_BODY
     head_seconds = 10.0  # from the first byte of a request to its last
     reply_seconds = 10.0  # for the client to take the reply
     idle_seconds = 75.0  # longer than nginx keeps a connection (60): it does not repeat a POST
@@ -1522,8 +1537,8 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         self.state = self.server.connections[self.request]
-        self.close_connection, self.command = True, ""
         self.state.allow(self.head_seconds)
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         if self.server.tls:
             # Here and not in the accepting thread, which a silent client would hold up.
             self.request = self.state.sock = self.server.tls.context().wrap_socket(
@@ -1531,7 +1546,11 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
             if self.state.is_cut:  # in its old form, which had no effect
                 raise ConnectionAbortedError
             self.request.do_handshake()
-        super().setup()
+        self.connection = self.request
+        self.rfile = io.BufferedReader(SocketInput(self.state), MAX_BODY)
+
+    def finish(self) -> None:
+        """Nothing: the server closes the socket."""
 
     def handle_one_request(self) -> None:
         """Read one request and reply to it."""
@@ -1558,7 +1577,6 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
     def _await_request(self) -> bool:
         """Wait for the first byte of a request; False if the client closes, or speaks TLS."""
         first = self.rfile.peek(1)[:1]  # type: ignore[attr-defined]
-        self.state.spared_until = time.monotonic() + Connection.READ_SPARED
         self.state.allow(self.head_seconds)
         if first == b"\x16":
             logger.warning("https on the http port: a TLS handshake came in; the tunnel or proxy "
@@ -1642,7 +1660,7 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
         self.state.allow(self.linger_seconds)
         left = self.linger_bytes
         while left > 0:
-            more = len(self.connection.recv(65536))
+            more = len(self.rfile.read1(65536))
             left = left - more if more else 0
 
 

@@ -2003,9 +2003,15 @@ class CapTest(unittest.TestCase):
         theirs.sendall(b"POST")
         self.assertFalse(connection.may_go(), "it waits to be read")
         ours.recv(4)
-        self.assertTrue(connection.may_go())
-        connection.in_flight = True
-        self.assertFalse(connection.may_go(), "it is being answered")
+        connection.is_waiting = False
+        self.assertFalse(connection.may_go(), "it is being read, or replied to")
+
+    def test_whoever_sends_a_byte_and_no_more_makes_room_at_once(self):
+        began = time.monotonic()
+        for _ in range(12):
+            self.connect(b"P")
+            self.assertEqual(self.running.statuses(request()), [200])
+        self.assertLess(time.monotonic() - began, 1)
 
     def test_before_there_is_no_room_connections_are_closed_with_notice(self):
         for _ in range(3):
