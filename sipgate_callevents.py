@@ -29,12 +29,14 @@ has stored; no reply waits for it, unless a function of yours asks for event.cal
 
 A signature proves that sipgate sent this body to one of its customers: not to which, not when,
 and not on which path. Numbers are in the call log (mode 0600, CALL_LOG_DAYS days), in what
-stdout prints (CALL_OUTPUT), and where your functions put them; stderr has none.
+stdout prints (CALL_OUTPUT), and where your functions put them; stderr has none but what errors
+of your functions say.
 
 Threads: the main one accepts connections, makes room, and closes what is past its deadline.
 One for each connection, which replies. One for each run of on_new_call or on_dtmf of yours.
 Five Workers: call log, stdout, stderr, printing events, and on_answer and on_hangup.
 
+With over 256 connections, one that waits for more of a request is closed for each new one.
 Every time limit, and what happens then:
 
     a request, from its first byte to its last    10 s    closed, without a word
@@ -122,35 +124,27 @@ logger = logging.Logger("sipgate_callevents", logging.INFO)  # noqa: LOG001
 # ==========================================================================================
 
 def on_new_call(event: NewCallEvent) -> Action | None:
-    """Say what happens to the call; None: it goes on as configured at sipgate. 3 seconds at most.
-
-    if event.from_number == "anonymous":
-        return reject("busy")
-    """
+    """Say what happens to the call; None: it goes on as configured at sipgate. 3 seconds at most."""
+    # if event.from_number == "anonymous":
+    #     return reject("busy")
     return None
 
 
 def on_answer(event: AnswerEvent) -> None:
-    """A call was answered. Runs after the reply, one at a time, and may be slow.
-
-    print(event.user or event.answering_number, "is talking to", event.from_number)
-    """
+    """A call was answered. Runs after the reply, one at a time, and may be slow."""
+    # print(event.user or event.answering_number, "is talking to", event.from_number)
 
 
 def on_hangup(event: HangupEvent) -> None:
-    """A leg ended. Runs after the reply, one at a time, and may be slow.
-
-    if event.call and event.call.outcome == "missed":
-        print("please ring back:", event.call.from_number)
-    """
+    """A leg ended. Runs after the reply, one at a time, and may be slow."""
+    # if event.call and event.call.outcome == "missed":
+    #     print("please ring back:", event.call.from_number)
 
 
 def on_dtmf(event: DtmfEvent) -> Action | None:
-    """Say what follows on the digits of a gather(); None: the call goes on. 3 seconds at most.
-
-    if event.state == "language" and event.dtmf == "1":
-        return dial("4915799912345")
-    """
+    """Say what follows on the digits of a gather(); None: the call goes on. 3 seconds at most."""
+    # if event.state == "language" and event.dtmf == "1":
+    #     return dial("4915799912345")
     return None
 
 
@@ -161,7 +155,7 @@ def on_dtmf(event: DtmfEvent) -> Action | None:
 
 # ------------------------------------------------------------------------------------------
 # Settings
-# Checked values; where they are read from is not known here.
+# Checked values. They are read elsewhere.
 # ------------------------------------------------------------------------------------------
 
 # The paths below WEBHOOK_URL, and the event that each one is for.
@@ -408,6 +402,7 @@ class UnknownEvent(CallEvent):
     event: str = ""  # type: ignore[misc]
 
 
+# A further event: a class above, a line in ROUTES, and what event_line prints for it.
 EVENTS: dict[str, type[CallEvent]] = {
     kind.event: kind for kind in (NewCallEvent, AnswerEvent, HangupEvent, DtmfEvent)}
 TEXT_FIELDS = {
@@ -471,8 +466,8 @@ def _lists(form: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
 
 # ------------------------------------------------------------------------------------------
 # Actions and XML
-# What a reply can ask of sipgate: one small function for each verb of its XML, and the one
-# that writes the document. Knows no settings.
+# What a reply can ask of sipgate: one small function for each verb of its XML (a further one
+# needs no more), and the one that writes the document. Knows no settings.
 # ------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -675,8 +670,8 @@ class Worker:
 # One worker writes, with the server's only connection that does; whatever has queued up goes
 # into one transaction, so that many webhooks share one fsync. A webhook waits for its commit,
 # but not for long: a disk that is slow, full or broken delays no reply by more than a second.
-# Any error closes the database, which rolls back, and the same events are tried again: each
-# has its id before the insert, so that no second try stores it twice.
+# An error of the disk closes the database, which rolls back, and the same events are tried
+# again: each has its id before the insert, so that no second try stores it twice.
 # ------------------------------------------------------------------------------------------
 
 APPLICATION_ID = 0x73676365  # "sgce": the file is ours
@@ -703,6 +698,13 @@ INSERT = """INSERT INTO events(id, event, call_id, orig_call_id, xcid, body, dig
     VALUES (?, ?, ?, ?, ?, ?, ?)"""
 STORE_SECONDS = 1.0  # that a webhook waits for the disk
 DAY = 24 * 3600.0
+
+
+def rewrite(database: sqlite3.Connection, folder: str) -> None:
+    """Write the file in `folder` anew, without what deleted rows have left in it."""
+    # The temporary file holds numbers, too: beside the log, and not where others look.
+    database.execute("PRAGMA temp_store_directory='{}'".format(folder.replace("'", "''")))
+    database.execute("VACUUM")
 
 
 class Entry:
@@ -744,7 +746,7 @@ class CallLog:
             self._open()
         except sqlite3.Error as error:
             # Locked, for instance: calls do not wait for that, and neither does the start.
-            self._set_aside(error)
+            self._set_aside_if_damaged(error)
             self._fall_behind(str(error))
         except OSError as error:
             raise SettingsError(f'CALL_LOG is "{path}": {error.strerror}; expected a file in a '
@@ -822,7 +824,7 @@ class CallLog:
                 self._look_after(database)
         except (sqlite3.Error, OSError, SettingsError) as error:
             self._close_database()
-            self._set_aside(error)
+            self._set_aside_if_damaged(error)
             self._fall_behind(str(error))
             for entry in self._worker.waiting():
                 if entry.outcome.empty():  # or it would grow with each try
@@ -901,8 +903,8 @@ class CallLog:
         if database:
             database.close()
 
-    def _set_aside(self, error: Exception) -> None:
-        """Rename a damaged file, so that a new one is begun."""
+    def _set_aside_if_damaged(self, error: Exception) -> None:
+        """Rename the file if `error` says that it is damaged, so that a new one is begun."""
         # SQLITE_CORRUPT and SQLITE_NOTADB, whose numbers Python tells from 3.11 on. A file that
         # is locked, cannot be read, or is on a bad disk is not damaged.
         is_damage = re.search("malformed|not a database", str(error))
@@ -974,11 +976,9 @@ class CallLog:
             logger.warning("there is no room to write %s anew: traces of removed numbers stay in "
                            "it until tomorrow's try", self.path)
             return True
-        # Its temporary file holds numbers, too: beside the log, and not where others look.
-        database.execute("PRAGMA temp_store_directory='{}'".format(folder.replace("'", "''")))
         self._is_vacuuming = True
         try:
-            database.execute("VACUUM")
+            rewrite(database, folder)
             self._is_vacuum_due = False
             return True
         except sqlite3.OperationalError as error:
@@ -1151,8 +1151,9 @@ def refusal(fault: str, more: str = "") -> WebhookError:
 
 
 class Receiver:
-    """Turns the webhooks of one sipgate account into replies. Safe to use from many threads."""
+    """Turns webhooks into replies. Safe to use from many threads."""
 
+    PRINTED = 10_000  # events that may wait to be printed, which can take looking a call up
     reply_seconds = REPLY_SECONDS
 
     def __init__(self, settings: Settings, keys: Sequence[PublicKey], functions: CallFunctions,
@@ -1172,7 +1173,7 @@ class Receiver:
         self.refused = 0  # webhooks, since the start; about
         self.your_code = YourCode(functions)
         # A pause, or each line of a busy hour would wake this thread, and cost the calls time.
-        self.afterwards = Worker("afterwards", self._follow, 1000, pause=0.01)
+        self.afterwards = Worker("afterwards", self._follow, self.PRINTED, pause=0.01)
 
     def health(self) -> str:
         """What is wrong, "" if nothing is."""
@@ -1277,20 +1278,24 @@ class Receiver:
             return None, undecided
 
     def follow(self, replied: Replied) -> None:
-        """Do what follows a reply that has been sent: soon, or, if very many wait, here."""
+        """Have done what follows a reply that has been sent; never waits."""
         if self.call_log and replied.action and replied.is_new:
             self.call_log.record_reply(replied.event, replied.reply.body)
         if not self.afterwards.put(replied):
-            self._follow([replied])
+            logger.warning("an event is not printed: %d others wait for that", self.PRINTED)
+            self._run_hook(replied)
 
     def _follow(self, batch: list[Replied]) -> None:
         try:
             self.show(batch)
         except Exception:  # your code is to run all the same
             logger.exception("an error in this program; events were not printed")
-        for event in (replied.event for replied in batch if replied.is_new):
-            if isinstance(event, (AnswerEvent, HangupEvent)):
-                self.your_code.run_later("on_" + event.event, event)
+        for replied in batch:
+            self._run_hook(replied)
+
+    def _run_hook(self, replied: Replied) -> None:
+        if replied.is_new and isinstance(replied.event, (AnswerEvent, HangupEvent)):
+            self.your_code.run_later("on_" + replied.event.event, replied.event)
 
 
 # ------------------------------------------------------------------------------------------
@@ -1471,7 +1476,7 @@ def rendered(reply: Reply, is_closing: bool, is_head: bool, moment: int) -> byte
 
 
 class Connection:
-    """What the server has to know of a connection; but for the deadline guarded by its lock."""
+    """What the server has to know of a connection, to close it in time."""
 
     IDLE_SPARED = 5.0  # after a reply: a proxy may be about to send the next request
 
@@ -1497,8 +1502,8 @@ class Connection:
         return True
 
     def cut(self) -> None:
-        """Have the connection's thread find the end of its input."""
-        self.is_cut = True
+        """Have the connection's thread find the end of its input; that is given a second."""
+        self.is_cut, self.spared_until = True, time.monotonic() + 1
         with contextlib.suppress(OSError):  # it may have ended already
             # Not SSLSocket's, which drops the state of TLS under the feet of its thread.
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
@@ -1528,26 +1533,26 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
     and no client can stretch it byte by byte.
     """
 
-    head_seconds = 10.0  # from the first byte of a request to its last
-    reply_seconds = 10.0  # for the client to take the reply
+    request_seconds = 10.0  # from the first byte of a request to its last
+    send_seconds = 10.0  # for the client to take the reply
     idle_seconds = 75.0  # longer than nginx keeps a connection (60): it does not repeat a POST
     linger_seconds, linger_bytes = 1.0, 4 * 1024 * 1024
 
     server: WebhookServer
 
     def setup(self) -> None:
-        self.state = self.server.connections[self.request]
-        self.state.allow(self.head_seconds)
+        self.tracked = self.server.connections[self.request]
+        self.tracked.allow(self.request_seconds)
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         if self.server.tls:
             # Here and not in the accepting thread, which a silent client would hold up.
-            self.request = self.state.sock = self.server.tls.context().wrap_socket(
+            self.request = self.tracked.sock = self.server.tls.context().wrap_socket(
                 self.request, True, do_handshake_on_connect=False)
-            if self.state.is_cut:  # in its old form, which had no effect
+            if self.tracked.is_cut:  # in its old form, which had no effect
                 raise ConnectionAbortedError
             self.request.do_handshake()
         self.connection = self.request
-        self.rfile = io.BufferedReader(SocketInput(self.state), MAX_BODY)
+        self.rfile = io.BufferedReader(SocketInput(self.tracked), MAX_BODY)
 
     def finish(self) -> None:
         """Nothing: the server closes the socket."""
@@ -1568,16 +1573,16 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
         except WebhookError as error:
             self._refuse(error)
             return
-        if self.server.begin(self.state):
+        if self.server.begin(self.tracked):
             try:
                 self._reply_to(head, body)
             finally:
-                self.server.end(self.state)
+                self.server.end(self.tracked)
 
     def _await_request(self) -> bool:
         """Wait for the first byte of a request; False if the client closes, or speaks TLS."""
         first = self.rfile.peek(1)[:1]  # type: ignore[attr-defined]
-        self.state.allow(self.head_seconds)
+        self.tracked.allow(self.request_seconds)
         if first == b"\x16":
             logger.warning("https on the http port: a TLS handshake came in; the tunnel or proxy "
                            "must speak http to this port")
@@ -1647,17 +1652,17 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
 
     def _send(self, reply: Reply) -> None:
         """Write `reply` in one piece, so that it is one TCP segment."""
-        self.state.allow(self.reply_seconds)
+        self.tracked.allow(self.send_seconds)
         self.connection.sendall(rendered(reply, self.close_connection, self.command == "HEAD",
                                          int(time.time())))
-        self.state.allow(self.idle_seconds)
+        self.tracked.allow(self.idle_seconds)
 
     def _refuse(self, error: WebhookError) -> None:
         """Reply, and read on for a moment: closed with input unread, the client sees a reset."""
         logger.warning("a request was refused with %d: %s", error.status, error.reason)
         self._send(Reply(error.status, error.reason.encode() + b"\n"))
         socket.socket.shutdown(self.connection, socket.SHUT_WR)
-        self.state.allow(self.linger_seconds)
+        self.tracked.allow(self.linger_seconds)
         left = self.linger_bytes
         while left > 0:
             more = len(self.rfile.read1(65536))
@@ -1751,8 +1756,9 @@ class WebhookServer(socketserver.ThreadingTCPServer):
 
     def _make_room(self) -> None:
         """Cut the connection that has waited longest; none that is served, or soon will be."""
+        now = time.monotonic()
         waiting = sorted(self.connections.values(), key=lambda one: one.spared_until)
-        if not any(connection.is_cut for connection in waiting):
+        if not any(connection.is_cut and now < connection.spared_until for connection in waiting):
             for connection in itertools.islice(filter(Connection.may_go, waiting), 1):
                 connection.cut()
 
@@ -1806,7 +1812,7 @@ class WebhookServer(socketserver.ThreadingTCPServer):
             return connection.in_flight
 
     def end(self, connection: Connection) -> None:
-        """The request has its reply."""
+        """The request is done with."""
         with self._changed:
             connection.in_flight = False
             connection.spared_until = time.monotonic() + Connection.IDLE_SPARED
@@ -2040,10 +2046,10 @@ def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
         server.serve_until(is_told)
         deadline = time.monotonic() + STOP_SECONDS
         server.stop(STOP_SECONDS)
-        receiver.afterwards.finish(max(deadline - time.monotonic(), 0.1))
-        left = receiver.your_code.hooks.finish(max(deadline - time.monotonic(), 0.1))
-        if left:
-            logger.error("events left to your on_answer and on_hangup at the stop: %d", len(left))
+        for worker, what in ((receiver.afterwards, "print"), (receiver.your_code.hooks, "run")):
+            left = worker.finish(max(deadline - time.monotonic(), 0.1))
+            if left:
+                logger.error("events left to %s at the stop: %d", what, len(left))
         if call_log:
             call_log.close(max(deadline - time.monotonic(), 0) + 1)
         err.write("Stopped.\n")
@@ -2179,13 +2185,13 @@ def warnings_of(settings: Settings) -> Iterator[str]:
 # What is read and said before the first call: your functions, keys, the text on the screen.
 # ------------------------------------------------------------------------------------------
 
-class CommandFailed(Exception):
-    """The command could not do what was asked; the text says why, in a sentence."""
+class CommandEnd(Exception):
+    """The command ends here, with exit status `status`; the text says why, in a sentence."""
 
-    status = 1  # of the exit
+    status = 1
 
 
-class Nothing(CommandFailed):
+class NothingToShow(CommandEnd):
     """There is nothing to show, which is no failure."""
 
     status = 0
@@ -2218,8 +2224,9 @@ def load_functions(path: str) -> CallFunctions:
         why = printable(f"{type(error).__name__}: {error}")
         raise SettingsError(wrong + "".join(lines[-1:]) + why) from None
     for name in set(vars(module)).difference(names):
-        if likely(name, names):
-            logger.warning("%s: %s is never called%s", path, name, likely(name, names))
+        meant = likely(name, names)
+        if meant:
+            logger.warning("%s: %s is never called%s", path, name, meant)
     found = {name: getattr(module, name) for name in names if hasattr(module, name)}
     if not found:
         raise SettingsError(wrong + f"expected one of {', '.join(names)} in it")
@@ -2799,7 +2806,7 @@ CALL_SECONDS = 0.2  # that looking up the call of an event may take
 def open_log(path: str, timeout: float = 5.0) -> sqlite3.Connection:
     """Connect to the call log at `path`; `timeout`: seconds that a lock is waited for.
 
-    Raises Nothing, CommandFailed, sqlite3.Error.
+    Raises NothingToShow, CommandEnd, sqlite3.Error.
     """
     # Never opened but by SQLite: closing a file drops the locks of the whole process on it.
     try:
@@ -2809,11 +2816,11 @@ def open_log(path: str, timeout: float = 5.0) -> sqlite3.Connection:
     except OSError:  # in a folder that is closed to this user
         is_empty = False
     if is_empty:
-        raise Nothing("no calls are kept (CALL_LOG=off)" if path == "off" else
+        raise NothingToShow("no calls are kept (CALL_LOG=off)" if path == "off" else
                       f"no calls yet: there is nothing in {path}")
     if not os.access(path, os.R_OK | os.W_OK):
         command = ["sudo", "env", f"CALL_LOG={path}", sys.executable, os.path.abspath(sys.argv[0])]
-        raise CommandFailed(f"{path} belongs to another user; as root: "
+        raise CommandEnd(f"{path} belongs to another user; as root: "
                             + " ".join(map(shlex.quote, command + sys.argv[1:])))
     database = sqlite3.connect(pathlib.Path(path).as_uri() + "?mode=rw", uri=True, timeout=timeout,
                                isolation_level=None)
@@ -2821,7 +2828,7 @@ def open_log(path: str, timeout: float = 5.0) -> sqlite3.Connection:
              for name in ("application_id", "user_version")]
     if marks != [APPLICATION_ID, SCHEMA_VERSION]:
         database.close()
-        raise CommandFailed(f"{path} is not a call log of this version of the program")
+        raise CommandEnd(f"{path} is not a call log of this version of the program")
     return database
 
 
@@ -2833,7 +2840,7 @@ def call_finder(path: str) -> Callable[[CallEvent], Call | None]:
             with contextlib.closing(open_log(path, CALL_SECONDS)) as database:
                 database.set_progress_handler(lambda: time.monotonic() > until, 1000)
                 return call_of(database, event, time.time(), until)
-        except (sqlite3.Error, CommandFailed, TimeoutError):
+        except (sqlite3.Error, CommandEnd, TimeoutError):
             return None
     return find
 
@@ -2999,10 +3006,10 @@ def show_callers(callers: Sequence[Caller], form: str) -> None:
 
 def show_table(pairs: Iterator[tuple[Call, Sequence[StoredEvent]]], limit: int, with_events: bool
                ) -> None:
-    """Print the latest calls as a table, oldest first. Raises Nothing."""
+    """Print the latest calls as a table, oldest first. Raises NothingToShow."""
     shown = sorted(itertools.islice(pairs, limit), key=lambda pair: pair[0].started)
     if not shown:
-        raise Nothing("no call matches")
+        raise NothingToShow("no call matches")
     head, *lines = table([call for call, _ in shown]).splitlines()
     print(head)
     for line, (call, events) in zip(lines, shown):
@@ -3067,7 +3074,7 @@ def forget_number(options: argparse.Namespace, settings: Settings) -> int:
         found = [(row[0] / 1e6, row[3] or row[2] or row[0]) for row in rows_with(database, number)]
         hint = "" if found else similar(database, digits)
     if not found and not remains(path, digits):
-        raise CommandFailed(f"no call holds {options.number}; with the country code?{hint}")
+        raise CommandEnd(f"no call holds {options.number}; with the country code?{hint}")
     if found:
         count = len({leg for _, leg in found})
         print(f"{plural(count, 'call')}, from {local_time(found[0][0])[:16]} to "
@@ -3076,17 +3083,18 @@ def forget_number(options: argparse.Namespace, settings: Settings) -> int:
     with contextlib.suppress(EOFError):
         said = said or input("Forget it? The calls stay. (yes/no) ")
     if not said.startswith("y"):
-        raise CommandFailed("nothing was changed")
+        raise CommandEnd("nothing was changed")
     with contextlib.closing(open_log(settings.call_log)) as database:
         blank_rows(database, number)
         rewrite(database, os.path.dirname(path))
+        empty_wal(database)
     for name in remains(path, digits):
         if ".damaged-" in name:
             os.remove(name)
             print(f"{name} held it, and is removed.")
     left = remains(path, digits)
     if left:
-        raise CommandFailed(f"{shown} is still in {', '.join(left)}: end what else reads the file, "
+        raise CommandEnd(f"{shown} is still in {', '.join(left)}: end what else reads the file, "
                             "and run this again")
     print(f"It is gone from {path}: no byte of it is left there.\nIt may still be in backups, in "
           "the journal or file that stdout goes to,\nand where your functions have put it.")
@@ -3110,10 +3118,8 @@ def blank_rows(database: sqlite3.Connection, number: re.Pattern[str]) -> None:
         time.sleep(0.02)  # so that a running server gets its turn
 
 
-def rewrite(database: sqlite3.Connection, folder: str) -> None:
-    """Write the file anew and empty its -wal, without what rows as they were have left."""
-    database.execute("PRAGMA temp_store_directory='{}'".format(folder.replace("'", "''")))
-    database.execute("VACUUM")
+def empty_wal(database: sqlite3.Connection) -> None:
+    """Bring what -wal holds into the file, and cut it off."""
     database.execute("PRAGMA busy_timeout=0")  # a running server is not to wait for a reader, too
     for _ in range(600):
         if not database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
@@ -3402,10 +3408,10 @@ def check_log(path: str) -> Iterator[tuple[str, str]]:
             fault = database.execute("PRAGMA quick_check(1)").fetchone()[0]
             latest = database.execute("SELECT event, id FROM events WHERE event <> 'reply' "
                                       "ORDER BY id DESC LIMIT 1000").fetchall()
-    except Nothing:
+    except NothingToShow:
         yield "ok", f"call log: {path} will be created"
         return
-    except (CommandFailed, sqlite3.Error) as error:
+    except (CommandEnd, sqlite3.Error) as error:
         yield "problem", f"call log: {path}: {error}"
         return
     yield "ok" if fault == "ok" else "problem", f"call log: {path}: {fault}"
@@ -3823,7 +3829,7 @@ class Overview:
             try:
                 with contextlib.closing(open_log(self.settings.call_log)) as database:
                     self._follow(database)
-            except (Nothing, CommandFailed, sqlite3.Error) as error:
+            except (NothingToShow, CommandEnd, sqlite3.Error) as error:
                 self._publish(True, str(error))
             except Exception:  # the page goes on with what comes later
                 logger.exception("an error in this program; the page may be incomplete")
@@ -4048,10 +4054,10 @@ class PageHandler(http.server.BaseHTTPRequestHandler):
                     self._send(200, text.getvalue().encode(), "text/csv")
                     return
                 stored = sorted(call_with(database, query.get("key", "")))
-        except (Nothing, CommandFailed, sqlite3.Error):
+        except (NothingToShow, CommandEnd, sqlite3.Error):
             stored = []
-        lines = [[one.at, one.event.event, described(one.reply) if one.reply else
-                  event_line(one.event), one.leg] for one in stored]
+        lines = [[one.at, one.event.event, one.words or event_line(one.event), one.leg]
+                 for one in stored]
         self._send(200, json.dumps(lines).encode(), "application/json")
 
     def _send(self, status: int, body: bytes, content_type: str) -> None:
@@ -4105,7 +4111,7 @@ def page(options: argparse.Namespace, settings: Settings) -> int:
     try:
         server = PageServer(settings, options.page_port)
     except OSError as error:
-        raise CommandFailed(f"cannot listen on 127.0.0.1 port {options.page_port}: "
+        raise CommandEnd(f"cannot listen on 127.0.0.1 port {options.page_port}: "
                             f"{error.strerror}; choose another with --port") from None
     sys.setswitchinterval(0.0005)  # so that who asks gets a turn while the log is read
     with server, contextlib.suppress(KeyboardInterrupt):
@@ -4251,7 +4257,7 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def run_server(settings: Settings) -> int:
-    """Serve until a signal comes. Raises SettingsError, CommandFailed."""
+    """Serve until a signal comes. Raises SettingsError, CommandEnd."""
     path = settings.call_handlers
     with diagnostics(sys.stderr):
         for warning in warnings_of(settings):
@@ -4271,7 +4277,7 @@ def run_server(settings: Settings) -> int:
         return serve(settings, keys=keys, functions=functions, tell=tell_and_look,
                      announce=announcement, find_call=call_finder(settings.call_log))
     except (OSError, UnicodeError) as error:
-        raise CommandFailed(bind_advice(error, settings)) from None
+        raise CommandEnd(bind_advice(error, settings)) from None
 
 
 def run(options: argparse.Namespace) -> int:
@@ -4299,7 +4305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except SettingsError as error:
         status, problems = 2, error.problems
-    except CommandFailed as error:
+    except CommandEnd as error:
         status, problems = error.status, (str(error),)
     except KeyboardInterrupt:
         status, problems = 130, ()

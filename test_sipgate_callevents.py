@@ -1300,14 +1300,18 @@ class ReceiverTest(unittest.TestCase):
         talk.events()
         self.assertEqual([event.event for event in seen], ["answer", "hangup"])
 
-    def test_what_follows_is_done_even_if_very_many_wait(self):
-        seen = []
+    def test_looking_a_call_up_for_ever_holds_up_no_reply_and_none_of_your_code(self):
+        seen, go_on = [], threading.Event()
         talk = Conversation(functions=CallFunctions(on_hangup=seen.append))
-        talk.receiver.afterwards.limit = 0
-        talk.signed("/on-hangup", HANGUP)
-        self.assertEqual([answered.event.event for answered in talk.shown], ["hangup"])
-        talk.events()
-        self.assertEqual(len(seen), 1)
+        talk.receiver.show = lambda batch: go_on.wait(10)
+        talk.receiver.afterwards.limit = 3
+        with diagnostics() as said:
+            for n in range(6):
+                talk.signed("/on-hangup", HANGUP + b"&n=%d" % n)
+            wait_until(lambda: len(seen) == 3)
+        self.assertEqual(said, ["an event is not printed: 10000 others wait for that"] * 3)
+        go_on.set()
+        wait_until(lambda: len(seen) == 6)
 
     def test_an_exact_repeat_is_answered_and_printed_but_runs_and_counts_once(self):
         seen, log = [], self.log()
@@ -1471,7 +1475,7 @@ class Running:
         linger_seconds = 0.3
 
     class Impatient(Handler):
-        head_seconds = 0.2
+        request_seconds = 0.2
         idle_seconds = 0.4
 
     def __init__(self, settings=TRIAL, functions=NO_FUNCTIONS, handler=Handler, tls=None, host="127.0.0.1"):
@@ -1929,7 +1933,7 @@ class TimeLimitTest(unittest.TestCase):
 
     def test_a_reply_that_nobody_takes_ends_the_connection(self):
         class Stubborn(Running.Handler):
-            reply_seconds = 0.2
+            send_seconds = 0.2
 
             def setup(self):
                 self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
@@ -1968,8 +1972,8 @@ class CapTest(unittest.TestCase):
 
     def test_the_longest_waiting_connection_makes_room(self):
         first, second, third = self.connect(), self.connect(b"POST /new"), self.connect(request())
-        self.connect()
         self.assertTrue(third.recv(65536).startswith(b"HTTP/1.1 200 "))
+        self.connect()
         self.assertEqual(self.running.statuses(request()), [200])
         self.assertEqual(first.recv(1), b"")
         second.sendall(request()[9:])
@@ -2005,6 +2009,20 @@ class CapTest(unittest.TestCase):
         ours.recv(4)
         connection.is_waiting = False
         self.assertFalse(connection.may_go(), "it is being read, or replied to")
+
+    def test_a_connection_that_does_not_end_keeps_no_other_from_making_room(self):
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+        self.addCleanup(theirs.close)
+        stuck = self.running.server.connections[ours] = sc.Connection(ours)
+        stuck.cut()
+        stuck.spared_until -= 1
+        for _ in range(3):
+            self.connect(b"P")
+        began = time.monotonic()
+        self.assertEqual(self.running.statuses(request()), [200])
+        self.assertLess(time.monotonic() - began, 2)
+        del self.running.server.connections[ours]
 
     def test_whoever_sends_a_byte_and_no_more_makes_room_at_once(self):
         began = time.monotonic()
