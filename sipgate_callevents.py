@@ -124,7 +124,7 @@ logger = logging.Logger("sipgate_callevents", logging.INFO)  # noqa: LOG001
 # ==========================================================================================
 
 def on_new_call(event: NewCallEvent) -> Action | None:
-    """Say what happens to the call; None: it goes on as configured at sipgate. 3 seconds at most."""
+    """Say what happens to the call; None: what is configured at sipgate. 3 seconds at most."""
     # if event.from_number == "anonymous":
     #     return reject("busy")
     return None
@@ -1160,7 +1160,7 @@ class Receiver:
                  show: Callable[[list[Replied]], Any] = lambda batch: None, *,
                  call_log: CallLog | None = None, clock: Callable[[], float] = time.time,
                  find_call: Callable[[CallEvent], Any] | None = None) -> None:
-        """`show` gets what has been replied to, in order; `find_call` finds the call of an event."""
+        """`show` gets what was replied to, in order; `find_call` finds the call of an event."""
         self.settings, self.keys, self.show, self.find_call = settings, keys, show, find_call
         self.call_log, self.clock = call_log, clock
         base, url = settings.base_path, settings.base_url
@@ -2673,7 +2673,7 @@ def linked(database: sqlite3.Connection, column: str, value: str) -> set[str]:
     return {row[0] for row in rows if row[0]} if len(rows) <= LINK_EVENTS else set()
 
 
-def near(database: sqlite3.Connection, name: str, until: float) -> list[Leg]:
+def linked_legs(database: sqlite3.Connection, name: str, until: float) -> list[Leg]:
     """The leg, and all that links join with it, whatever lies between them in time.
 
     Raises TimeoutError past `until` (time.monotonic()).
@@ -2697,7 +2697,7 @@ def near(database: sqlite3.Connection, name: str, until: float) -> list[Leg]:
     return found
 
 
-def belongs(leg: Leg, call: Sequence[Leg]) -> bool:
+def is_of_same_call(leg: Leg, call: Sequence[Leg]) -> bool:
     """Whether `leg`, which began later, is one of the same call as the legs in `call`."""
     if leg.begun - min(other.begun for other in call) > DAY:
         return False  # or odd links would make one endless call
@@ -2718,12 +2718,12 @@ def belongs(leg: Leg, call: Sequence[Leg]) -> bool:
 
 def call_with(database: sqlite3.Connection, leg: str, until: float = math.inf
               ) -> list[StoredEvent]:
-    """The events of the call that the leg is part of. Raises TimeoutError as `near` does."""
+    """The events of the call that the leg is part of. Raises TimeoutError past `until`."""
     calls: list[list[Leg]] = []
-    for one in in_order(near(database, leg, until)):
+    for one in in_order(linked_legs(database, leg, until)):
         if time.monotonic() > until:
             raise TimeoutError
-        mine = [call for call in calls if belongs(one, call)]
+        mine = [call for call in calls if is_of_same_call(one, call)]
         calls = [call for call in calls if call not in mine]
         calls.append([*itertools.chain(*mine), one])
     found = next((call for call in calls if any(one.name == leg for one in call)), [])
@@ -2765,7 +2765,7 @@ class Caller(NamedTuple):
     calls: list[Call]
 
 
-def plain(number: str) -> str:
+def without_prefix(number: str) -> str:
     """A number without what is written before its country code."""
     return re.sub(r"\A(\+|00)", "", number)
 
@@ -2779,15 +2779,15 @@ def to_ring_back(calls: Iterable[Call]) -> tuple[list[Caller], int]:
         is_out = call.direction == "out"
         number = call.to_number if is_out else call.from_number
         if call.answered is not None and (call.answered_by or is_out):
-            spoken.add(plain(number))
+            spoken.add(without_prefix(number))
         # Without a direction it is the remains of one, without any newCall.
         is_lost = call.outcome == "lost" and call.direction and not (call.answered or call.ended)
         if is_out or not (is_lost or call.outcome in ("missed", "voicemail")):
             continue
         if number in ("", "anonymous"):
             withheld += 1
-        elif plain(number) not in spoken:
-            callers.setdefault(plain(number), Caller(number, [])).calls.append(call)
+        elif without_prefix(number) not in spoken:
+            callers.setdefault(without_prefix(number), Caller(number, [])).calls.append(call)
     return list(callers.values()), withheld
 
 
@@ -2856,8 +2856,8 @@ def aligned(rows: Sequence[Sequence[str]], most: Sequence[int]) -> str:
     widths = [min(max(len(row[place]) for row in shown), limit)
               for place, limit in enumerate(most)]
     widths.append(max(shutil.get_terminal_size().columns, 80) - sum(widths) - len(widths))
-    return "\n".join(" ".join(text[:width].ljust(width) for text, width in zip(row, widths)).rstrip()
-                     for row in shown)
+    lines = [[text[:width].ljust(width) for text, width in zip(row, widths)] for row in shown]
+    return "\n".join(" ".join(line).rstrip() for line in lines)
 
 
 def table(calls: Sequence[Call]) -> str:
@@ -2936,12 +2936,12 @@ def read_since(text: str) -> float:
         raise SettingsError(f'--since is "{text}": expected a date such as 2026-11-01') from None
 
 
-def chosen(number: str, since: float) -> Callable[[Call, Sequence[StoredEvent]], bool]:
+def call_filter(number: str, since: float) -> Callable[[Call, Sequence[StoredEvent]], bool]:
     """Return whether a call began after `since` and has `number`, in which * stands for digits.
 
     A number is found wherever it stood in an event: dialled, dialled first, or answering.
     """
-    pattern = plain(re.sub(r"[\s()/.-]", "", number)) or "*"
+    pattern = without_prefix(re.sub(r"[\s()/.-]", "", number)) or "*"
     match = re.compile(re.escape(pattern).replace(r"\*", ".*")).fullmatch
 
     def is_chosen(call: Call, events: Sequence[StoredEvent]) -> bool:
@@ -2955,7 +2955,7 @@ def chosen(number: str, since: float) -> Callable[[Call, Sequence[StoredEvent]],
 def show_calls(options: argparse.Namespace, settings: Settings) -> int:
     """The command `calls`."""
     since, form, limit = read_since(options.since), options.format, options.limit
-    is_chosen, withheld = chosen(options.number, since), 0
+    is_chosen, withheld = call_filter(options.number, since), 0
     callers: list[Caller] = []
     with contextlib.closing(open_log(settings.call_log)) as database:
         found = listed_calls(database, time.time(), since)
@@ -3027,7 +3027,8 @@ def digits_of(text: str) -> str:
 
     Raises SettingsError for what is no number.
     """
-    digits = plain(re.sub(r"\(\s*0\s*\)|[\s()/.-]|\A(sip|tel):", "", text.partition("@")[0]))
+    bare = re.sub(r"\(\s*0\s*\)|[\s()/.-]|\A(sip|tel):", "", text.partition("@")[0])
+    digits = without_prefix(bare)
     if not re.fullmatch("[0-9]{3,32}", digits):
         raise SettingsError(f'"{text}": expected a whole number, such as +49 157 91234567')
     return digits
@@ -3424,8 +3425,8 @@ def told_by(events: Sequence[str], last_at: float) -> tuple[str, str]:
         return "warning", ("events: none yet; enter the URL in sipgate's console, choose the "
                            "sources, and call")
     if events.count("newCall") >= 5 and not {"answer", "hangup"} & set(events):
-        return "problem", ("events: no answer and no hangup follows the newCalls; the URLs in the "
-                           "replies begin with WEBHOOK_URL, which must be reached from the internet")
+        return "problem", ("events: no answer and no hangup follows the newCalls; the URLs in "
+                           "the replies begin with WEBHOOK_URL: it must be reached from outside")
     return "ok", f"events: the last one came on {local_time(last_at)}"
 
 
@@ -4242,9 +4243,10 @@ def command_line() -> argparse.ArgumentParser:
     add("scenario", nargs="?", choices=list(SCENARIOS), default="answered", metavar="SCENARIO",
         help=f"{', '.join(SCENARIOS)} (default: answered)")
     add("--all", action="store_true", help="every scenario in turn")
-    add("--from", dest="sender", metavar="NUMBER", type=plain, default="492111234567",
+    add("--from", dest="sender", metavar="NUMBER", type=without_prefix, default="492111234567",
         help="the caller")
-    add("--to", metavar="NUMBER", type=plain, default="4915791234567", help="the number called")
+    add("--to", metavar="NUMBER", type=without_prefix, default="4915791234567",
+        help="the number called")
     add("--user", metavar="NAME", action="append", help="who rings (repeatable)")
     add("--digits", metavar="1,0042", default="1",
         help="what the caller presses, menu by menu; empty: nothing")
