@@ -1710,7 +1710,7 @@ class TlsFiles:
 class WebhookServer(socketserver.ThreadingTCPServer):
     """Listens on the webhook port; a thread for each connection."""
 
-    request_queue_size = 128
+    request_queue_size = 1024  # what finds no room in it is tried again by TCP, a second later
     max_connections = 256
     timeout = 0.1  # until a signal or the stop is seen
     # On Windows it would let a second copy take the same port.
