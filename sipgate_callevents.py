@@ -885,10 +885,10 @@ class CallLog:
             if not version:
                 # Before WAL mode, so that the mark that it is ours is in the file itself at once.
                 database.executescript(SCHEMA)
-            # Where there can be no write-ahead log (network file systems), it does without.
-            for pragma in ("journal_mode=WAL", "synchronous=FULL", "fullfsync=ON",
-                           "secure_delete=ON"):
+            for pragma in ("synchronous=FULL", "fullfsync=ON", "secure_delete=ON"):
                 database.execute("PRAGMA " + pragma)
+            with contextlib.suppress(sqlite3.OperationalError):  # as on some network file systems
+                database.execute("PRAGMA journal_mode=WAL")
             newest = database.execute("SELECT max(id) FROM events").fetchone()[0] or 0
         except BaseException:
             database.close()
@@ -1582,6 +1582,8 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
     def _await_request(self) -> bool:
         """Wait for the first byte of a request; False if the client closes, or speaks TLS."""
         first = self.rfile.peek(1)[:1]  # type: ignore[attr-defined]
+        # It has waited since now, and not since its last reply.
+        self.tracked.spared_until = max(self.tracked.spared_until, time.monotonic())
         self.tracked.allow(self.request_seconds)
         if first == b"\x16":
             logger.warning("https on the http port: a TLS handshake came in; the tunnel or proxy "
@@ -1690,8 +1692,8 @@ class TlsFiles:
             try:
                 self._load_if_new()
             except (OSError, ValueError) as error:
-                logger.error("the renewed certificate %s cannot be used with its key (%s); the old "
-                             "one stays in use", self.certificate, error)
+                logger.warning("the renewed certificate %s cannot be used with its key (%s); the "
+                               "old one stays in use", self.certificate, error)
             return self._context
 
     def _load_if_new(self) -> None:
@@ -2099,7 +2101,7 @@ SETTINGS = [known.name.upper() for known in fields(Settings)]
 PATHS = ("WEBHOOK_TLS_CERT", "WEBHOOK_TLS_KEY", "SIGNATURE_KEY_FILE", "CALL_HANDLERS", "CALL_LOG")
 CHOICES = {"VERIFY_SIGNATURE": ("on", "new-call", "off"), "CALL_OUTPUT": ("text", "json", "off")}
 NUMBERS = {"WEBHOOK_PORT": range(65536), "CALL_LOG_DAYS": range(1, 100_000)}  # port 0: any free one
-PUBLIC_URL = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?"
+PUBLIC_URL = re.compile(r"(?i:https?)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?"
                         r"(/[A-Za-z0-9._~!$&'()*+,;=:@%-]*)*")
 
 
@@ -2119,6 +2121,10 @@ def read_setting(name: str, text: str, folder: str) -> Any:
         return int(text)
     if name == "WEBHOOK_URL":
         return read_url(text)
+    if name == "WEBHOOK_HOST":
+        text = text.strip("[]")
+        if not re.fullmatch("[0-9A-Fa-f.]*:[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*|[A-Za-z0-9._-]+", text):
+            raise ValueError("expected an address such as 127.0.0.1 or ::1, without a port")
     if name == "CALL_PAGE_KEY" and not re.fullmatch("[A-Za-z0-9_-]{16,128}", text):
         raise ValueError("expected 16 to 128 letters and digits, such as " + os.urandom(8).hex())
     return os.path.abspath(os.path.join(folder, text)) if name in PATHS and text != "off" else text
@@ -2127,7 +2133,11 @@ def read_setting(name: str, text: str, folder: str) -> Any:
 def read_url(text: str) -> str:
     """Return the base URL `text` without a slash at its end; ValueError says what was expected."""
     match, base = PUBLIC_URL.fullmatch(text), text.rstrip("/")
-    if not match or int((match[2] or ":1")[1:]) not in range(1, 65536):
+    try:
+        port = urllib.parse.urlsplit(text).port
+    except ValueError:  # a port above 65535, brackets that hold no IPv6 address
+        port = 0
+    if not match or port == 0:
         raise ValueError("expected an address such as https://example.org/3f9c2a, without user, "
                          "query or fragment")
     if re.search("ADDRESS|SECRET-PATH", text):
@@ -2255,16 +2265,20 @@ def key_from_pem(text: str) -> PublicKey:
     Raises ValueError that says what was expected.
     """
     pem = re.search("-----BEGIN PUBLIC KEY-----([A-Za-z0-9+/=\\s]+)-----END PUBLIC KEY-----", text)
-    der = base64.b64decode(pem[1]) if pem else b""
+    try:
+        der = base64.b64decode(pem[1]) if pem else b""
+    except ValueError:
+        der = b""
     head = RSA_KEY.match(der)
     start = head.end() if head else 0
     end = start + (int.from_bytes(head[1], "big") if head else 0)
-    # Behind the modulus there are a tag, one octet of length, and the exponent.
-    key = PublicKey(int.from_bytes(der[start:end], "big"), int.from_bytes(der[end + 2:], "big"))
-    if key.size < 256 or key.exponent < 3 or not key.modulus & key.exponent & 1:
+    modulus, rest = int.from_bytes(der[start:end], "big"), der[end:]
+    # The exponent with its tag and its length, in one octet each, is all that may follow.
+    exponent = int.from_bytes(rest[2:], "big") if rest[:2] == bytes([2, len(rest[2:])]) else 0
+    if modulus.bit_length() < 2048 or exponent < 3 or not modulus & exponent & 1:
         raise ValueError('expected a PEM file with "-----BEGIN PUBLIC KEY-----" and an RSA key of '
                          "at least 2048 bits in it")
-    return key
+    return PublicKey(modulus, exponent)
 
 
 def load_keys(path: str) -> list[PublicKey]:
@@ -2278,14 +2292,15 @@ def load_keys(path: str) -> list[PublicKey]:
 
 def bind_advice(error: Exception, settings: Settings) -> str:
     """One line that says why nothing can listen there, and what to do."""
-    port = settings.webhook_port
-    advice = {
-        errno.EADDRINUSE: "another program has this port, or another copy of this one; stop it "
-                          f"or use --port {port % 65535 + 1}",
-        errno.EACCES: "ports below 1024 need privileges; use --port 8080, and let a proxy listen "
-                      f"on {port}",
-    }.get(getattr(error, "errno", 0), "set WEBHOOK_HOST to 127.0.0.1, or to 0.0.0.0 for all "
-                                      "addresses of this machine")
+    port, number = settings.webhook_port, getattr(error, "errno", 0)
+    advice = ("set WEBHOOK_HOST to 127.0.0.1, or to 0.0.0.0 for all addresses of this machine, "
+              "and WEBHOOK_PORT to a port that you may use")
+    if number == errno.EADDRINUSE:
+        advice = ("another program has this port, or another copy of this one; stop it or use "
+                  f"--port {port % 65535 + 1}")
+    elif number == errno.EACCES and port < 1024:
+        advice = ("ports below 1024 need privileges; use --port 8080, and let a proxy listen on "
+                  f"{port}")
     return (f"cannot listen on {settings.webhook_host} port {port}: "
             f"{getattr(error, 'strerror', error)}: {advice}")
 
@@ -2820,7 +2835,7 @@ def open_log(path: str, timeout: float = 5.0) -> sqlite3.Connection:
                       f"no calls yet: there is nothing in {path}")
     if not os.access(path, os.R_OK | os.W_OK):
         command = ["sudo", "env", f"CALL_LOG={path}", sys.executable, os.path.abspath(sys.argv[0])]
-        raise CommandEnd(f"{path} belongs to another user; as root: "
+        raise CommandEnd(f"this user may not open {path}; as root: "
                             + " ".join(map(shlex.quote, command + sys.argv[1:])))
     database = sqlite3.connect(pathlib.Path(path).as_uri() + "?mode=rw", uri=True, timeout=timeout,
                                isolation_level=None)
@@ -3034,9 +3049,13 @@ def digits_of(text: str) -> str:
     return digits
 
 
+# No digit; what looks like one behind a % is part of another character.
+BEFORE_NUMBER = "(?:(?<![0-9])|(?<=%[0-9A-Fa-f][0-9A-Fa-f]))(?:00)?"
+
+
 def pattern_of(digits: str) -> re.Pattern[str]:
     """What finds a number however it is written, but not in a longer one."""
-    return re.compile(r"(?<![0-9])(?:00)?" + r"[\s()/.#*+-]*".join(digits) + "(?![0-9])")
+    return re.compile(BEFORE_NUMBER + r"[\s()/.#*+-]*".join(digits) + "(?![0-9])")
 
 
 def blanked(row: Sequence[Any], number: re.Pattern[str], token: str) -> tuple[Any, ...]:
@@ -3130,7 +3149,7 @@ def empty_wal(database: sqlite3.Connection) -> None:
 
 def remains(path: str, digits: str) -> list[str]:
     """Those of the call log's files whose bytes hold the number."""
-    number = re.compile(rb"(?<![0-9])(?:00)?" + digits.encode() + rb"(?![0-9])")
+    number = re.compile((BEFORE_NUMBER + digits + "(?![0-9])").encode())
     found = []
     for name in [path, path + "-wal", *glob.glob(glob.escape(path) + ".damaged-*")]:
         with contextlib.suppress(FileNotFoundError), open(name, "rb") as file:
@@ -3146,7 +3165,8 @@ def similar(database: sqlite3.Connection, digits: str) -> str:
     number = re.compile(f"[0-9]+{digits.lstrip('0')}\\b")
     found: set[str] = set()
     for (body,) in database.execute("SELECT body FROM events ORDER BY id DESC LIMIT 100000"):
-        found.update(map(with_plus, number.findall(body.decode("ascii", "replace"))))
+        text = urllib.parse.unquote(body.decode("ascii", "replace"))
+        found.update(with_plus(without_prefix(one)) for one in number.findall(text))
     return " " + ", ".join(sorted(found)[:5]) if found else ""
 
 
@@ -3215,18 +3235,23 @@ class Rehearsal:
             "event": event, "direction": "out" if self.scenario == "outgoing" else "in",
             "from": ends[0], "to": ends[1], "callId": self.call_id + leg,
             "origCallId": self.call_id + "A", "xcid": self.xcid}
+        if leg != "A":
+            form["diversion"] = self.options.to
         users = [detail] if detail else self.options.user or ["Alice", "Bob"]
+        ids = [f"w{number}" for number in range(len(users)) if detail != "voicemail"]
         if event == "newCall":
-            form["user[]"] = users
+            form.update({"user[]": users, "userId[]": ids,
+                         "fullUserId[]": ["1234567" + name for name in ids]})
         elif event == "answer":
-            form.update({"user": users[0], "answeringNumber": self.options.to, **self.answering})
+            form.update({"user": users[0], "answeringNumber": self.options.to,
+                         "userId": "w0", "fullUserId": "1234567w0", **self.answering})
         else:
             form["cause"] = self.cause or detail or "normalClearing"
         return form
 
     def _obey(self, action: ET.Element | None, call_id: str) -> None:
         """Press keys for each Gather that the replies ask for, and note what comes of the call."""
-        asked = 0
+        asked, self.answering = 0, {}
         while action is not None and action.tag == "Gather":
             url, asked = action.get("onData", ""), asked + 1
             if not url.startswith(self.receiver.settings.base_url + "/"):
@@ -3241,7 +3266,8 @@ class Rehearsal:
             print(f"    (your functions do not ask for {','.join(self.pressed)})")
         if action is not None and action.tag == "Dial":
             number = action.findtext("Number") or ""
-            self.answering = {"user": "" if number else "voicemail", "answeringNumber": number}
+            self.answering = {"user": "" if number else "voicemail", "answeringNumber": number,
+                              "userId": "", "fullUserId": ""}
         elif action is not None:
             reject = "busy" if action.get("reason") else "noAnswer"
             self.cause = {"Reject": reject, "Hangup": "normalClearing"}.get(action.tag, "")
@@ -3253,12 +3279,16 @@ class Rehearsal:
     def _post(self, url: str, form: Mapping[str, Any]) -> ET.Element | None:
         """Send an event as sipgate does; return the action that the reply asks for."""
         words = form.get("cause") or form.get("user") or form.get("answeringNumber") or (
-            f"{form['from']} to {form['to']} ({', '.join(form['user[]'])})" if "from" in form
-            else form["dtmf"] or "(no key pressed)")
+            f"{form['from']} to {form['to']} ({', '.join(form['user[]'])})" if "user[]" in form
+            else form.get("dtmf") or "(no key pressed)" if "dtmf" in form else "(nobody named)")
         print(f"--> {form['event']:8} {printable(words)}", flush=True)
         body = urllib.parse.urlencode(form, doseq=True, errors="replace").encode()
         receiver, began = self.receiver, time.monotonic()
-        event = receiver.admit(url[len(receiver.settings.base_url):], body)
+        try:
+            event = receiver.admit(url[len(receiver.settings.base_url):], body)
+        except WebhookError as error:
+            self._complain(f"{printable(url)}: {error.status} {error.reason}")
+            return None
         replied = receiver.reply_to(event, began + receiver.reply_seconds)
         took = f"<-- {replied.reply.status} in {(time.monotonic() - began) * 1000:.0f} ms"
         receiver.follow(replied)
@@ -3273,8 +3303,10 @@ class Rehearsal:
         action = printable(described(replied.action)) if replied.action else "no action"
         print(wrapped(f"{took}  {action}, asks for {' and '.join(asked) or 'nothing more'}",
                       sys.stdout, 4), flush=True)
-        if response.find("Gather") is not None and receiver.your_code.does_nothing("on_dtmf"):
-            print("    (on_dtmf does nothing with the digits)")
+        is_idle = receiver.your_code.does_nothing("on_dtmf")
+        for gather in response.iter("Gather"):
+            if is_idle and gather.get("onData", "").startswith(receiver.settings.base_url):
+                print("    (on_dtmf does nothing with the digits)")
         for sound in response.iter("Url"):
             if not (sound.text or "").partition("?")[0].lower().endswith(".wav"):
                 print(f"    is {printable(sound.text or '')} a WAV file? sipgate plays no other")
@@ -3349,23 +3381,30 @@ class Health(NamedTuple):
 
 def get_health(url: str, context: ssl.SSLContext | None = None) -> Health:
     """GET `url`, for GET_SECONDS at most. Raises OSError, http.client.HTTPException."""
-    parts = urllib.parse.urlsplit(url)
-    link = http.client.HTTPConnection(parts.netloc, timeout=GET_SECONDS)
-    if parts.scheme == "https":
-        link = http.client.HTTPSConnection(parts.netloc, timeout=GET_SECONDS, context=context)
-    with contextlib.closing(link):
-        link.connect()
-        alarm = threading.Timer(GET_SECONDS, socket.socket.shutdown, (link.sock, socket.SHUT_RDWR))
-        alarm.daemon = True
-        alarm.start()
+    outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def get() -> None:
         try:
-            link.request("GET", parts.path)
-            reply = link.getresponse()
-            text = printable(reply.read(200).decode("utf-8", "replace").strip())
-        finally:
-            alarm.cancel()
-    return Health(reply.status, reply.headers.get("X-Instance", ""),
-                  printable(reply.headers.get("X-Refused", "0")[:9]), text)
+            parts = urllib.parse.urlsplit(url)
+            secure = {"context": context} if parts.scheme == "https" else {}
+            kind: Any = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+            with contextlib.closing(kind(parts.netloc, timeout=GET_SECONDS, **secure)) as link:
+                link.request("GET", parts.path)
+                reply = link.getresponse()
+                text = printable(reply.read(200).decode("utf-8", "replace").strip())
+                outcome.put(Health(reply.status, reply.headers.get("X-Instance", ""),
+                                   printable(reply.headers.get("X-Refused", "0")[:9]), text))
+        except Exception as error:  # noqa: BLE001 - raised where it is waited for
+            outcome.put(error)
+
+    threading.Thread(target=get, daemon=True).start()
+    try:
+        found = outcome.get(timeout=GET_SECONDS)
+    except queue.Empty:
+        found = socket.timeout("timed out")  # noqa: UP041 - no TimeoutError before Python 3.10
+    if isinstance(found, Health):
+        return found
+    raise found
 
 
 def local_health(settings: Settings) -> Health:
@@ -3399,6 +3438,9 @@ def check_log(path: str) -> Iterator[tuple[str, str]]:
     folder = os.path.dirname(path)
     if path == "off":
         yield "ok", "call log: off, nothing is kept"
+        return
+    if os.path.lexists(path) and not os.path.isfile(path):
+        yield "problem", f"call log: {path} is no file: set CALL_LOG to one, or to off"
         return
     if not os.access(folder, os.W_OK | os.X_OK):  # SQLite keeps files beside it
         yield "problem", (f"call log: {folder} is no folder in which this user may write: set "
@@ -3933,7 +3975,7 @@ class Overview:
             "days": [[day, *map(sum, zip(*bars[day]))] for day in reversed(days)]}
 
     def _bars_of(self, day: str) -> list[list[int]]:
-        """Replied, voicemail and missed by hour; counted anew only where the day has changed."""
+        """Answered, voicemail and missed by hour; counted anew only where the day has changed."""
         if day not in self._bars:
             bars = [[0, 0, 0] for _ in range(24)]
             for call in self.days.get(day, {}).values():
@@ -4158,12 +4200,13 @@ def read_settings(options: argparse.Namespace, environ: Mapping[str, str]) -> Se
     in_file, unread = parse_dotenv(read_env_file(path)) if path else ({}, {})
     if path and options.command != "check":
         print(f"Settings are read from {path}", file=sys.stderr)
-    for number, name in unread.items():
-        text = (f"{path} line {number}: {name} cannot be read: expected NAME=value, quotes "
-                "closed, without ${...}, \\ or text behind them")
-        if name in SETTINGS:
-            raise SettingsError(text)
-        logger.warning("%s", text)
+    expected = "expected NAME=value, quotes closed, without ${...}, \\ or text behind them"
+    problems = [f"{path} line {number}: {name} cannot be read: {expected}"
+                for number, name in unread.items() if name in SETTINGS]
+    if problems:
+        raise SettingsError(*problems)
+    for number in unread:
+        logger.warning("%s: line %d is skipped: %s", path, number, expected)
     flags = {"WEBHOOK_URL": options.url, "WEBHOOK_PORT": options.port}
     typed = {name: value for name, value in flags.items() if value is not None}
     values = {**in_file, **environ, **typed}
@@ -4176,7 +4219,7 @@ def read_settings(options: argparse.Namespace, environ: Mapping[str, str]) -> Se
         source = "typed" if name in typed else "environment" if name in environ else path
         said.append(f"{name} ({source})")
     for name in SETTINGS:
-        if in_file.get(name) and values[name] == "":
+        if in_file.get(name) and environ.get(name) == "" and name not in typed:
             logger.warning("%s is empty in the environment, which switches off the one in .env",
                            name)
     options.sources = ", ".join(said) or "all are defaults"
@@ -4189,6 +4232,11 @@ def whole_number(text: str) -> int:
     if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f'"{text}": expected a whole number of 1 or more')
     return int(text)
+
+
+def dialled(text: str) -> str:
+    """For argparse: a number as sipgate sends it, or a word such as anonymous."""
+    return without_prefix(re.sub(r"[\s()/.-]", "", text))
 
 
 class Parser(argparse.ArgumentParser):
@@ -4232,7 +4280,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--all", action="store_true", help="with --missed: each call, not caller")
     add("--since", metavar="DATE", default="2000-01-01", help="from this day on, as 2026-11-01")
     add("--number", default="", help="with this number; * stands for any digits")
-    add("--limit", metavar="N", type=whole_number, help="at most so many (in a table 20)")
+    add("--limit", metavar="N", type=whole_number, help="at most so many (calls in a table: 20)")
     add("--events", action="store_true", help="with their events (not in CSV)")
     add("--format", choices=("table", "csv", "excel", "json"), default="table",
         help="excel: CSV as a German Excel reads it")
@@ -4243,9 +4291,9 @@ def command_line() -> argparse.ArgumentParser:
     add("scenario", nargs="?", choices=list(SCENARIOS), default="answered", metavar="SCENARIO",
         help=f"{', '.join(SCENARIOS)} (default: answered)")
     add("--all", action="store_true", help="every scenario in turn")
-    add("--from", dest="sender", metavar="NUMBER", type=without_prefix, default="492111234567",
+    add("--from", dest="sender", metavar="NUMBER", type=dialled, default="492111234567",
         help="the caller")
-    add("--to", metavar="NUMBER", type=without_prefix, default="4915791234567",
+    add("--to", metavar="NUMBER", type=dialled, default="4915791234567",
         help="the number called")
     add("--user", metavar="NAME", action="append", help="who rings (repeatable)")
     add("--digits", metavar="1,0042", default="1",

@@ -298,6 +298,8 @@ class SettingsTest(unittest.TestCase):
                 ("WEBHOOK_PORT", "²", "expected a whole number from 0 to 65535"),
                 ("VERIFY_SIGNATURE", "yes", "expected on or new-call or off"),
                 ("CALL_LOG_DAYS", "0", "expected a whole number from 1 to 99999"),
+                ("WEBHOOK_HOST", "127.0.0.1:80", "expected an address such as 127.0.0.1 or ::1, without a port"),
+                ("WEBHOOK_HOST", "http://localhost", "expected an address such as 127.0.0.1 or ::1, without a port"),
                 ("CALL_OUTPUT", "xml", "expected text or json or off"),
                 ("WEBHOOK_URL", "https://ADDRESS/x", None), ("WEBHOOK_URL", "https://x.example/SECRET-PATH", None),
                 ("WEBHOOK_URL", "https://example.org/a/new-call",
@@ -305,8 +307,8 @@ class SettingsTest(unittest.TestCase):
                 ("WEBHOOK_URL", "https://example.org/on-hangup/", "leave out /on-hangup, it is added to https://example.org"),
                 *(("WEBHOOK_URL", url, "expected an address such as https://example.org/3f9c2a, without user, query or fragment")
                   for url in ("https://example.org:99999", "https://example.org:0", "https://example.org:abc", "https://[::1", "example.org",
-                              "ftp://example.org", "https:///x", "https://me:pw@example.org", "https://example.org?a=b",
-                              "https://example.org/#a", "https://example.org/ä")),
+                              "ftp://example.org", "https:///x", "https://[abc]/x", "https://me:pw@example.org",
+                              "https://example.org?a=b", "https://example.org/#a", "https://example.org/ä")),
         ]:
             with self.subTest(value):
                 found, = self.problems(**{name: value})
@@ -329,7 +331,7 @@ class SettingsTest(unittest.TestCase):
         problem, = self.problems(WEBHOOK_HOST="0.0.0.0")
         self.assertIn("WEBHOOK_HOST", problem)
         self.assertIn("WEBHOOK_URL", problem)
-        for host in ("127.0.0.2", "::1", "localhost"):
+        for host in ("127.0.0.2", "::1", "[::1]", "localhost"):
             self.assertTrue(sc.checked({"WEBHOOK_HOST": host}).trial)
 
     def test_what_is_probably_not_meant_is_said(self):
@@ -423,6 +425,7 @@ class SignatureTest(unittest.TestCase):
     def test_a_file_that_holds_no_key_of_this_kind_is_named(self):
         lines = TEST_KEY_PEM.split("\n")
         for text in ("", TEST_KEY_PEM.replace("PUBLIC", "PRIVATE"), "\n".join(lines[:1] + lines[2:]), "\n".join(lines[:3] + lines[-2:]),
+                     TEST_KEY_PEM.replace("DQIDAQAB\n", "DQIDAQABAA==\n"), TEST_KEY_PEM.replace("DQIDAQAB\n", "DQIDAQA\n"),
                      "-----BEGIN PUBLIC KEY-----\nMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEPpOwEgAw2ZIsEAaGcXKSSsHaggf4\n"
                      "KngXyppy5N+qs+zE1SPlO3VOI/D1Z3DlPj491iRv772lgY1zBPmrY8UvRQ==\n-----END PUBLIC KEY-----"):
             with self.assertRaisesRegex(ValueError, "expected a PEM file .* and an RSA key"):
@@ -2024,6 +2027,20 @@ class CapTest(unittest.TestCase):
         self.assertLess(time.monotonic() - began, 2)
         del self.running.server.connections[ours]
 
+    def test_the_next_request_of_an_old_connection_waits_since_its_first_byte(self):
+        old = self.connect(request())
+        self.assertTrue(old.recv(65536).startswith(b"HTTP/1.1 200 "))
+        tracked, = self.running.server.connections.values()
+        tracked.spared_until -= 60
+        others = [self.connect() for _ in range(3)]
+        old.sendall(request(NEW_CALL)[:-5])
+        wait_until(lambda: tracked.spared_until > time.monotonic() - 30)
+        self.opened.append(self.running.connect())
+        self.addCleanup(self.opened[-1].close)
+        self.assertEqual(others[0].recv(1), b"", "it had waited longer")
+        old.sendall(NEW_CALL[-5:])
+        self.assertTrue(old.recv(65536).startswith(b"HTTP/1.1 200 "))
+
     def test_whoever_sends_a_byte_and_no_more_makes_room_at_once(self):
         began = time.monotonic()
         for _ in range(12):
@@ -2746,6 +2763,8 @@ class ShownCallsTest(unittest.TestCase):
             body = urllib.parse.urlencode({"x": value, "user[]": "Alice"}).encode()
             self.assertIs(blanked(body), body, value)
         self.assertEqual(blanked(b"user[]=Alice&x=1"), b"user[]=Alice&x=1", "as it came")
+        hidden = response_xml(gather(state='{"n": "49157999111"}'), on_data="http://x/d")
+        self.assertNotIn(b"49157999111", blanked(hidden, "reply"))
         self.assertEqual(blanked(b"callId=49157999111&origCallId=49157999111", token="T"), b"callId=T&origCallId=T")
         self.assertEqual(blanked(b"<x=1&from=49157999111"), b"%3Cx=1&from=%5Bforgotten%5D")
         xml = response_xml(dial("49157999111", "49157999112"), on_hangup="https://x/49157999111/h")
@@ -2920,6 +2939,15 @@ class RehearsalTest(unittest.TestCase):
                 self.assertEqual([event.event for event in events],
                                  ["newCall", "hangup"] if outcome == "rejected" else ["newCall", "answer", "hangup"])
 
+    def test_each_leg_has_all_that_sipgate_sends_and_answers_for_itself(self):
+        events = self.rehearse("transfer", CallFunctions(
+            on_new_call=lambda event: dial("4921100") if event.first_leg else None))[2]
+        self.assertEqual([(event.user, event.user_id, event.answering_number) for event in events if isinstance(event, AnswerEvent)],
+                         [("", "", "4921100"), ("Carl", "w0", "4915791234567")])
+        self.assertEqual([(event.user_ids, event.full_user_ids, event.diversion) for event in events if isinstance(event, NewCallEvent)],
+                         [(("w0", "w1"), ("1234567w0", "1234567w1"), ""), (("w0",), ("1234567w0",), "4915791234567")])
+        self.assertIn("--> answer   (nobody named)", self.rehearse(user=[""], to="")[0])
+
     def test_a_transfer_that_is_refused_goes_no_further(self):
         _, _, events, _ = self.rehearse("transfer", CallFunctions(on_new_call=lambda event: reject()))
         self.assertEqual([event.event for event in events], ["newCall", "hangup"])
@@ -2941,7 +2969,11 @@ class RehearsalTest(unittest.TestCase):
     def test_what_sipgate_would_not_do_is_named(self):
         said, _, _, faults = self.rehearse("menu", CallFunctions(on_new_call=lambda event: gather(), on_dtmf=lambda event: gather()))
         self.assertEqual((said.count("!!! 20 times <Gather> in a row: the menu never ends"), faults), (1, 1))
+        said = self.rehearse(functions=CallFunctions(on_new_call=lambda event: gather("http://localhost:8080/none")))[0]
+        self.assertIn("!!! http://localhost:8080/none: 404 not found", said)
+        self.assertIn("    (on_dtmf does nothing with the digits)", said)
         said = self.rehearse(functions=CallFunctions(on_new_call=lambda event: gather("https://other.example/x")))[0]
+        self.assertNotIn("    (on_dtmf does nothing with the digits)", said)
         self.assertIn("    https://other.example/x is on another server: it is not followed", said)
         said = self.rehearse(functions=CallFunctions(on_new_call=lambda event: play("https://x.example/a.mp3")))[0]
         self.assertIn("    is https://x.example/a.mp3 a WAV file? sipgate plays no other", said)
@@ -3038,7 +3070,7 @@ class CheckTest(unittest.TestCase):
             finally:
                 sc.GET_SECONDS = before
             self.assertLess(time.monotonic() - began, 2)
-            self.assertEqual((kind, "cannot be reached" in text), ("problem", True), text)
+            self.assertEqual((kind, "(timed out)" in text), ("warning", True), "it may be the router")
         dripping.join()
 
     def test_certificates_that_sipgate_will_not_accept(self):
@@ -3097,7 +3129,8 @@ class CheckTest(unittest.TestCase):
         self.assertEqual(list(sc.check_log(os.path.join(missing, "calls.db"))), [(
             "problem", f"call log: {missing} is no folder in which this user may write: "
                        "set CALL_LOG to a file elsewhere, or to off")])
-        self.assertEqual(list(sc.check_log(self.folder))[-1][0], "problem")
+        for path in (self.folder, os.devnull):
+            self.assertEqual(list(sc.check_log(path)), [("problem", f"call log: {path} is no file: set CALL_LOG to one, or to off")])
         with contextlib.closing(sqlite3.connect(self.path)) as foreign:
             foreign.execute("CREATE TABLE a(b)")
         self.assertRegex(self.found()[-1][1], "is not a call log of this version of the program$")
@@ -3403,12 +3436,13 @@ class SettingsFromTest(InFolder):
             self.assertEqual(sc.find_env_file(), beside)
 
     def test_a_line_that_cannot_be_read_ends_the_start_if_it_is_a_setting(self):
-        path = self.write("my.env", 'A="b\nWEBHOOK_PORT=0\nCALL_OUTPUT="off" x\n')
+        path = self.write("my.env", 'A="b\nWEBHOOK_PORT=0\nCALL_OUTPUT="off" x\nCALL_LOG="\n')
         with self.assertRaises(SettingsError) as caught:
             self.read("--env-file", "my.env")
-        self.assertTrue(str(caught.exception).startswith(f"{path} line 3: CALL_OUTPUT cannot be read: expected NAME=value"))
+        self.assertEqual([problem.partition(": expected NAME=value")[0] for problem in caught.exception.problems],
+                         [f"{path} line 3: CALL_OUTPUT cannot be read", f"{path} line 4: CALL_LOG cannot be read"])
         self.write("my.env", 'A="b\nWEBHOOK_PORT=0\n')
-        self.assertIn("line 1: A cannot be read: expected NAME=value", self.read("--env-file", "my.env")[1])
+        self.assertIn("line 1 is skipped: expected NAME=value", self.read("--env-file", "my.env")[1])
 
     def test_a_name_that_is_no_setting_is_taken_for_a_slip(self):
         self.write(".env", "VERIFY_SIGNTURE=off\nwebhookurl=x\n")
@@ -3695,6 +3729,7 @@ class CommandTest(InFolder):
         rows += [(now + 10**8 + n, *row) for n, row in enumerate((
             ("answer", "leg1", b"event=answer&callId=leg1&answeringNumber=0049999911122&user=Al%C3%BC"),
             ("reply", "leg2", response_xml(dial("49999911122"))),
+            ("reply", "leg3", response_xml(gather(state="(49999911122)"), on_data="http://x/d")),
             ("newCall", "49999911122", b"event=newCall&callId=49999911122&from=1"), ("reply", "49999911122", b"<Response />")))]
         with contextlib.closing(sqlite3.connect(path)) as other:
             other.executemany("INSERT INTO events(id, event, call_id, body) VALUES (?, ?, ?, ?)", rows)
@@ -3706,7 +3741,7 @@ class CommandTest(InFolder):
         self.assertIn("no call holds 0999911122; with the country code? +49999911122", err)
         status, out, err = self.run_command("forget", "+49 (999) 911-122")
         self.assertEqual(status, 1, "nobody said yes")
-        self.assertRegex(out, r"^103 calls, from [-0-9]{10} [0-9:]{5} to [-0-9]{10} [0-9:]{5}, hold \+49999911122\.\n")
+        self.assertRegex(out, r"^104 calls, from [-0-9]{10} [0-9:]{5} to [-0-9]{10} [0-9:]{5}, hold \+49999911122\.\n")
         status, out, err = self.run_command("forget", "--yes", "+49 (999) 911-122")
         self.assertEqual((status, err), (0, ""))
         self.assertIn(f"It is gone from {path}: no byte of it is left there.\n", out)
@@ -3715,7 +3750,7 @@ class CommandTest(InFolder):
         with open(path, "rb") as file:
             self.assertEqual(file.read().count(b"49999911122"), 0)
         with contextlib.closing(sqlite3.connect(path)) as other:
-            self.assertEqual(other.execute("SELECT count(*), sum(CAST(body AS TEXT) LIKE '%5Bforgotten%') FROM events").fetchone(), (5004, 102))
+            self.assertEqual(other.execute("SELECT count(*), sum(CAST(body AS TEXT) LIKE '%5Bforgotten%') FROM events").fetchone(), (5005, 102))
             self.assertEqual(len(set(other.execute("SELECT call_id FROM events WHERE call_id LIKE '[forgotten%'"))), 1, "still one call")
         self.assertEqual(self.run_command("forget", "49999911122")[0], 1)
         self.assertEqual(self.run_command("forget", "4")[0], 2)
