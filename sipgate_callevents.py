@@ -2101,8 +2101,8 @@ SETTINGS = [known.name.upper() for known in fields(Settings)]
 PATHS = ("WEBHOOK_TLS_CERT", "WEBHOOK_TLS_KEY", "SIGNATURE_KEY_FILE", "CALL_HANDLERS", "CALL_LOG")
 CHOICES = {"VERIFY_SIGNATURE": ("on", "new-call", "off"), "CALL_OUTPUT": ("text", "json", "off")}
 NUMBERS = {"WEBHOOK_PORT": range(65536), "CALL_LOG_DAYS": range(1, 100_000)}  # port 0: any free one
-PUBLIC_URL = re.compile(r"(?i:https?)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?"
-                        r"(/[A-Za-z0-9._~!$&'()*+,;=:@%-]*)*")
+PUBLIC_URL = re.compile(r"(?i:https?)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+\])"
+                        r"(:[0-9]{1,5})?(/[A-Za-z0-9._~!$&'()*+,;=:@%-]*)*")
 
 
 def read_setting(name: str, text: str, folder: str) -> Any:

@@ -884,11 +884,11 @@ class CallLogTest(unittest.TestCase):
     def test_a_deleted_file_is_begun_anew_within_a_look(self):
         log = self.open()
         self.record(log, "1")
-        for name in os.listdir(self.folder):
-            os.remove(os.path.join(self.folder, name))
         with diagnostics() as said:
-            wait_until(lambda: os.path.exists(self.path))
-            wait_until(lambda: log._database)
+            for name in os.listdir(self.folder):
+                os.remove(os.path.join(self.folder, name))
+            wait_until(lambda: said)
+            wait_until(lambda: os.path.exists(self.path) and log._database)
         self.assertIn("was deleted or replaced; what is there now is used", said[0])
         self.assertTrue(self.record(log, "2"))
         self.assertEqual(self.rows(), ["2"])
