@@ -2315,12 +2315,14 @@ def rows_of(text):
             number += 1
         taken.add(number)
         if kind == "r":
-            action = {"voicemail": voicemail(), "dial": dial(MOBILE), "reject": reject("busy"), "gather": gather("http://x/y"),
+            action = {"voicemail": voicemail(), "dial": dial(MOBILE), "reject": reject("busy"),
+                      "gather": gather("http://x/y"),
                       "hangup": hang_up()}[word]
             rows.append((number, "reply", leg, None, None, response_xml(action)))
             continue
         event = {"n": "newCall", "a": "answer", "h": "hangup", "d": "dtmf"}[kind]
-        form = {"event": event, "callId": leg, "origCallId": orig, "xcid": more.get("xcid", "ab"), "direction": more.get("dir", "in")}
+        form = {"event": event, "callId": leg, "origCallId": orig, "xcid": more.get("xcid", "ab"),
+                "direction": more.get("dir", "in")}
         pair = (P, FIRM) if form["direction"] == "in" else (FIRM, P)
         form.update({"from": more.get("from", pair[0]), "to": more.get("to", pair[1])})
         if kind == "n":
@@ -2346,7 +2348,8 @@ def fill(database, rows):
 
 
 def calls_of(database, now):
-    return sorted((call for call, _ in sc.listed_calls(database, now)), key=lambda call: (call.started, call.legs))
+    return sorted((call for call, _ in sc.listed_calls(database, now)),
+                  key=lambda call: (call.started, call.legs))
 
 
 def seconds(value):
@@ -2355,7 +2358,8 @@ def seconds(value):
 
 def said_of(calls, back=()):
     """What a person says of `calls`, as the flows have it."""
-    return [" ".join([call.outcome, ",".join(call.answered_by) or "-", seconds(call.wait_s), seconds(call.talk_s)])
+    return [" ".join([call.outcome, ",".join(call.answered_by) or "-", seconds(call.wait_s),
+                      seconds(call.talk_s)])
             + (" back" if call in back else "") for call in calls]
 
 
@@ -2390,7 +2394,8 @@ class CallsTest(unittest.TestCase):
         for name, (text, after, *_) in FLOWS.items():
             rows = rows_of(text)
             expected = self.listed(rows, 1e9 + after)[0]
-            orders = list(itertools.permutations(rows)) if len(rows) < 6 else [chance.sample(rows, len(rows)) for _ in range(60)]
+            orders = list(itertools.permutations(rows)) if len(rows) < 6 else [chance.sample(rows,
+                                                                                             len(rows)) for _ in range(60)]
             database = self.database([])
             for order in orders[:120]:
                 database.execute("DELETE FROM events")
@@ -2398,7 +2403,8 @@ class CallsTest(unittest.TestCase):
                 self.assertEqual(calls_of(database, 1e9 + after), expected, name)
 
     def test_received_in_another_order_it_has_the_same_legs_outcome_and_names(self):
-        for name in ("answered", "voicemail", "transfer", "Dial to a mobile", "group with overflow", "outgoing"):
+        for name in ("answered", "voicemail", "transfer", "Dial to a mobile", "group with overflow",
+                     "outgoing"):
             text, after, *_ = FLOWS[name]
             rows = rows_of(text)
             call, = self.listed(rows, 1e9 + after)[0]
@@ -2406,9 +2412,12 @@ class CallsTest(unittest.TestCase):
                 if "reply" in (rows[place][1], rows[place + 1][1]):
                     continue
                 swapped = list(rows)
-                swapped[place], swapped[place + 1] = (rows[place][0], *rows[place + 1][1:]), (rows[place + 1][0], *rows[place][1:])
+                swapped[place], swapped[place + 1] = (rows[place][0],
+                                                      *rows[place + 1][1:]), (rows[place + 1][0],
+                                                                              *rows[place][1:])
                 found, = self.listed(swapped, 1e9 + after)[0]
-                self.assertEqual((sorted(found.legs), found.outcome, sorted(found.answered_by), found.from_number),
+                self.assertEqual((sorted(found.legs), found.outcome, sorted(found.answered_by),
+                                  found.from_number),
                                  (sorted(call.legs), call.outcome, sorted(call.answered_by), call.from_number), (name, place))
 
     def test_a_call_found_from_any_of_its_events_is_the_one_that_is_listed(self):
@@ -2416,7 +2425,8 @@ class CallsTest(unittest.TestCase):
             database = self.database(rows_of(text))
             for call in calls_of(database, 1e9 + after):
                 for leg in call.legs:
-                    self.assertEqual(sc.call_of(database, HangupEvent(call_id=leg), 1e9 + after), call, name)
+                    self.assertEqual(sc.call_of(database, HangupEvent(call_id=leg), 1e9 + after),
+                                     call, name)
         self.assertIsNone(sc.call_of(database, HangupEvent(), 1e9))
         self.assertIsNone(sc.call_of(database, HangupEvent(call_id="none"), 1e9))
 
@@ -2432,16 +2442,19 @@ class CallsTest(unittest.TestCase):
             for _ in range(chance.randrange(3, 14)):
                 leg = chance.choice(legs)
                 kind = chance.choice(["n", "a", "h", "h"])
-                word = {"n": "Alice", "a": chance.choice(["Alice", "voicemail", "4917"]), "h": chance.choice(["cancel", "forwarded"])}[kind]
+                word = {"n": "Alice", "a": chance.choice(["Alice", "voicemail", "4917"]),
+                        "h": chance.choice(["cancel", "forwarded"])}[kind]
                 parts.append(f"{chance.choice([1, 100, 5000, 50_000]) * chance.random():.3f} {kind} {leg} {word} "
                              f"orig={chance.choice(legs)} xcid={chance.choice('xyz')}")
             rows = list({row[0]: row for row in rows_of(";".join(parts))}.values())
             database = self.database(rows)
             expected = calls_of(database, 1e9 + 200_000)
-            self.assertEqual(sorted(leg for call in expected for leg in call.legs), sorted({row[2] for row in rows}), "each leg once")
+            self.assertEqual(sorted(leg for call in expected for leg in call.legs),
+                             sorted({row[2] for row in rows}), "each leg once")
             for call in expected:
                 for leg in call.legs:
-                    self.assertEqual(sc.call_of(database, HangupEvent(call_id=leg), 1e9 + 200_000), call)
+                    self.assertEqual(sc.call_of(database, HangupEvent(call_id=leg), 1e9 + 200_000),
+                                     call)
             database.execute("DELETE FROM events")
             fill(database, chance.sample(rows, len(rows)))
             self.assertEqual(calls_of(database, 1e9 + 200_000), expected)
@@ -2452,18 +2465,24 @@ class CallsTest(unittest.TestCase):
             return [row for n in range(20) for row in rows_of(
                 f"{n * step} n L{n} Alice orig={orig} xcid={xcid} from=49{n}; {n * step + 20} h L{n} cancel orig={orig} xcid={xcid} from=49{n}")]
 
-        for orig, xcid, step in (("L0", "ab", DAY), ("Z", "ab", 3600), ("L19", "cd", DAY), ("Z", "", 6 * 3600)):
+        for orig, xcid, step in (("L0", "ab", DAY), ("Z", "ab", 3600), ("L19", "cd", DAY),
+                                 ("Z", "", 6 * 3600)):
             calls = calls_of(self.database(office(orig, xcid, step)), 1e9 + 50 * DAY)
             self.assertEqual([len(call.legs) for call in calls], [1] * 20, (orig, xcid))
-        chain = [row for n in range(60) for row in rows_of(f"{n * 3000} n L{n} Alice orig=L{max(n - 1, 0)} xcid=ab; {n * 3000 + 1} a L{n} Alice orig=L{max(n - 1, 0)}")]
+        chain = [row for n in range(60)
+                 for row in rows_of(f"{n * 3000} n L{n} Alice orig=L{max(n - 1, 0)} xcid=ab; {n * 3000 + 1} a L{n} Alice orig=L{max(n - 1, 0)}")]
         for call in calls_of(self.database(chain), 1e9 + 50 * DAY):
-            self.assertLess(max(int(leg[1:]) for leg in call.legs) - min(int(leg[1:]) for leg in call.legs), 30, "no call is endless")
+            self.assertLess(max(int(leg[1:]) for leg in call.legs) - min(int(leg[1:])
+                                                                         for leg in call.legs), 30,
+                                                                         "no call is endless")
 
     def test_odd_logs_hold_up_no_reader(self):
-        many = [(10**15 + n, "newCall", f"L{n}", None, "ab", b"event=newCall&direction=in&xcid=ab&callId=L%d" % n) for n in range(1500)]
+        many = [(10**15 + n, "newCall", f"L{n}", None, "ab",
+                 b"event=newCall&direction=in&xcid=ab&callId=L%d" % n) for n in range(1500)]
         long = rows_of("1 n X Alice xcid=zz; 30000 h X cancel xcid=zz") + [
             (10**15 + 2_000_500 + 1000 * n, "dtmf", "X", None, None, b"event=dtmf&callId=X&dtmf=1") for n in range(1, 10_000)]
-        database = self.database(many + [row for row in long if row[0] not in {one[0] for one in many}])
+        database = self.database(many
+                                 + [row for row in long if row[0] not in {one[0] for one in many}])
         began = time.monotonic()
         self.assertEqual(sc.call_of(database, HangupEvent(call_id="L7"), 1e9 + DAY).legs, ("L7",))
         call = sc.call_of(database, HangupEvent(call_id="X"), 1e9 + DAY)
@@ -2474,28 +2493,35 @@ class CallsTest(unittest.TestCase):
         rows, chance = [], random.Random(3)
         for n in range(3333):
             text, after, *_ = FLOWS[chance.choice(["answered", "gave up", "busy", "outgoing"])]
-            rows += [(row[0] + n * 776_000_000, row[1], f"{n}{row[2]}", row[3] and f"{n}{row[3]}", f"{n}x",
-                      row[5].replace(b"49157111", b"49157%d" % (n % 900)).replace(b"callId=", b"callId=%d" % n)) for row in rows_of(text)]
+            rows += [(row[0] + n * 776_000_000, row[1], f"{n}{row[2]}", row[3] and f"{n}{row[3]}",
+                      f"{n}x",
+                      row[5].replace(b"49157111", b"49157%d" % (n % 900)).replace(b"callId=",
+                                                                                  b"callId=%d" % n)) for row in rows_of(text)]
         database = self.database(rows)
         began = time.monotonic()
         callers, _ = sc.to_ring_back(call for call, _ in sc.listed_calls(database, 1e9 + 40 * DAY))
         self.assertLess(time.monotonic() - began, 1 * SLOWNESS)
         self.assertGreater(len(callers), 100)
         began = time.monotonic()
-        self.assertEqual(len(list(itertools.islice(sc.listed_calls(database, 1e9 + 40 * DAY), 20))), 20)
-        self.assertLess(time.monotonic() - began, 0.05 * SLOWNESS, "the latest cost the same in any log")
+        self.assertEqual(len(list(itertools.islice(sc.listed_calls(database, 1e9 + 40 * DAY), 20))),
+                         20)
+        self.assertLess(time.monotonic() - began, 0.05 * SLOWNESS,
+                        "the latest cost the same in any log")
 
     def test_who_is_to_be_rung_back_is_one_line_a_caller(self):
         rows = []
         for n, number in enumerate(["49111", "0049111", "+49111", "anonymous", "", "49222"]):
             rows += rows_of(f"{n * 500} n L{n} Alice orig=L{n} xcid=x{n} from={number}; {n * 500 + 20} h L{n} cancel orig=L{n} xcid=x{n} from={number}")
-        callers, withheld = sc.to_ring_back(call for call, _ in sc.listed_calls(self.database(rows), 1e9 + DAY))
-        self.assertEqual([(caller.number, len(caller.calls)) for caller in callers], [("49222", 1), ("+49111", 3)])
+        callers, withheld = sc.to_ring_back(call for call,
+                                            _ in sc.listed_calls(self.database(rows), 1e9 + DAY))
+        self.assertEqual([(caller.number, len(caller.calls)) for caller in callers],
+                         [("49222", 1), ("+49111", 3)])
         self.assertEqual(withheld, 2)
         remains = [(10**15 + n, kind, leg, None, None, body) for n, (kind, leg, body) in enumerate((
             ("dtmf", "D", b"event=dtmf&callId=D&dtmf=1"), ("reply", "R", response_xml(dial(MOBILE))), ("?reply", "U", b"event=reply&callId=U")))]
         calls = [call for call, _ in sc.listed_calls(self.database(remains), 1e9 + DAY)]
-        self.assertEqual((len(calls), sc.to_ring_back(calls)), (3, ([], 0)), "what retention leaves is no missed call")
+        self.assertEqual((len(calls), sc.to_ring_back(calls)), (3, ([], 0)),
+                         "what retention leaves is no missed call")
 
 
 # ------------------------------------------------------------------------------------------
@@ -2508,7 +2534,8 @@ class PageTest(unittest.TestCase):
         self.addCleanup(shutil.rmtree, self.folder)
         self.path = os.path.join(self.folder, "calls.db")
         CallLog(self.path, 30).close(5)
-        self.settings = Settings(call_log=self.path, webhook_port=free_port(), call_page_key="k" * 16)
+        self.settings = Settings(call_log=self.path, webhook_port=free_port(),
+                                 call_page_key="k" * 16)
 
     def serve(self):
         sc.Overview.POLL_SECONDS = 0.02
@@ -2524,14 +2551,16 @@ class PageTest(unittest.TestCase):
     def add(self, text, ago=60):
         """Store a flow that began so many seconds ago."""
         shift = int((time.time() - ago) * 1e6) - 10**15
-        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None, timeout=10)) as database:
+        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None,
+                                                timeout=10)) as database:
             fill(database, [(row[0] + shift, *row[1:]) for row in rows_of(text)])
 
     def get(self, server, target, **headers):
         """Status, headers and text of what comes back."""
         connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
         with contextlib.closing(connection):
-            connection.request(headers.pop("method", "GET"), target, headers={"Cookie": self.cookie, **headers})
+            connection.request(headers.pop("method", "GET"), target,
+                               headers={"Cookie": self.cookie, **headers})
             reply = connection.getresponse()
             return reply.status, reply.headers, reply.read().decode()
 
@@ -2546,7 +2575,8 @@ class PageTest(unittest.TestCase):
         self.assertNotIn(server.key, self.cookie)
         status, headers, text = self.get(server, "/")
         self.assertEqual((status, text), (200, sc.PAGE))
-        self.assertEqual((headers["Cache-Control"], headers["X-Content-Type-Options"], headers["Referrer-Policy"]),
+        self.assertEqual((headers["Cache-Control"], headers["X-Content-Type-Options"],
+                          headers["Referrer-Policy"]),
                          ("no-store", "nosniff", "no-referrer"))
         policy = headers["Content-Security-Policy"]
         for part in ("default-src 'none'", "connect-src 'self'", "frame-ancestors 'none'"):
@@ -2574,9 +2604,11 @@ class PageTest(unittest.TestCase):
         wait_until(lambda: server.overview.version)
         wait_until(lambda: len(self.data(server).get("open", [])) == 2)
         found = self.data(server)
-        self.assertEqual({(call["outcome"], call["from"], *call["answered_by"]) for call in found["open"]},
+        self.assertEqual({(call["outcome"], call["from"], *call["answered_by"])
+                          for call in found["open"]},
                          {("talking", P, "Bob"), ("ringing", "49222")})
-        self.assertEqual([(one["from"], one["calls"]) for one in found["back"]], [], "Bob speaks with that caller")
+        self.assertEqual([(one["from"], one["calls"]) for one in found["back"]], [],
+                         "Bob speaks with that caller")
         self.assertEqual(found["today"]["calls"] + sum(day[3] for day in found["days"][:-1]), 2)
         self.assertEqual(found["trouble"], "no server runs: calls that come now are not recorded")
 
@@ -2588,23 +2620,28 @@ class PageTest(unittest.TestCase):
         version = server.overview.version
         self.add("0 a A Alice; 1 h A", ago=2)
         wait_until(lambda: self.data(server, version).get("open") == [])
-        self.assertEqual([call["outcome"] for call in json.loads(self.get(server, "/calls")[2])["calls"]], ["answered"])
+        self.assertEqual([call["outcome"]
+                          for call in json.loads(self.get(server, "/calls")[2])["calls"]],
+                          ["answered"])
 
     def test_a_log_that_began_anew_is_read_anew(self):
         self.add("0 n A Alice", ago=5)
         server = self.serve()
         wait_until(lambda: self.data(server).get("open"))
-        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None, timeout=10)) as database:
+        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None,
+                                                timeout=10)) as database:
             database.execute("DELETE FROM events")
         wait_until(lambda: self.data(server).get("open") == [])
 
     def test_an_event_without_a_call_id_is_a_call_too(self):
         server = self.serve()
         wait_until(lambda: server.overview.version)
-        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None, timeout=10)) as database:
+        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None,
+                                                timeout=10)) as database:
             database.execute("INSERT INTO events(id, event, call_id, body) VALUES (?, 'newCall', '', ?)",
                              (int(time.time() * 1e6), b"from=49222&direction=in"))
-        wait_until(lambda: [call["from"] for call in self.data(server).get("open", [])] == ["49222"])
+        wait_until(lambda: [call["from"] for call in self.data(server).get("open", [])]
+                   == ["49222"])
         wait_until(lambda: self.data(server, server.overview.version) == {})
 
     def test_a_number_that_was_forgotten_leaves_the_page(self):
@@ -2627,23 +2664,32 @@ class PageTest(unittest.TestCase):
 
         self.assertEqual((len(listed("")["calls"]), listed("")["more"]), (50, True))
         self.assertEqual([call["from"] for call in listed("text=4917" + "07")["calls"]], ["491707"])
-        self.assertEqual([call["outcome"] for call in listed("direction=out")["calls"]], ["rejected"])
+        self.assertEqual([call["outcome"] for call in listed("direction=out")["calls"]],
+                         ["rejected"])
         self.assertEqual(len(listed("outcome=missed&count=999")["calls"]), 60)
         lines = json.loads(self.get(server, "/call?key=A")[2])
-        self.assertEqual([line[1:3] for line in lines], [["newCall", f"New call from {FIRM} to {P} is ringing..."],
-                                                         ["reply", "Reject busy"], ["hangup", "The call has been hung up (busy)"]])
+        self.assertEqual([line[1:3] for line in lines],
+                         [["newCall", f"New call from {FIRM} to {P} is ringing..."],
+                                                         ["reply", "Reject busy"],
+                                                         ["hangup",
+                                                          "The call has been hung up (busy)"]])
         status, headers, text = self.get(server, "/calls.csv")
-        self.assertEqual((status, headers["Content-Type"], len(text.splitlines())), (200, "text/csv; charset=utf-8", 62))
+        self.assertEqual((status, headers["Content-Type"], len(text.splitlines())),
+                         (200, "text/csv; charset=utf-8", 62))
 
     def test_hostile_names_come_out_as_text(self):
-        names = ["<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "\u202eevil", "\U0001f600"]
+        names = ["<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "\u202eevil",
+                 "\U0001f600"]
         self.add("0 n A Alice", ago=5)
-        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None, timeout=10)) as database:
-            body = urllib.parse.urlencode({"event": "newCall", "callId": "A", "direction": "in", "user[]": names}, doseq=True)
+        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None,
+                                                timeout=10)) as database:
+            body = urllib.parse.urlencode({"event": "newCall", "callId": "A", "direction": "in",
+                                           "user[]": names}, doseq=True)
             database.execute("UPDATE events SET body = ?", (body.encode(),))
         server = self.serve()
         wait_until(lambda: self.data(server).get("open"))
-        self.assertEqual(self.data(server)["open"][0]["users"], [*names[:2], "\\u202eevil", names[3]])
+        self.assertEqual(self.data(server)["open"][0]["users"],
+                         [*names[:2], "\\u202eevil", names[3]])
         for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
             self.assertNotIn(word, sc.PAGE)
 
@@ -2659,7 +2705,8 @@ class PageTest(unittest.TestCase):
 
     def test_the_command_prints_the_address_and_ends_quietly(self):
         port = free_port()
-        program = Program("page", "--port", str(port), folder=self.folder, wait=False, CALL_LOG="calls.db", PYTHONUNBUFFERED="1")
+        program = Program("page", "--port", str(port), folder=self.folder, wait=False,
+                          CALL_LOG="calls.db", PYTHONUNBUFFERED="1")
         self.addCleanup(program.kill)
         line = program.process.stdout.readline().decode()
         self.assertRegex(line, rf"^Open http://127\.0\.0\.1:{port}/\?key=[0-9a-f]{{32}}\n$")
@@ -2681,9 +2728,11 @@ def at_width(columns):
 
 
 class ShownCallsTest(unittest.TestCase):
-    CALL = sc.Call("in", "492111234567", "4915791234567", ("Alice", "Bob"), ("Alice",), 1e9, 1e9 + 4, 1e9 + 96.5, 4.0, 92.5, "answered",
+    CALL = sc.Call("in", "492111234567", "4915791234567", ("Alice", "Bob"), ("Alice",), 1e9,
+                   1e9 + 4, 1e9 + 96.5, 4.0, 92.5, "answered",
                    "normalClearing", "1,0042", "", ("A", "B"))
-    MISSED = replace(CALL, from_number="", users=(), answered_by=(), answered=None, wait_s=96.5, talk_s=None, outcome="missed", digits="")
+    MISSED = replace(CALL, from_number="", users=(), answered_by=(), answered=None, wait_s=96.5,
+                     talk_s=None, outcome="missed", digits="")
 
     def setUp(self):
         stack = contextlib.ExitStack()
@@ -2691,7 +2740,8 @@ class ShownCallsTest(unittest.TestCase):
         stack.enter_context(at_width("80"))
 
     def test_a_table_fits_80_columns_and_uses_more(self):
-        long = replace(self.CALL, outcome="unanswered", answered_by=("Somebody with a very long name indeed", "Bob"))
+        long = replace(self.CALL, outcome="unanswered",
+                       answered_by=("Somebody with a very long name indeed", "Bob"))
         started = time.strftime("%m-%d %H:%M", time.localtime(1e9))
         self.assertEqual(sc.table([self.CALL, self.MISSED]).splitlines(), [
             "STARTED        FROM          TO             OUTCOME  WAIT TALK BY",
@@ -2700,23 +2750,29 @@ class ShownCallsTest(unittest.TestCase):
         self.assertEqual(max(map(len, sc.table([long]).splitlines())), 80)
         with at_width("200"):
             self.assertTrue(sc.table([long]).endswith("name indeed, Bob"))
-        hostile = sc.table([replace(self.CALL, answered_by=("\x1b[2J" * 30,), from_number="\xad" + "9" * 70)])
+        hostile = sc.table([replace(self.CALL, answered_by=("\x1b[2J" * 30,),
+                                    from_number="\xad" + "9" * 70)])
         self.assertNotIn("\x1b", hostile)
         self.assertIn(" answered ", hostile)
         self.assertLessEqual(max(map(len, hostile.splitlines())), 80)
 
     def test_totals(self):
-        self.assertEqual(sc.totals([self.CALL, self.MISSED]), "2 calls, 1 answered, 1 missed, average wait 0:50, average talk 1:32")
-        self.assertEqual(sc.totals([replace(self.MISSED, wait_s=None)]), "1 call, 0 answered, 1 missed, average wait -, average talk -")
+        self.assertEqual(sc.totals([self.CALL, self.MISSED]),
+                         "2 calls, 1 answered, 1 missed, average wait 0:50, average talk 1:32")
+        self.assertEqual(sc.totals([replace(self.MISSED, wait_s=None)]),
+                         "1 call, 0 answered, 1 missed, average wait -, average talk -")
 
     def test_json_is_raw_and_null_where_nothing_is_known(self):
         self.assertEqual(sc.call_row(self.MISSED, sc.rfc3339, lambda value: round(value, 3)), {
             "direction": "in", "from": None, "to": "4915791234567", "users": (), "answered_by": (),
-            "started": "2001-09-09T01:46:40.000Z", "answered": None, "ended": "2001-09-09T01:48:16.500Z", "wait_s": 96.5,
-            "talk_s": None, "outcome": "missed", "cause": "normalClearing", "digits": None, "reply": None, "legs": ("A", "B")})
+            "started": "2001-09-09T01:46:40.000Z", "answered": None,
+            "ended": "2001-09-09T01:48:16.500Z", "wait_s": 96.5,
+            "talk_s": None, "outcome": "missed", "cause": "normalClearing", "digits": None,
+            "reply": None, "legs": ("A", "B")})
 
     def test_csv_is_for_people_and_safe_in_a_spreadsheet(self):
-        for value, cell in [("492111234567", "'492111234567"), ("=1+1", "'=1+1"), ("+49", "'+49"), ("-1", "'-1"), ("@a", "'@a"),
+        for value, cell in [("492111234567", "'492111234567"), ("=1+1", "'=1+1"), ("+49", "'+49"),
+                            ("-1", "'-1"), ("@a", "'@a"),
                             ("123456e0", "'123456e0"), ("1,0042", "'1,0042"), (" =1", "' =1"), ("\n=1", "\\n=1"), ("\uff1d1", "'\uff1d1"),
                             ("2026-11-23 17:50:00", "2026-11-23 17:50:00"), ("Alice", "Alice"), (None, None), (("A", "B"), "A, B"), (92, 92),
                             ("A\rB\x1b[2J\u202e", "A\\rB\\x1b[2J\\u202e"), ("20261123", "'20261123")]:
@@ -2725,9 +2781,12 @@ class ShownCallsTest(unittest.TestCase):
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 sc.write_rows([sc.call_row(self.CALL, sc.local_time, int)], form)
             head, line, _ = printed.getvalue().split("\n")
-            self.assertEqual(head, mark + separator.join(("direction", "from", "to", "users", "answered_by", "started", "answered", "ended",
+            self.assertEqual(head,
+                             mark + separator.join(("direction", "from", "to", "users",
+                                                    "answered_by", "started", "answered", "ended",
                                                           "wait_s", "talk_s", "outcome", "cause", "digits", "reply", "legs")))
-            self.assertIn(separator.join((sc.local_time(1e9), sc.local_time(1e9 + 4), sc.local_time(1e9 + 96.5), "4", "92")), line)
+            self.assertIn(separator.join((sc.local_time(1e9), sc.local_time(1e9 + 4),
+                                          sc.local_time(1e9 + 96.5), "4", "92")), line)
 
     def test_lines_of_a_call_that_is_known(self):
         for event, line in [
@@ -2742,7 +2801,8 @@ class ShownCallsTest(unittest.TestCase):
                          ["0:00", "0:59", "1:00", "59:59", "1:00:00", "10:01:01"])
 
     def test_numbers_are_understood_as_people_write_them(self):
-        for text in ("49211555111", "+49 211 555111", "0049211555111", "+49 (0) 211/555-111", "49.211.555.111", "tel:+49211555111",
+        for text in ("49211555111", "+49 211 555111", "0049211555111", "+49 (0) 211/555-111",
+                     "49.211.555.111", "tel:+49211555111",
                      "sip:49211555111@sipgate.de"):
             self.assertEqual(sc.digits_of(text), "49211555111", text)
         for text in ("", "Alice", "4", "12*"):
@@ -2755,7 +2815,8 @@ class ShownCallsTest(unittest.TestCase):
         def blanked(body, event="newCall", token=sc.FORGOTTEN):
             return sc.blanked((1, event, "A", None, None, body), number, token)[-1]
 
-        for value in ("49157999111", "+49157999111", "0049157999111", "sip:49157999111@host", "tel:+49-157-999111", "49.157.999.111",
+        for value in ("49157999111", "+49157999111", "0049157999111", "sip:49157999111@host",
+                      "tel:+49-157-999111", "49.157.999.111",
                       "49157999111 49222", "Bob 49157999111", "cause 49157999111", "49157#999111"):
             body = urllib.parse.urlencode({"a": "kept", "callId": "1", "x": value}).encode()
             self.assertEqual(blanked(body), b"a=kept&callId=1&x=%5Bforgotten%5D", value)
@@ -2765,10 +2826,12 @@ class ShownCallsTest(unittest.TestCase):
         self.assertEqual(blanked(b"user[]=Alice&x=1"), b"user[]=Alice&x=1", "as it came")
         hidden = response_xml(gather(state='{"n": "49157999111"}'), on_data="http://x/d")
         self.assertNotIn(b"49157999111", blanked(hidden, "reply"))
-        self.assertEqual(blanked(b"callId=49157999111&origCallId=49157999111", token="T"), b"callId=T&origCallId=T")
+        self.assertEqual(blanked(b"callId=49157999111&origCallId=49157999111", token="T"),
+                         b"callId=T&origCallId=T")
         self.assertEqual(blanked(b"<x=1&from=49157999111"), b"%3Cx=1&from=%5Bforgotten%5D")
         xml = response_xml(dial("49157999111", "49157999112"), on_hangup="https://x/49157999111/h")
-        self.assertEqual(blanked(xml, "reply"), b'<Response onHangup="[forgotten]"><Dial><Number>[forgotten]</Number>'
+        self.assertEqual(blanked(xml, "reply"),
+                         b'<Response onHangup="[forgotten]"><Dial><Number>[forgotten]</Number>'
                          b"<Number>49157999112</Number></Dial></Response>\n")
         ids = sc.blanked((1, "newCall", "49157999111", None, "49157999111", b""), number, "T")
         self.assertEqual(ids, (1, "newCall", "T", None, "T", b""))
@@ -2793,7 +2856,8 @@ class ShowCallsTest(unittest.TestCase):
         stack.enter_context(at_width("80"))
 
     def shown(self, **changed):
-        options = argparse.Namespace(**{"missed": False, "all": False, "since": "2000-01-01", "number": "", "limit": None, "events": False,
+        options = argparse.Namespace(**{"missed": False, "all": False, "since": "2000-01-01",
+                                        "number": "", "limit": None, "events": False,
                                         "format": "table", **changed})
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             sc.show_calls(options, Settings(call_log=self.path))
@@ -2801,7 +2865,8 @@ class ShowCallsTest(unittest.TestCase):
 
     def test_a_table_is_cut_and_says_so_and_other_forms_hold_all(self):
         lines = self.shown()
-        self.assertEqual((len(lines), lines[-1]), (23, "These are the latest 20; --limit N shows more."))
+        self.assertEqual((len(lines), lines[-1]),
+                         (23, "These are the latest 20; --limit N shows more."))
         self.assertEqual(len(self.shown(limit=25)), 27)
         for form, count in (("csv", 26), ("excel", 26), ("json", 25)):
             self.assertEqual(len(self.shown(format=form)), count)
@@ -2813,7 +2878,9 @@ class ShowCallsTest(unittest.TestCase):
             fill(database, rows_of(f"50000 n A Alice; 50004 a A {MOBILE}; 50060 h A"))
             database.commit()
         for number in (MOBILE, "+" + MOBILE, P, "49171*"):
-            self.assertEqual([json.loads(line)["answered_by"] for line in self.shown(number=number, format="json")], [[MOBILE]], number)
+            self.assertEqual([json.loads(line)["answered_by"]
+                              for line in self.shown(number=number, format="json")], [[MOBILE]],
+                              number)
         self.assertEqual(self.shown(number="4917", format="json"), [])
 
     def test_whom_to_ring_back_is_one_line_a_caller(self):
@@ -2824,14 +2891,18 @@ class ShowCallsTest(unittest.TestCase):
             "LAST CALL        FROM         TIMES OUTCOME TO",
             f"{local(12_000)} +49157111222     9 missed  +4930200",
             f"{local(11_500)} +49222333444     8 missed  +4930200", "and 8 with no number"])
-        self.assertEqual([json.loads(line)["from"] for line in self.shown(missed=True, format="json")], ["49157111222", "49222333444"])
-        self.assertEqual(self.shown(missed=True, format="csv")[1], f"'49157111222,9,{sc.local_time(1e9 + 12_000)},missed,'4930200")
+        self.assertEqual([json.loads(line)["from"]
+                          for line in self.shown(missed=True, format="json")],
+                          ["49157111222", "49222333444"])
+        self.assertEqual(self.shown(missed=True, format="csv")[1],
+                         f"'49157111222,9,{sc.local_time(1e9 + 12_000)},missed,'4930200")
         self.assertEqual(len(self.shown(missed=True, all=True, format="json")), 17)
 
     def test_events_show_what_a_call_is_made_of(self):
         lines = self.shown(events=True, limit=1)
         self.assertEqual([line[11:] for line in lines[2:4]], [
-            "newCall New call from 49157111222 to 4930200 is ringing...", "hangup  The call has been hung up (cancel, missed after 0:20)"])
+            "newCall New call from 49157111222 to 4930200 is ringing...",
+            "hangup  The call has been hung up (cancel, missed after 0:20)"])
         entry = json.loads(self.shown(events=True, limit=1, format="json")[0])
         self.assertEqual([event["event"] for event in entry["events"]], ["newCall", "hangup"])
 
@@ -2847,14 +2918,19 @@ class CallFinderTest(unittest.TestCase):
         seen = []
 
         def look(event):
-            seen.append((event.call.outcome, event.call.from_number, event.call.answered_by, event.call.digits))
+            seen.append((event.call.outcome, event.call.from_number, event.call.answered_by,
+                         event.call.digits))
 
-        talk = Conversation(TRIAL, CallFunctions(on_answer=look, on_hangup=look, on_dtmf=look), call_log=self.log,
+        talk = Conversation(TRIAL, CallFunctions(on_answer=look, on_hangup=look, on_dtmf=look),
+                            call_log=self.log,
                             find_call=sc.call_finder(self.log.path))
-        for path, body in [("/new-call", NEW_CALL), ("/on-data", DTMF), ("/on-answer", ANSWER), ("/on-hangup", HANGUP)]:
+        for path, body in [("/new-call", NEW_CALL), ("/on-data", DTMF), ("/on-answer", ANSWER),
+                           ("/on-hangup", HANGUP)]:
             talk.receive(path, body)
             talk.events()
-        self.assertEqual(seen, [("ringing", "492111234567", (), "1"), ("talking", "492111234567", ("John Doe",), "1"),
+        self.assertEqual(seen,
+                         [("ringing", "492111234567", (), "1"),
+                          ("talking", "492111234567", ("John Doe",), "1"),
                                 ("answered", "492111234567", ("John Doe",), "1")])
 
     def test_a_call_that_cannot_be_found_in_time_is_none(self):
@@ -2871,7 +2947,8 @@ class CallFinderTest(unittest.TestCase):
             self.assertIsNone(find(HangupEvent(call_id="123456")))
         finally:
             sc.CALL_SECONDS = before
-        self.assertIsNone(sc.call_finder(os.path.join(self.folder, "none"))(HangupEvent(call_id="1")))
+        self.assertIsNone(sc.call_finder(os.path.join(self.folder,
+                                                      "none"))(HangupEvent(call_id="1")))
 
     @unittest.skipIf(os.name == "nt", "POSIX locks")
     def test_looking_a_call_up_takes_no_lock_from_the_writer(self):
@@ -2879,7 +2956,8 @@ class CallFinderTest(unittest.TestCase):
         sc.call_finder(self.log.path)(HangupEvent(call_id="123456"))
         # A file that is opened beside SQLite, and closed, drops the locks of the whole process: then this would succeed.
         switch = "import sqlite3, sys; print(sqlite3.connect(sys.argv[1], timeout=0).execute('PRAGMA journal_mode=DELETE').fetchone()[0])"
-        other = subprocess.run([sys.executable, "-c", switch, self.log.path], capture_output=True, text=True, check=False)
+        other = subprocess.run([sys.executable, "-c", switch, self.log.path], capture_output=True,
+                               text=True, check=False)
         self.assertIn("locked", other.stdout + other.stderr)
 
 
@@ -2890,7 +2968,8 @@ class CallFinderTest(unittest.TestCase):
 class RehearsalTest(unittest.TestCase):
     def rehearse(self, name="answered", functions=NO_FUNCTIONS, **changed):
         """What is said, the call that the log holds then, what the receiver was sent, and the faults."""
-        options = argparse.Namespace(**{"sender": "492111234567", "to": "4915791234567", "user": None, "digits": "1", **changed})
+        options = argparse.Namespace(**{"sender": "492111234567", "to": "4915791234567",
+                                        "user": None, "digits": "1", **changed})
         with tempfile.TemporaryDirectory() as folder:
             log = CallLog(os.path.join(folder, "calls.db"), 1)
             talk = Conversation(TRIAL, functions, call_log=log)
@@ -2916,7 +2995,8 @@ class RehearsalTest(unittest.TestCase):
                 ("menu", "Alice Bob", "Alice", "answered", "normalClearing", "in")]:
             with self.subTest(name):
                 _, call, _, faults = self.rehearse(name)
-                self.assertEqual((" ".join(call.users), " ".join(call.answered_by), call.outcome, call.cause, call.direction, faults),
+                self.assertEqual((" ".join(call.users), " ".join(call.answered_by), call.outcome,
+                                  call.cause, call.direction, faults),
                                  (users, by, outcome, cause, direction, 0))
         self.assertEqual(len(sc.SCENARIOS), 8)
 
@@ -2925,7 +3005,8 @@ class RehearsalTest(unittest.TestCase):
         self.assertEqual([re.sub(r"in \d+ ms", "in N ms", line) for line in said], [
             "", "answered", "--> newCall  492111234567 to 4915791234567 (Alice, Bob)",
             "<-- 200 in N ms  no action, asks for answer and hangup",
-            "--> answer   Alice", "<-- 200 in N ms", "--> hangup   normalClearing", "<-- 200 in N ms"])
+            "--> answer   Alice", "<-- 200 in N ms", "--> hangup   normalClearing",
+            "<-- 200 in N ms"])
 
     def test_what_your_code_decides_is_done(self):
         for action, said_of_it, outcome, by in [
@@ -2935,40 +3016,53 @@ class RehearsalTest(unittest.TestCase):
             with self.subTest(said_of_it):
                 said, call, events, _ = self.rehearse(functions=CallFunctions(on_new_call=lambda event, action=action: action))
                 self.assertIn(f"ms  {said_of_it}, asks for answer and hangup", said[3])
-                self.assertEqual((call.outcome, call.answered_by, call.reply), (outcome, by, said_of_it))
+                self.assertEqual((call.outcome, call.answered_by, call.reply),
+                                 (outcome, by, said_of_it))
                 self.assertEqual([event.event for event in events],
-                                 ["newCall", "hangup"] if outcome == "rejected" else ["newCall", "answer", "hangup"])
+                                 ["newCall", "hangup"] if outcome == "rejected"
+                                 else ["newCall", "answer", "hangup"])
 
     def test_each_leg_has_all_that_sipgate_sends_and_answers_for_itself(self):
         events = self.rehearse("transfer", CallFunctions(
             on_new_call=lambda event: dial("4921100") if event.first_leg else None))[2]
-        self.assertEqual([(event.user, event.user_id, event.answering_number) for event in events if isinstance(event, AnswerEvent)],
+        self.assertEqual([(event.user, event.user_id, event.answering_number) for event in events
+                          if isinstance(event, AnswerEvent)],
                          [("", "", "4921100"), ("Carl", "w0", "4915791234567")])
-        self.assertEqual([(event.user_ids, event.full_user_ids, event.diversion) for event in events if isinstance(event, NewCallEvent)],
-                         [(("w0", "w1"), ("1234567w0", "1234567w1"), ""), (("w0",), ("1234567w0",), "4915791234567")])
+        self.assertEqual([(event.user_ids, event.full_user_ids, event.diversion) for event in events
+                          if isinstance(event, NewCallEvent)],
+                         [(("w0", "w1"), ("1234567w0", "1234567w1"), ""),
+                          (("w0",), ("1234567w0",), "4915791234567")])
         self.assertIn("--> answer   (nobody named)", self.rehearse(user=[""], to="")[0])
 
     def test_a_transfer_that_is_refused_goes_no_further(self):
-        _, _, events, _ = self.rehearse("transfer", CallFunctions(on_new_call=lambda event: reject()))
+        _, _, events, _ = self.rehearse("transfer",
+                                        CallFunctions(on_new_call=lambda event: reject()))
         self.assertEqual([event.event for event in events], ["newCall", "hangup"])
 
     def test_a_menu_gets_its_digits_and_does_what_the_last_reply_says(self):
         functions = CallFunctions(
             on_new_call=lambda event: gather(state="first"),
-            on_dtmf=lambda event: gather(max_digits=4, state="second") if event.state == "first" else dial("4921100"))
+            on_dtmf=lambda event: gather(max_digits=4, state="second") if event.state == "first"
+            else dial("4921100"))
         said, call, events, _ = self.rehearse("menu", functions, digits="1,0042")
-        self.assertEqual([(event.dtmf, event.state) for event in events if isinstance(event, DtmfEvent)],
+        self.assertEqual([(event.dtmf, event.state) for event in events
+                          if isinstance(event, DtmfEvent)],
                          [("1", "first"), ("0042", "second")])
-        self.assertEqual((call.digits, call.outcome, call.answered_by), ("1,0042", "answered", ("4921100",)))
+        self.assertEqual((call.digits, call.outcome, call.answered_by),
+                         ("1,0042", "answered", ("4921100",)))
         self.assertIn("--> dtmf     0042", said)
         said, call, events, _ = self.rehearse("menu", functions, digits="")
         self.assertIn("--> dtmf     (no key pressed)", said)
         self.assertIn("    (your functions do not ask for 1)", self.rehearse("menu")[0])
-        self.assertIn("    (your functions do not ask for 7,8)", self.rehearse("menu", functions, digits="1,2,7,8")[0])
+        self.assertIn("    (your functions do not ask for 7,8)",
+                      self.rehearse("menu", functions, digits="1,2,7,8")[0])
 
     def test_what_sipgate_would_not_do_is_named(self):
-        said, _, _, faults = self.rehearse("menu", CallFunctions(on_new_call=lambda event: gather(), on_dtmf=lambda event: gather()))
-        self.assertEqual((said.count("!!! 20 times <Gather> in a row: the menu never ends"), faults), (1, 1))
+        said, _, _, faults = self.rehearse("menu",
+                                           CallFunctions(on_new_call=lambda event: gather(),
+                                                         on_dtmf=lambda event: gather()))
+        self.assertEqual((said.count("!!! 20 times <Gather> in a row: the menu never ends"),
+                          faults), (1, 1))
         said = self.rehearse(functions=CallFunctions(on_new_call=lambda event: gather("http://localhost:8080/none")))[0]
         self.assertIn("!!! http://localhost:8080/none: 404 not found", said)
         self.assertIn("    (on_dtmf does nothing with the digits)", said)
@@ -2981,19 +3075,22 @@ class RehearsalTest(unittest.TestCase):
     def test_a_sound_that_sipgate_would_skip_is_named(self):
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as printed:
             path = os.path.join(folder, "a.wav")
-            for channels, bits, rate in [(1, 16, 8000), (2, 16, 8000), (1, 8, 8000), (1, 16, 44100)]:
+            for channels, bits, rate in [(1, 16, 8000), (2, 16, 8000), (1, 8, 8000),
+                                         (1, 16, 44100)]:
                 with wave.open(path, "wb") as sound:
                     sound.setnchannels(channels)
                     sound.setsampwidth(bits // 8)
                     sound.setframerate(rate)
                     sound.writeframes(bytes(320))
-                self.assertEqual(sc.check_sound(path), 0 if (channels, bits, rate) == (1, 16, 8000) else 1)
+                self.assertEqual(sc.check_sound(path),
+                                 0 if (channels, bits, rate) == (1, 16, 8000) else 1)
             with open(path, "wb") as file:
                 file.write(b"ID3 mp3")
             self.assertEqual(sc.check_sound(path), 1)
         said = printed.getvalue().splitlines()
         self.assertTrue(said[0].endswith("sipgate plays it"))
-        for line, fault in zip(said[1:], ("2 channels, 16 bit, 8000 Hz", "1 channels, 8 bit, 8000 Hz", "1 channels, 16 bit, 44100 Hz", "no PCM WAV")):
+        for line, fault in zip(said[1:],
+                               ("2 channels, 16 bit, 8000 Hz", "1 channels, 8 bit, 8000 Hz", "1 channels, 16 bit, 44100 Hz", "no PCM WAV")):
             self.assertIn(fault, line)
 
 
@@ -3039,7 +3136,8 @@ class CheckTest(unittest.TestCase):
         running = Running(Settings(webhook_url="https://x.example/p"))
         self.addCleanup(running.stop)
         url, instance = f"http://127.0.0.1:{running.server.port}", running.server.instance
-        partly = self.serve({path: (405, b"", {"X-Instance": "me"}) for path in ("/p/new-call", "/p/on-answer")})
+        partly = self.serve({path: (405, b"", {"X-Instance": "me"})
+                             for path in ("/p/new-call", "/p/on-answer")})
         for base, asked, kind, said in [
                 (url + "/p", instance, "ok", f"{url}/p leads to the running copy, with each of its paths"),
                 (url + "/p", "me", "problem", f"{url}/p/new-call leads to another copy of this script: "),
@@ -3070,7 +3168,8 @@ class CheckTest(unittest.TestCase):
             finally:
                 sc.GET_SECONDS = before
             self.assertLess(time.monotonic() - began, 2)
-            self.assertEqual((kind, "(timed out)" in text), ("warning", True), "it may be the router")
+            self.assertEqual((kind, "(timed out)" in text), ("warning", True),
+                             "it may be the router")
         dripping.join()
 
     def test_certificates_that_sipgate_will_not_accept(self):
@@ -3102,7 +3201,8 @@ class CheckTest(unittest.TestCase):
         self.addCleanup(running.stop)
         port = running.server.port
         settings, place = Settings(webhook_port=port), f"port {port} of 127.0.0.1"
-        self.assertEqual(sc.check_port(settings), ("ok", f"{place}: a copy of this script runs", running.server.instance))
+        self.assertEqual(sc.check_port(settings),
+                         ("ok", f"{place}: a copy of this script runs", running.server.instance))
         self.assertEqual(self.checked(webhook_port=port)[-1],
                          "warning  no WEBHOOK_URL: trial mode, sipgate cannot reach this machine")
         running.receiver.refused = 3
@@ -3114,7 +3214,8 @@ class CheckTest(unittest.TestCase):
         other = int(self.serve({"/healthz": (200, b"\x1b[2J", {})}).rpartition(":")[2])
         kind, text, instance = sc.check_port(Settings(webhook_port=other))
         self.assertEqual((kind, instance, "held by another program" in text), ("problem", "", True))
-        self.assertEqual(self.checked(webhook_port=other)[-1], "problem  " + text, "no word of trial mode")
+        self.assertEqual(self.checked(webhook_port=other)[-1], "problem  " + text,
+                         "no word of trial mode")
         self.assertIn("no server runs with these settings",
                       self.checked(webhook_port=free_port(), webhook_url="https://x.example/p")[-1])
 
@@ -3130,18 +3231,22 @@ class CheckTest(unittest.TestCase):
             "problem", f"call log: {missing} is no folder in which this user may write: "
                        "set CALL_LOG to a file elsewhere, or to off")])
         for path in (self.folder, os.devnull):
-            self.assertEqual(list(sc.check_log(path)), [("problem", f"call log: {path} is no file: set CALL_LOG to one, or to off")])
+            self.assertEqual(list(sc.check_log(path)),
+                             [("problem",
+                               f"call log: {path} is no file: set CALL_LOG to one, or to off")])
         with contextlib.closing(sqlite3.connect(self.path)) as foreign:
             foreign.execute("CREATE TABLE a(b)")
         self.assertRegex(self.found()[-1][1], "is not a call log of this version of the program$")
         os.remove(self.path)
         log = CallLog(self.path, 30)
         self.assertEqual(self.found(), [("ok", f"call log: {self.path}: ok"), (
-            "warning", "events: none yet; enter the URL in sipgate's console, choose the sources, and call")])
+            "warning",
+            "events: none yet; enter the URL in sipgate's console, choose the sources, and call")])
         for n in range(5):
             log.record(new_call(str(n)), time.time() - 65, None)
         kind, text = self.found()[-1]
-        self.assertEqual((kind, "no answer and no hangup follows the newCalls" in text), ("problem", True))
+        self.assertEqual((kind, "no answer and no hangup follows the newCalls" in text),
+                         ("problem", True))
         log.record(HangupEvent(call_id="0"), 1e9, None)
         self.assertEqual(self.found()[-1][0], "ok")
         log.close(5)
@@ -3159,10 +3264,13 @@ class CheckTest(unittest.TestCase):
             pathlib.Path(mine).write_text(text, "ascii")
             return list(sc.check_files(Settings(call_handlers=mine, **settings)))
 
-        self.assertEqual(findings("def on_hangup(event): pass\n"), [("ok", f"your code: {mine} is loaded")])
+        self.assertEqual(findings("def on_hangup(event): pass\n"),
+                         [("ok", f"your code: {mine} is loaded")])
         for text in ("def on_new_call(event)\n", "def on_new_call(): pass\n", "import none_such\n"):
             self.assertEqual(findings(text)[-1][0], "problem", "what the server would refuse")
-        self.assertEqual([kind for kind, _ in findings("", signature_key_file=mine, webhook_url="http://x.example")],
+        self.assertEqual([kind for kind,
+                          _ in findings("", signature_key_file=mine,
+                                        webhook_url="http://x.example")],
                          ["warning", "warning", "problem"])
 
 
@@ -3188,7 +3296,8 @@ class OutputTest(unittest.TestCase):
                 self.assertEqual(sc.event_line(parse_event(body, default)), line)
 
     def test_json_has_sipgate_s_names(self):
-        entry = sc.event_json(parse_event(NEW_CALL + b"&mood=a&mood=b&received_at=0", ""), 1700000000.5)
+        entry = sc.event_json(parse_event(NEW_CALL + b"&mood=a&mood=b&received_at=0", ""),
+                              1700000000.5)
         self.assertEqual(entry, {
             "received_at": "2023-11-14T22:13:20.500Z", "event": "newCall", "from": "492111234567", "to": "4915791234567",
             "direction": "in", "callId": "123456", "user": ["Alice", "Bob"], "userId": ["w0", "w1"],
@@ -3196,13 +3305,17 @@ class OutputTest(unittest.TestCase):
         self.assertEqual(sc.event_json(parse_event(ANSWER, ""), 0)["user"], "John Doe")
         self.assertEqual(sc.event_json(parse_event(b"user=Alice", "newCall"), 0)["user"], "Alice")
         self.assertEqual(sc.event_json(parse_event(b"", "newCall"), 0),
-                         {"received_at": "1970-01-01T00:00:00.000Z", "event": "newCall", "user": [], "userId": [], "fullUserId": []})
+                         {"received_at": "1970-01-01T00:00:00.000Z", "event": "newCall", "user": [],
+                          "userId": [], "fullUserId": []})
 
     def test_the_time_stands_first_unless_something_else_adds_it(self):
-        answered = sc.Replied(NewCallEvent(from_number="1", to_number="2"), sc.DISCARDED, 1e9, True, reject("busy"))
+        answered = sc.Replied(NewCallEvent(from_number="1", to_number="2"), sc.DISCARDED, 1e9, True,
+                              reject("busy"))
         moment = sc.local_time(1e9)
-        self.assertEqual(sc.teller("text", True)(answered), f"{moment} New call from 1 to 2 is ringing...\n{moment} Replied with Reject busy\n")
-        self.assertEqual(sc.teller("text", False)(answered._replace(action=None)), "New call from 1 to 2 is ringing...\n")
+        self.assertEqual(sc.teller("text", True)(answered),
+                         f"{moment} New call from 1 to 2 is ringing...\n{moment} Replied with Reject busy\n")
+        self.assertEqual(sc.teller("text", False)(answered._replace(action=None)),
+                         "New call from 1 to 2 is ringing...\n")
         self.assertEqual(json.loads(sc.teller("json", True)(answered))["reply"], "Reject busy")
         self.assertEqual(sc.teller("off", True)(answered), "")
 
@@ -3226,8 +3339,11 @@ class OutputTest(unittest.TestCase):
                 return True
 
         with at_width("40"):
-            self.assertEqual(sc.wrapped("ab " * 20 + "a-very-long-word-that-stays-in-one-piece-whatever", Terminal()).split("\n"), [
-                "ab " * 12 + "ab", "  " + "ab " * 6 + "ab", "  a-very-long-word-that-stays-in-one-piece-whatever"])
+            self.assertEqual(sc.wrapped("ab " * 20
+                                        + "a-very-long-word-that-stays-in-one-piece-whatever",
+                                        Terminal()).split("\n"), [
+                "ab " * 12 + "ab", "  " + "ab " * 6 + "ab",
+                "  a-very-long-word-that-stays-in-one-piece-whatever"])
         self.assertEqual(sc.wrapped("ab " * 50, io.StringIO()), "ab " * 50)
 
     def test_a_console_is_a_stream_like_any_other(self):
@@ -3237,20 +3353,23 @@ class OutputTest(unittest.TestCase):
             console.buffer.write(b"raw\n")
             console.reconfigure(errors="strict")
             print("end", end="", file=console, flush=True)
-            self.assertEqual((console.encoding, console.fileno(), console.isatty()), ("utf-8", file.fileno(), False))
+            self.assertEqual((console.encoding, console.fileno(), console.isatty()),
+                             ("utf-8", file.fileno(), False))
             self.assertEqual(console.output.worker.finish(5), [])
             file.seek(0)
             self.assertEqual(file.read(), "a\\x1bb\tc ü\nraw\nend")
 
     def test_a_message_with_text_from_the_network_stays_one_line(self):
-        record = logging.LogRecord("a", logging.WARNING, "", 0, "event %s", ("\x1b[2J\u202e\nERROR: forged",), None)
+        record = logging.LogRecord("a", logging.WARNING, "", 0, "event %s",
+                                   ("\x1b[2J\u202e\nERROR: forged",), None)
         formatter = sc.DiagnosticFormatter(io.StringIO(), False)
         self.assertEqual(formatter.format(record), "WARNING: event \\x1b[2J\\u202e\\nERROR: forged")
         try:
             raise ValueError("a\nERROR: forged")
         except ValueError:
             record = logging.LogRecord("a", logging.WARNING, "", 0, "event", (), sys.exc_info())
-        self.assertEqual([line[:4] for line in formatter.format(record).split("\n")], ["WARN"] + ["    "] * 5)
+        self.assertEqual([line[:4] for line in formatter.format(record).split("\n")],
+                         ["WARN"] + ["    "] * 5)
 
     def test_lines_that_nobody_takes_are_dropped_and_counted(self):
         reader, writer = os.pipe()
@@ -3265,9 +3384,11 @@ class OutputTest(unittest.TestCase):
             self.assertEqual(console.output.worker.finish(10), [])
             stream.close()
             thread.join()
-        dropped = re.findall(r"\((\d+) lines were dropped here: nobody took them\)\n", "".join(lines))
+        dropped = re.findall(r"\((\d+) lines were dropped here: nobody took them\)\n",
+                             "".join(lines))
         self.assertGreater(len(dropped), 0)
-        self.assertEqual(len(lines) - len(dropped) + sum(map(int, dropped)) + console.output._dropped, 20_000)
+        self.assertEqual(len(lines) - len(dropped) + sum(map(int, dropped))
+                         + console.output._dropped, 20_000)
 
 
 class Program:
@@ -3276,12 +3397,14 @@ class Program:
     def __init__(self, *arguments, folder, script="", wait=True, stdout=subprocess.PIPE, **environ):
         clean = {name: value for name, value in os.environ.items()
                  if not re.match("WEBHOOK|CALL|VERIFY|SIGNATURE|JOURNAL", name)}
-        for name in {"CALL_LOG", "CALL_HANDLERS"} & set(environ):  # which would count from the script
+        for name in {"CALL_LOG",
+                     "CALL_HANDLERS"} & set(environ):  # which would count from the script
             environ[name] = os.path.join(folder, environ[name])
         self.process = subprocess.Popen(
             [sys.executable, "-S", "-W", "error", script or SCRIPT, *arguments], cwd=folder,
             stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE,
-            env={**clean, "WEBHOOK_PORT": "0", "CALL_LOG": "off", "PYTHONIOENCODING": "utf-8", **environ})
+            env={**clean, "WEBHOOK_PORT": "0", "CALL_LOG": "off", "PYTHONIOENCODING": "utf-8",
+                 **environ})
         self.said = ""
         while wait and "Ctrl-C stops" not in self.said:
             self.listen()
@@ -3298,7 +3421,8 @@ class Program:
     def post(self, path, body, **headers):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
         with contextlib.closing(connection):
-            connection.request("POST", path, body, {"Content-Type": "application/x-www-form-urlencoded", **headers})
+            connection.request("POST", path, body,
+                               {"Content-Type": "application/x-www-form-urlencoded", **headers})
             reply = connection.getresponse()
             return reply.status, reply.read().decode()
 
@@ -3333,7 +3457,8 @@ class HangingTest(unittest.TestCase):
         unittest.addModuleCleanup(cls.program.kill)
         os.close(writer)
         cls.took = []
-        cls.threads = [threading.Thread(target=target) for target in (cls.slow_call, cls.many_calls)]
+        cls.threads = [threading.Thread(target=target)
+                       for target in (cls.slow_call, cls.many_calls)]
         for thread in cls.threads:
             thread.start()
 
@@ -3348,7 +3473,8 @@ class HangingTest(unittest.TestCase):
     def many_calls(cls):
         connection = http.client.HTTPConnection("127.0.0.1", cls.program.port, timeout=10)
         cls.replies = 0
-        with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+        with contextlib.closing(connection), contextlib.suppress(OSError,
+                                                                 http.client.HTTPException):
             for _ in range(5000):
                 connection.request("POST", "/new-call", NEW_CALL)
                 cls.replies += connection.getresponse().read().startswith(b"<Response")
@@ -3415,14 +3541,19 @@ class SettingsFromTest(InFolder):
         """The settings, and what was said of them."""
         err = io.StringIO()
         with self.place(environ), contextlib.redirect_stderr(err), sc.diagnostics(err):
-            return sc.read_settings(sc.command_line().parse_args(arguments), os.environ), err.getvalue()
+            return sc.read_settings(sc.command_line().parse_args(arguments),
+                                    os.environ), err.getvalue()
 
     def test_a_flag_counts_before_the_environment_and_that_before_the_file(self):
-        path = self.write(".env", "WEBHOOK_URL=https://file.example/p\nCALL_OUTPUT=json\nVERIFY_SIGNATURE=off\nCALL_LOG=a.db\n")
-        settings, said = self.read("--url", "https://flag.example/q", CALL_OUTPUT="off", VERIFY_SIGNATURE="")
-        self.assertEqual((settings.webhook_url, settings.call_output, settings.verify_signature, settings.call_log),
+        path = self.write(".env",
+                          "WEBHOOK_URL=https://file.example/p\nCALL_OUTPUT=json\nVERIFY_SIGNATURE=off\nCALL_LOG=a.db\n")
+        settings, said = self.read("--url", "https://flag.example/q", CALL_OUTPUT="off",
+                                   VERIFY_SIGNATURE="")
+        self.assertEqual((settings.webhook_url, settings.call_output, settings.verify_signature,
+                          settings.call_log),
                          ("https://flag.example/q", "off", "on", os.path.join(self.folder, "a.db")))
-        self.assertEqual(said, f"Settings are read from {path}\nWARNING: VERIFY_SIGNATURE is empty in the environment, "
+        self.assertEqual(said,
+                         f"Settings are read from {path}\nWARNING: VERIFY_SIGNATURE is empty in the environment, "
                          "which switches off the one in .env\n")
 
     def test_the_file_beside_the_script_comes_first_then_the_one_here(self):
@@ -3439,15 +3570,19 @@ class SettingsFromTest(InFolder):
         path = self.write("my.env", 'A="b\nWEBHOOK_PORT=0\nCALL_OUTPUT="off" x\nCALL_LOG="\n')
         with self.assertRaises(SettingsError) as caught:
             self.read("--env-file", "my.env")
-        self.assertEqual([problem.partition(": expected NAME=value")[0] for problem in caught.exception.problems],
-                         [f"{path} line 3: CALL_OUTPUT cannot be read", f"{path} line 4: CALL_LOG cannot be read"])
+        self.assertEqual([problem.partition(": expected NAME=value")[0]
+                          for problem in caught.exception.problems],
+                         [f"{path} line 3: CALL_OUTPUT cannot be read",
+                          f"{path} line 4: CALL_LOG cannot be read"])
         self.write("my.env", 'A="b\nWEBHOOK_PORT=0\n')
-        self.assertIn("line 1 is skipped: expected NAME=value", self.read("--env-file", "my.env")[1])
+        self.assertIn("line 1 is skipped: expected NAME=value",
+                      self.read("--env-file", "my.env")[1])
 
     def test_a_name_that_is_no_setting_is_taken_for_a_slip(self):
         self.write(".env", "VERIFY_SIGNTURE=off\nwebhookurl=x\n")
         said = self.read(WEBHOOK_PROT="1", CALL_CENTER="x")[1]
-        for name in ("VERIFY_SIGNTURE; is VERIFY_SIGNATURE meant?", "webhookurl; is WEBHOOK_URL meant?",
+        for name in ("VERIFY_SIGNTURE; is VERIFY_SIGNATURE meant?",
+                     "webhookurl; is WEBHOOK_URL meant?",
                      "WEBHOOK_PROT; is WEBHOOK_PORT meant?", "CALL_CENTER"):
             self.assertIn(f"there is no setting {name}\n", said)
 
@@ -3478,7 +3613,8 @@ class SettingsFromTest(InFolder):
                 found, out, err = self.run_command(**{"WEBHOOK_PORT": "0", **environ})
                 self.assertEqual((found, out, len(err.splitlines())), (status, "", 1), err)
                 self.assertIn(said, err)
-        for name, said in [("utf16.env", "is in UTF-16, as PowerShell's > writes it: save it as UTF-8"),
+        for name, said in [("utf16.env",
+                            "is in UTF-16, as PowerShell's > writes it: save it as UTF-8"),
                            ("latin.env", "is not in UTF-8"), ("none.env", "cannot be read: No such file")]:
             status, _, err = self.run_command("--env-file", name)
             self.assertEqual((status, said in err, len(err.splitlines())), (2, True, 1), err)
@@ -3498,12 +3634,15 @@ class ProgramTest(InFolder):
         for _ in range(2):
             self.assertEqual(program.post("/new-call", NEW_CALL), (200, expected))
         self.assertEqual(program.post("/on-data", DTMF), (200, expected))
-        self.assertEqual(program.post("/on-answer", ANSWER), (200, "This response will be discarded"))
-        self.assertEqual(program.post("/on-hangup", HANGUP), (200, "This response will be discarded"))
+        self.assertEqual(program.post("/on-answer", ANSWER),
+                         (200, "This response will be discarded"))
+        self.assertEqual(program.post("/on-hangup", HANGUP),
+                         (200, "This response will be discarded"))
         self.assertEqual(program.post("/new-call", b""), (200, expected))
         status, out, err = program.end(signal.SIGINT)
         self.assertEqual(status, 0)
-        self.assertEqual([re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", line) for line in out.splitlines()], [
+        self.assertEqual([re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", line)
+                          for line in out.splitlines()], [
             "New call from 492111234567 to 4915791234567 is ringing..."] * 2 + [
             "492111234567 pressed 1",
             "John Doe answered call from 492111234567",
@@ -3523,17 +3662,22 @@ class ProgramTest(InFolder):
         elsewhere = os.path.join(self.folder, "elsewhere")
         os.mkdir(elsewhere)
         renamed = shutil.copy(sc.__file__, os.path.join(elsewhere, "phone.py"))
-        program = self.start("--env-file", os.path.join("..", "my.env"), folder=elsewhere, script=renamed)
-        status, xml = program.post("/p/new-call", NEW_CALL, **{"X-Sipgate-Signature": sign(NEW_CALL)})
+        program = self.start("--env-file", os.path.join("..", "my.env"), folder=elsewhere,
+                             script=renamed)
+        status, xml = program.post("/p/new-call", NEW_CALL,
+                                   **{"X-Sipgate-Signature": sign(NEW_CALL)})
         self.assertEqual((status, ET.fromstring(xml).find("Dial/Number").text), (200, "4921100"))
         self.assertEqual(program.post("/p/new-call", NEW_CALL)[0], 403)
         self.assertEqual(program.post("/p/on-hangup", HANGUP)[0], 403)
         os.utime(path, (1, 1))
-        self.assertEqual(program.post("/p/on-hangup", HANGUP, **{"X-Sipgate-Signature": sign(HANGUP)})[0], 200)
+        self.assertEqual(program.post("/p/on-hangup", HANGUP,
+                                      **{"X-Sipgate-Signature": sign(HANGUP)})[0], 200)
         status, out, err = program.end()
-        self.assertEqual([(entry["event"], entry.get("reply")) for entry in map(json.loads, out.splitlines())],
+        self.assertEqual([(entry["event"], entry.get("reply"))
+                          for entry in map(json.loads, out.splitlines())],
                          [("newCall", "Dial 4921100"), ("hangup", None)])
-        for said in ("https://x.example/p/new-call\n", "any event that sipgate did not sign is refused", "deciding 492111234567",
+        for said in ("https://x.example/p/new-call\n",
+                     "any event that sipgate did not sign is refused", "deciding 492111234567",
                      "signature missing", "mine.py has changed: restart this program to use it",
                      "mine.py: onAnswer is never called; is on_answer meant?"):
             self.assertIn(said, err)
@@ -3550,7 +3694,8 @@ class ProgramTest(InFolder):
 
             def load(prefix, program=program):
                 connection = http.client.HTTPConnection("127.0.0.1", program.port, timeout=10)
-                with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+                with contextlib.closing(connection), contextlib.suppress(OSError,
+                                                                         http.client.HTTPException):
                     for n in range(100_000):
                         connection.request("POST", "/new-call", f"callId={prefix}-{n}")
                         if connection.getresponse().read():
@@ -3580,7 +3725,8 @@ class ProgramTest(InFolder):
         while status == 200:
             began = time.monotonic()
             sent.append(f"call{len(sent)}")
-            self.assertEqual(program.post("/new-call", f"callId={sent[-1]}".encode() + wide)[0], 200)
+            self.assertEqual(program.post("/new-call", f"callId={sent[-1]}".encode() + wide)[0],
+                             200)
             self.assertLess(time.monotonic() - began, 1.5)
             connection = http.client.HTTPConnection("127.0.0.1", program.port, timeout=10)
             with contextlib.closing(connection):
@@ -3617,13 +3763,17 @@ class ProgramTest(InFolder):
         program = self.start()
         with open(f"/proc/{program.process.pid}/statm", encoding="ascii") as file:
             size = int(file.read().split()[0]) * resource.getpagesize()
-        resource.prlimit(program.process.pid, resource.RLIMIT_AS, (size + 2_000_000, -1))  # not one more thread's stack
-        with socket.create_connection(("127.0.0.1", program.port), 10) as connection, contextlib.suppress(OSError):
+        resource.prlimit(program.process.pid, resource.RLIMIT_AS,
+                         (size + 2_000_000, -1))  # not one more thread's stack
+        with socket.create_connection(("127.0.0.1", program.port),
+                                      10) as connection, contextlib.suppress(OSError):
             connection.recv(1)
         resource.prlimit(program.process.pid, resource.RLIMIT_AS, (-1, -1))
         self.assertEqual(program.post("/new-call", NEW_CALL)[0], 200)
         status, _, err = program.end()
-        self.assertEqual((status, "a connection could not be accepted: can't start new thread" in err), (0, True), err)
+        self.assertEqual((status,
+                          "a connection could not be accepted: can't start new thread" in err),
+                          (0, True), err)
 
     def test_a_port_in_use_ends_the_start_with_the_remedy_and_nohup_means_it(self):
         before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -3660,46 +3810,58 @@ class ProgramTest(InFolder):
 class CommandTest(InFolder):
     def test_calls(self):
         path = os.path.join(self.folder, "calls.db")
-        self.assertEqual(self.run_command("calls"), (0, "", f"sipgate_callevents: no calls yet: there is nothing in {path}\n"))
+        self.assertEqual(self.run_command("calls"),
+                         (0, "", f"sipgate_callevents: no calls yet: there is nothing in {path}\n"))
         self.assertEqual(os.listdir(self.folder), [])
         log = CallLog(path, 30)
         for n, body in enumerate((NEW_CALL, DTMF, ANSWER, HANGUP)):
             log.record(parse_event(body, ""), time.time() - 60 + 4 * n, None)
         status, out, err = self.run_command("calls", "--events")
         self.assertEqual((status, err), (0, ""))
-        self.assertRegex(out, r"\ASTARTED .*\n\d\d-\d\d \d\d:\d\d in \+492111234567 \+4915791234567 answered 0:08 0:04 John Doe\n"
+        self.assertRegex(out,
+                         r"\ASTARTED .*\n\d\d-\d\d \d\d:\d\d in \+492111234567 \+4915791234567 answered 0:08 0:04 John Doe\n"
                          r"(  \d\d:\d\d:\d\d \w+ +.*\n){4}1 call, 1 answered, 0 missed, average wait 0:08, average talk 0:04\n\Z")
-        out = self.run_command("calls", "--format", "json", "--events", "--number", "4921*", "--since", "2026-01-01")[1]
+        out = self.run_command("calls", "--format", "json", "--events", "--number", "4921*",
+                               "--since", "2026-01-01")[1]
         entry = json.loads(out)
-        self.assertEqual((entry["from"], entry["users"], entry["digits"], [event["event"] for event in entry["events"]]),
+        self.assertEqual((entry["from"], entry["users"], entry["digits"],
+                          [event["event"] for event in entry["events"]]),
                          ("492111234567", ["Alice", "Bob"], "1", ["newCall", "dtmf", "answer", "hangup"]))
         out = self.run_command("calls", "--format", "csv")[1].split("\n")
-        self.assertEqual(out[0], "direction,from,to,users,answered_by,started,answered,ended,wait_s,talk_s,outcome,cause,digits,reply,legs")
+        self.assertEqual(out[0],
+                         "direction,from,to,users,answered_by,started,answered,ended,wait_s,talk_s,outcome,cause,digits,reply,legs")
         self.assertTrue(out[1].startswith("in,'492111234567,'4915791234567,\"Alice, Bob\",John Doe,2"))
-        self.assertEqual(self.run_command("calls", "--missed"), (0, "Nobody is to be rung back.\n", ""))
-        self.assertEqual(self.run_command("calls", "--number", "4999"), (0, "", "sipgate_callevents: no call matches\n"))
-        for arguments, said in [(("--since", "yesterday"), '--since is "yesterday": expected a date such as 2026-11-01'),
+        self.assertEqual(self.run_command("calls", "--missed"),
+                         (0, "Nobody is to be rung back.\n", ""))
+        self.assertEqual(self.run_command("calls", "--number", "4999"),
+                         (0, "", "sipgate_callevents: no call matches\n"))
+        for arguments, said in [(("--since", "yesterday"),
+                                 '--since is "yesterday": expected a date such as 2026-11-01'),
                                 (("--limit", "0"), "expected a whole number of 1 or more")]:
             status, _, err = self.run_command("calls", *arguments)
             self.assertEqual((status, said in err), (2, True), err)
         log.close(5)
 
     def test_a_rehearsal_from_an_empty_folder(self):
-        path = self.write("mine.py", "from sipgate_callevents import dial\ndef on_new_call(event):\n    return dial('4921100')\n")
+        path = self.write("mine.py",
+                          "from sipgate_callevents import dial\ndef on_new_call(event):\n    return dial('4921100')\n")
         status, out, err = self.run_command("simulate", CALL_HANDLERS="mine.py")
         self.assertEqual((status, err), (0, ""))
         self.assertEqual(out.splitlines()[1], f"({path}).")
         self.assertIn("  Dial 4921100, asks for answer and hangup\n", out)
-        self.assertRegex(out.splitlines()[-1], r"^\d\d-\d\d \d\d:\d\d in \+492111234567 \+4915791234567 answered 0:00 0:00 4921100$")
+        self.assertRegex(out.splitlines()[-1],
+                         r"^\d\d-\d\d \d\d:\d\d in \+492111234567 \+4915791234567 answered 0:00 0:00 4921100$")
         self.assertEqual(set(os.listdir(self.folder)) - {"__pycache__"}, {"mine.py"})
         self.write("raises.py", "def on_new_call(event):\n    return '<Dial/>'\n")
-        status, out, err = self.run_command("simulate", "missed", "--from", "anonymous", CALL_HANDLERS="raises.py")
+        status, out, err = self.run_command("simulate", "missed", "--from", "anonymous",
+                                            CALL_HANDLERS="raises.py")
         self.assertEqual((status, "on_new_call returned a str, not an action" in err), (1, True))
         self.assertEqual(self.run_command("simulate", "nonsense")[0], 2)
         self.assertEqual(self.run_command("simulate", "--all")[0], 0)
         self.write("config.py", "import logging.config\nlogging.config.dictConfig({'version': 1})\n"
                    "def on_hangup(event):\n    1 / 0\n")
-        self.assertEqual(self.run_command("simulate", CALL_HANDLERS="config.py")[0], 1, "an error counts, whatever your code does")
+        self.assertEqual(self.run_command("simulate", CALL_HANDLERS="config.py")[0], 1,
+                         "an error counts, whatever your code does")
 
     def test_wrong_words_are_named(self):
         for arguments, said in ((("--prot", "8081"), "there is no --prot; is --port meant?"),
@@ -3718,13 +3880,15 @@ class CommandTest(InFolder):
         running = Running()
         self.addCleanup(running.stop)
         status, out, _ = self.run_command("check", WEBHOOK_PORT=str(running.server.port))
-        self.assertEqual((status, [line.split()[0] for line in out.splitlines()]), (0, ["ok", "ok", "ok", "ok", "warning"]))
+        self.assertEqual((status, [line.split()[0] for line in out.splitlines()]),
+                         (0, ["ok", "ok", "ok", "ok", "warning"]))
 
     def test_no_byte_of_a_forgotten_number_is_left(self):
         path = os.path.join(self.folder, "calls.db")
         CallLog(path, 30).close(5)
         now = int(time.time() * 1e6) - 3600 * 10**6
-        rows = [(now + n * 1000, "newCall", f"leg{n}", b"event=newCall&direction=in&callId=leg%d&from=%s&to=4930200" % (
+        rows = [(now + n * 1000, "newCall", f"leg{n}",
+                 b"event=newCall&direction=in&callId=leg%d&from=%s&to=4930200" % (
             n, b"49999911122" if n % 50 == 0 else b"49211%d" % n)) for n in range(5000)]
         rows += [(now + 10**8 + n, *row) for n, row in enumerate((
             ("answer", "leg1", b"event=answer&callId=leg1&answeringNumber=0049999911122&user=Al%C3%BC"),
@@ -3732,7 +3896,8 @@ class CommandTest(InFolder):
             ("reply", "leg3", response_xml(gather(state="(49999911122)"), on_data="http://x/d")),
             ("newCall", "49999911122", b"event=newCall&callId=49999911122&from=1"), ("reply", "49999911122", b"<Response />")))]
         with contextlib.closing(sqlite3.connect(path)) as other:
-            other.executemany("INSERT INTO events(id, event, call_id, body) VALUES (?, ?, ?, ?)", rows)
+            other.executemany("INSERT INTO events(id, event, call_id, body) VALUES (?, ?, ?, ?)",
+                              rows)
             other.commit()
         self.write("calls.db.damaged-1", "...49999911122...")
         self.write("calls.db.damaged-2", "...")
@@ -3741,7 +3906,8 @@ class CommandTest(InFolder):
         self.assertIn("no call holds 0999911122; with the country code? +49999911122", err)
         status, out, err = self.run_command("forget", "+49 (999) 911-122")
         self.assertEqual(status, 1, "nobody said yes")
-        self.assertRegex(out, r"^104 calls, from [-0-9]{10} [0-9:]{5} to [-0-9]{10} [0-9:]{5}, hold \+49999911122\.\n")
+        self.assertRegex(out,
+                         r"^104 calls, from [-0-9]{10} [0-9:]{5} to [-0-9]{10} [0-9:]{5}, hold \+49999911122\.\n")
         status, out, err = self.run_command("forget", "--yes", "+49 (999) 911-122")
         self.assertEqual((status, err), (0, ""))
         self.assertIn(f"It is gone from {path}: no byte of it is left there.\n", out)
@@ -3767,7 +3933,8 @@ def text_of(name):
         return file.read()
 
 
-@unittest.skipUnless(text_of("README.md") and text_of(".env.example"), "only where they lie beside this file")
+@unittest.skipUnless(text_of("README.md") and text_of(".env.example"),
+                     "only where they lie beside this file")
 class ReadmeTest(unittest.TestCase):
     README = text_of("README.md")
     CODE = tuple(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
@@ -3794,9 +3961,12 @@ class ReadmeTest(unittest.TestCase):
         self.assertEqual(mine["on_new_call"](NewCallEvent(direction="in")), voicemail())
         self.assertIsNone(mine["on_new_call"](NewCallEvent(direction="in", users=("Alice",))))
         mine = self.functions(1)
-        self.assertIn(b"on-data?state=menu", response_xml(mine["on_new_call"](NewCallEvent(direction="in")), on_data="http://x/on-data"))
-        self.assertIsNone(mine["on_new_call"](NewCallEvent(direction="in", call_id="B", orig_call_id="A")))
-        self.assertEqual(mine["on_dtmf"](DtmfEvent(dtmf="1", state="menu")), dial("4915799912345", "492111234567"))
+        self.assertIn(b"on-data?state=menu",
+                      response_xml(mine["on_new_call"](NewCallEvent(direction="in")), on_data="http://x/on-data"))
+        self.assertIsNone(mine["on_new_call"](NewCallEvent(direction="in", call_id="B",
+                                                           orig_call_id="A")))
+        self.assertEqual(mine["on_dtmf"](DtmfEvent(dtmf="1", state="menu")),
+                         dial("4915799912345", "492111234567"))
         self.assertEqual(mine["on_dtmf"](DtmfEvent(dtmf="", state="menu")), voicemail())
 
     def test_its_recipe_for_mail_sends_one(self):
@@ -3811,16 +3981,21 @@ class ReadmeTest(unittest.TestCase):
                         received.append(line)
                         is_text = is_text and line != b".\r\n"
                         if not is_text:
-                            stream.write({b"data": b"354", b"quit": b"221"}.get(line.strip().lower(), b"250") + b" x\r\n")
+                            stream.write({b"data": b"354",
+                                          b"quit": b"221"}.get(line.strip().lower(), b"250")
+                                          + b" x\r\n")
                         is_text = is_text or line == b"data\r\n"
 
             thread = threading.Thread(target=take)
             thread.start()
             mine = self.functions(2)
             original = mine["smtplib"].SMTP
-            mine["smtplib"].SMTP = lambda host, timeout: original("127.0.0.1", listener.getsockname()[1], timeout=timeout)
+            mine["smtplib"].SMTP = lambda host, timeout: original("127.0.0.1",
+                                                                  listener.getsockname()[1],
+                                                                  timeout=timeout)
             try:
-                mine["on_hangup"](HangupEvent(find_call=lambda event: replace(ShownCallsTest.CALL, outcome="missed")))
+                mine["on_hangup"](HangupEvent(find_call=lambda event: replace(ShownCallsTest.CALL,
+                                                                              outcome="missed")))
                 mine["on_hangup"](HangupEvent(find_call=lambda event: ShownCallsTest.CALL))
             finally:
                 mine["smtplib"].SMTP = original
@@ -3833,9 +4008,11 @@ class ReadmeTest(unittest.TestCase):
             path = pathlib.Path(folder, "blocked.txt")
             for hour, action in ((8, voicemail()), (9, None), (16, None), (17, voicemail())):
                 at = datetime.datetime(2026, 11, 26, hour, 30)
-                self.assertEqual(decide(NewCallEvent(direction="in"), lambda at=at: at, path), action)
+                self.assertEqual(decide(NewCallEvent(direction="in"), lambda at=at: at, path),
+                                 action)
             path.write_text("49111\n49222\n")
-            self.assertEqual(decide(NewCallEvent(direction="in", from_number="49222"), datetime.datetime.now, path), reject())
+            self.assertEqual(decide(NewCallEvent(direction="in", from_number="49222"),
+                                    datetime.datetime.now, path), reject())
 
     def test_its_recipe_passes_an_event_on_as_it_came(self):
         running = Running(LIVE)
@@ -3849,8 +4026,10 @@ class ReadmeTest(unittest.TestCase):
         for action in (dial, voicemail, play, gather, reject, hang_up):
             signature = inspect.signature(action)
             plain = signature.replace(return_annotation=signature.empty, parameters=[
-                parameter.replace(annotation=signature.empty) for parameter in signature.parameters.values()])
-            rows = [line.split("`")[1].replace('"', "'") for line in self.README.splitlines() if line.startswith("| `")]
+                parameter.replace(annotation=signature.empty)
+                for parameter in signature.parameters.values()])
+            rows = [line.split("`")[1].replace('"', "'") for line in self.README.splitlines()
+                    if line.startswith("| `")]
             self.assertIn(f"{action.__name__}{plain}", rows)
 
     def test_its_scenarios_are_those_that_there_are(self):
