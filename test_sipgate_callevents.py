@@ -398,7 +398,7 @@ class SignatureTest(unittest.TestCase):
     def test_a_file_that_holds_no_key_of_this_kind_is_named(self):
         lines = TEST_KEY_PEM.split("\n")
         for text in ("", TEST_KEY_PEM.replace("PUBLIC", "PRIVATE"),
-                     "\n".join(lines[:3] + lines[-2:]), TEST_KEY_PEM.replace("AQAB", "AQABAA=="),
+                     "\n".join(lines[:3] + lines[-2:]), TEST_KEY_PEM.replace("AQAB", "AQABAQ=="),
                      TEST_KEY_PEM.replace("AQAB", "AQA")):
             with self.assertRaisesRegex(ValueError, "expected a PEM file .* and an RSA key of at"):
                 sc.key_from_pem(text)
