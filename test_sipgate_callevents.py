@@ -1403,6 +1403,15 @@ class HttpTest(unittest.TestCase):
                 request(b"a" * 2_000_000)),  # whose rest is read, or the reply would be lost
         }, end=b"")
 
+    def test_a_refused_request_with_input_left_unread_sees_its_status(self):
+        half = b"a" * 1_000_000
+        head = b"POST /new-call HTTP/1.1\r\nHost: a\r\nContent-Length: 2000000\r\n\r\n"
+        with self.running.connect(head + half) as connection:
+            self.assertEqual(connection.recv(65536)[:12], b"HTTP/1.1 413")
+            connection.sendall(half)
+            connection.shutdown(socket.SHUT_WR)
+            self.assertEqual(connection.recv(1), b"")
+
     def test_chunked_bodies(self):
         chunked, end = b"Transfer-Encoding: chunked\r\n", b"\r\n0\r\n\r\n"
         wide = b"8000\r\n" + b"a" * 0x8000
