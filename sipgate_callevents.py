@@ -1502,8 +1502,8 @@ class Connection:
         return True
 
     def cut(self) -> None:
-        """Have the connection's thread find the end of its input; that is given a second."""
-        self.is_cut, self.spared_until = True, time.monotonic() + 1
+        """Have the connection's thread find the end of its input."""
+        self.is_cut = True
         with contextlib.suppress(OSError):  # it may have ended already
             # Not SSLSocket's, which drops the state of TLS under the feet of its thread.
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
@@ -1743,11 +1743,13 @@ class WebhookServer(socketserver.ThreadingTCPServer):
 
     def serve_until(self, is_told: Callable[[], bool]) -> None:
         """Accept connections until `is_told`, which is asked at least ten times a second."""
-        self._is_told = is_told
+        self._is_told, sweep_at = is_told, 0.0
         while not is_told():
             self.handle_request()
-            with self._changed:
-                self._sweep()
+            if time.monotonic() >= sweep_at:
+                sweep_at = time.monotonic() + 0.05
+                with self._changed:
+                    self._sweep()
 
     def _sweep(self) -> None:
         """Cut what has passed its deadline."""
@@ -1756,13 +1758,22 @@ class WebhookServer(socketserver.ThreadingTCPServer):
             if connection.deadline < now and not connection.is_cut:
                 connection.cut()
 
-    def _make_room(self) -> None:
-        """Cut the connection that has waited longest; none that is served, or soon will be."""
-        now = time.monotonic()
-        waiting = sorted(self.connections.values(), key=lambda one: one.spared_until)
-        if not any(connection.is_cut and now < connection.spared_until for connection in waiting):
-            for connection in itertools.islice(filter(Connection.may_go, waiting), 1):
+    def _is_full(self) -> bool:
+        """Whether a further connection has to wait. Those that are cut are about to end."""
+        is_cut = [connection.is_cut for connection in self.connections.values()]
+        return is_cut.count(False) >= self.max_connections
+
+    def _make_room(self) -> bool:
+        """Cut the connection that has waited longest, but none that is served, or soon will be.
+
+        False if there is none, or very many are still about to end.
+        """
+        if len(self.connections) < 2 * self.max_connections:
+            waiting = sorted(self.connections.values(), key=lambda one: one.spared_until)
+            for connection in filter(Connection.may_go, waiting):
                 connection.cut()
+                return True
+        return False
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection. Raises OSError."""
@@ -1775,10 +1786,10 @@ class WebhookServer(socketserver.ThreadingTCPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start the connection's thread; at the cap, wait until there is room."""
         with self._changed:
-            while len(self.connections) >= self.max_connections and not self._is_told():
-                self._make_room()
-                self._changed.wait(0.05)
-                self._sweep()
+            while self._is_full() and not self._is_told():
+                if not self._make_room():
+                    self._changed.wait(0.05)
+                    self._sweep()
             self.connections[request] = Connection(request)
         try:
             # Thread.start() waits for its thread to begin: for ever, if memory has run out.
