@@ -1153,7 +1153,7 @@ def refusal(fault: str, more: str = "") -> WebhookError:
 class Receiver:
     """Turns webhooks into replies. Safe to use from many threads."""
 
-    PRINTED = 10_000  # events that may wait to be printed, which can take looking a call up
+    PRINTED = 3000  # events that may wait to be printed, which can take looking a call up
     reply_seconds = REPLY_SECONDS
 
     def __init__(self, settings: Settings, keys: Sequence[PublicKey], functions: CallFunctions,
