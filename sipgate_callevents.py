@@ -2796,6 +2796,11 @@ def without_prefix(number: str) -> str:
     return re.sub(r"\A(\+|00)", "", number)
 
 
+def bare_number(text: str) -> str:
+    """A number as people write it, without all that is no part of it."""
+    return without_prefix(re.sub(r"\(\s*0\s*\)|[\s()/.-]|\A(sip|tel):", "", text.partition("@")[0]))
+
+
 def to_ring_back(calls: Iterable[Call]) -> tuple[list[Caller], int]:
     """Return whom to ring back, of all `calls`, latest first; and how many calls had no number."""
     spoken: set[str] = set()
@@ -2967,14 +2972,14 @@ def call_filter(number: str, since: float) -> Callable[[Call, Sequence[StoredEve
 
     A number is found wherever it stood in an event: dialled, dialled first, or answering.
     """
-    pattern = without_prefix(re.sub(r"[\s()/.-]", "", number)) or "*"
+    pattern = bare_number(number) or "*"
     match = re.compile(re.escape(pattern).replace(r"\*", ".*")).fullmatch
 
     def is_chosen(call: Call, events: Sequence[StoredEvent]) -> bool:
         found = [call.from_number, call.to_number]
         for name in ("from_number", "to_number", "diversion", "answering_number"):
             found += [getattr(stored.event, name, "") for stored in events]
-        return call.started >= since and any(map(match, found))
+        return call.started >= since and any(map(match, map(without_prefix, found)))
     return is_chosen
 
 
@@ -3053,8 +3058,7 @@ def digits_of(text: str) -> str:
 
     Raises SettingsError for what is no number.
     """
-    bare = re.sub(r"\(\s*0\s*\)|[\s()/.-]|\A(sip|tel):", "", text.partition("@")[0])
-    digits = without_prefix(bare)
+    digits = bare_number(text)
     if not re.fullmatch("[0-9]{3,32}", digits):
         raise SettingsError(f'"{text}": expected a whole number, such as +49 157 91234567')
     return digits
@@ -4245,11 +4249,6 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
-def dialled(text: str) -> str:
-    """For argparse: a number as sipgate sends it, or a word such as anonymous."""
-    return without_prefix(re.sub(r"[\s()/.-]", "", text))
-
-
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that takes an unknown flag for the fault, and not the word behind it."""
 
@@ -4302,9 +4301,9 @@ def command_line() -> argparse.ArgumentParser:
     add("scenario", nargs="?", choices=list(SCENARIOS), default="answered", metavar="SCENARIO",
         help=f"{', '.join(SCENARIOS)} (default: answered)")
     add("--all", action="store_true", help="every scenario in turn")
-    add("--from", dest="sender", metavar="NUMBER", type=dialled, default="492111234567",
+    add("--from", dest="sender", metavar="NUMBER", type=bare_number, default="492111234567",
         help="the caller")
-    add("--to", metavar="NUMBER", type=dialled, default="4915791234567",
+    add("--to", metavar="NUMBER", type=bare_number, default="4915791234567",
         help="the number called")
     add("--user", metavar="NAME", action="append", help="who rings (repeatable)")
     add("--digits", metavar="1,0042", default="1",
