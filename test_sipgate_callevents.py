@@ -3219,24 +3219,30 @@ class CommandTest(InFolder):
 
 
 class ForgetTest(InFolder):
-    def test_no_byte_of_a_forgotten_number_is_left_however_it_hides(self):
-        CallLog(self.path, 30).close(5)
-        number = "49157999111"
-        hidden = [number, f"+{number}", f"00{number}", f"sip:{number}@host", f"cause {number}",
-                  "tel:+49-157-999111", "49.157.999.111", f"{number} 49222", f"ü({number})"]
+    NUMBER = "49157999111"
+
+    def hidden(self):
+        """Events in which the number hides, or a longer one stands, and their bodies afterwards."""
+        number = self.NUMBER
+        spellings = [number, f"+{number}", f"00{number}", f"sip:{number}@host", f"cause {number}",
+                     "tel:+49-157-999111", "49.157.999.111", f"{number} 49222", f"ü({number})"]
         others = [f"{number}2", f"1{number}", number[:-1], f"77{number}0"]
         blank, plain = b"%5Bforgotten%5D", b"user[]=A&user[]=B&from="
         blanked = [("newCall", f"x=1&a={urllib.parse.quote(value)}".encode(), b"x=1&a=" + blank)
-                   for value in hidden]
+                   for value in spellings]
         blanked += [("newCall", plain + value.encode(), plain + value.encode()) for value in others]
-        blanked += [
-            ("newCall", b"<x=1&from=49157999111", b"%3Cx=1&from=" + blank),
+        return [
+            *blanked, ("newCall", b"<x=1&from=49157999111", b"%3Cx=1&from=" + blank),
             ("reply", response_xml(dial(number, "49157999112"), on_hangup=f"https://x/{number}/h"),
              b'<Response onHangup="[forgotten]"><Dial><Number>[forgotten]</Number>'
              b"<Number>49157999112</Number></Dial></Response>\n"),
             ("reply", response_xml(gather(state='{"n": "%s"}' % number), on_data="http://x/d"),
              b'<Response><Gather onData="[forgotten]" maxDigits="1" timeout="2000" />'
              b"</Response>\n")]
+
+    def test_no_byte_of_a_forgotten_number_is_left_however_it_hides(self):
+        CallLog(self.path, 30).close(5)
+        number, blanked = self.NUMBER, self.hidden()
         rows = [("newCall", f"leg{n}", b"direction=in&from=49211%d" % n) for n in range(3000)]
         rows += [(event, f"x{n}", body) for n, (event, body, _) in enumerate(blanked)]
         rows += [("newCall", number, b"callId=49157999111&origCallId=49157999111"),
