@@ -3293,9 +3293,12 @@ class Rehearsal:
 
     def _post(self, url: str, form: Mapping[str, Any]) -> ET.Element | None:
         """Send an event as sipgate does; return the action that the reply asks for."""
-        words = form.get("cause") or form.get("user") or form.get("answeringNumber") or (
-            f"{form['from']} to {form['to']} ({', '.join(form['user[]'])})" if "user[]" in form
-            else form.get("dtmf") or "(no key pressed)" if "dtmf" in form else "(nobody named)")
+        if form["event"] == "newCall":
+            words = f"{form['from']} to {form['to']} ({', '.join(form['user[]'])})"
+        elif form["event"] == "dtmf":
+            words = form["dtmf"] or "(no key pressed)"
+        else:
+            words = form.get("cause") or form["user"] or form["answeringNumber"] or "(nobody named)"
         print(f"--> {form['event']:8} {printable(words)}", flush=True)
         body = urllib.parse.urlencode(form, doseq=True, errors="replace").encode()
         receiver, began = self.receiver, time.monotonic()
