@@ -3284,8 +3284,8 @@ class Rehearsal:
             self.answering = {"user": "" if number else "voicemail", "answeringNumber": number,
                               "userId": "", "fullUserId": ""}
         elif action is not None:
-            reject = "busy" if action.get("reason") else "noAnswer"
-            self.cause = {"Reject": reject, "Hangup": "normalClearing"}.get(action.tag, "")
+            rejected = "busy" if action.get("reason") else "noAnswer"
+            self.cause = {"Reject": rejected, "Hangup": "normalClearing"}.get(action.tag, "")
 
     def _complain(self, text: str) -> None:
         self.faults += 1
@@ -3322,8 +3322,8 @@ class Rehearsal:
         print(wrapped(f"{took}  {action}, asks for {' and '.join(asked) or 'nothing more'}",
                       sys.stdout, 4), flush=True)
         is_idle = receiver.your_code.does_nothing("on_dtmf")
-        for gather in response.iter("Gather"):
-            if is_idle and gather.get("onData", "").startswith(receiver.settings.base_url):
+        for element in response.iter("Gather"):
+            if is_idle and element.get("onData", "").startswith(receiver.settings.base_url):
                 print("    (on_dtmf does nothing with the digits)")
         for sound in response.iter("Url"):
             if not (sound.text or "").partition("?")[0].lower().endswith(".wav"):
