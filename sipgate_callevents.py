@@ -36,7 +36,8 @@ Threads: the main one accepts connections, makes room, and closes what is past i
 One for each connection, which replies. One for each run of on_new_call or on_dtmf of yours.
 Five Workers: call log, stdout, stderr, printing events, and on_answer and on_hangup.
 
-With over 256 connections, one that waits for more of a request is closed for each new one.
+With over 256 connections, the one that has waited longest for more of a request is closed for
+each new one. With over 3,000 events that wait to be printed, a new one is counted, not printed.
 Every time limit, and what happens then:
 
     a request, from its first byte to its last    10 s    closed, without a word
@@ -1479,6 +1480,7 @@ class Connection:
     """What the server has to know of a connection, to close it in time."""
 
     IDLE_SPARED = 5.0  # after a reply: a proxy may be about to send the next request
+    READ_SPARED = 0.05  # after a first byte: a body can come 40 ms after its head (RFC 1122 4.2.3)
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -1520,8 +1522,13 @@ class SocketInput(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Receive some bytes; 0 at the end of the input. Raises OSError."""
+        sock = self.connection.sock
         self.connection.is_waiting = True
-        count = self.connection.sock.recv_into(buffer)
+        if not isinstance(sock, ssl.SSLSocket):
+            # Left where _make_room() sees it, until this thread has its turn.
+            sock.recv(1, socket.MSG_PEEK)
+            self.connection.is_waiting = False
+        count = sock.recv_into(buffer)
         self.connection.is_waiting = False
         return count
 
@@ -1582,8 +1589,7 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
     def _await_request(self) -> bool:
         """Wait for the first byte of a request; False if the client closes, or speaks TLS."""
         first = self.rfile.peek(1)[:1]  # type: ignore[attr-defined]
-        # It has waited since now, and not since its last reply.
-        self.tracked.spared_until = max(self.tracked.spared_until, time.monotonic())
+        self.tracked.spared_until = time.monotonic() + Connection.READ_SPARED
         self.tracked.allow(self.request_seconds)
         if first == b"\x16":
             logger.warning("https on the http port: a TLS handshake came in; the tunnel or proxy "
@@ -1800,10 +1806,10 @@ class WebhookServer(socketserver.ThreadingTCPServer):
 
     def _fail_to_accept(self, error: Exception) -> None:
         """Make room, and pause, or it would be tried again at once and for ever."""
-        logger.warning("a connection could not be accepted: %s; the longest-waiting one is closed",
-                       error)
         with self._changed:
-            self._make_room()
+            is_room = self._make_room()
+        logger.warning("a connection could not be accepted: %s%s", error,
+                       "; the longest-waiting one is closed" if is_room else "")
         time.sleep(0.05)
 
     def shutdown_request(self, request: Any) -> None:
@@ -2059,7 +2065,8 @@ def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
         server.serve_until(is_told)
         deadline = time.monotonic() + STOP_SECONDS
         server.stop(STOP_SECONDS)
-        for worker, what in ((receiver.afterwards, "print"), (receiver.your_code.hooks, "run")):
+        for worker, what in ((receiver.afterwards, "print and run"),
+                             (receiver.your_code.hooks, "run")):
             left = worker.finish(max(deadline - time.monotonic(), 0.1))
             if left:
                 logger.error("events left to %s at the stop: %d", what, len(left))
@@ -2134,7 +2141,8 @@ def read_setting(name: str, text: str, folder: str) -> Any:
         return read_url(text)
     if name == "WEBHOOK_HOST":
         text = text.strip("[]")
-        if not re.fullmatch("[0-9A-Fa-f.]*:[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*|[A-Za-z0-9._-]+", text):
+        if not re.fullmatch("[0-9A-Fa-f.]*:[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*(%[A-Za-z0-9._-]+)?|"
+                            "[A-Za-z0-9._-]+", text):
             raise ValueError("expected an address such as 127.0.0.1 or ::1, without a port")
     if name == "CALL_PAGE_KEY" and not re.fullmatch("[A-Za-z0-9_-]{16,128}", text):
         raise ValueError("expected 16 to 128 letters and digits, such as " + os.urandom(8).hex())
@@ -2285,7 +2293,8 @@ def key_from_pem(text: str) -> PublicKey:
     end = start + (int.from_bytes(head[1], "big") if head else 0)
     modulus, rest = int.from_bytes(der[start:end], "big"), der[end:]
     # The exponent with its tag and its length, in one octet each, is all that may follow.
-    exponent = int.from_bytes(rest[2:], "big") if rest[:2] == bytes([2, len(rest[2:])]) else 0
+    is_whole = len(rest) > 2 and rest[0] == 2 and rest[1] == len(rest) - 2
+    exponent = int.from_bytes(rest[2:], "big") if is_whole else 0
     if modulus.bit_length() < 2048 or exponent < 3 or not modulus & exponent & 1:
         raise ValueError('expected a PEM file with "-----BEGIN PUBLIC KEY-----" and an RSA key of '
                          "at least 2048 bits in it")
@@ -3259,7 +3268,9 @@ class Rehearsal:
                          "fullUserId[]": ["1234567" + name for name in ids]})
         elif event == "answer":
             form.update({"user": users[0], "answeringNumber": self.options.to,
-                         "userId": "w0", "fullUserId": "1234567w0", **self.answering})
+                         "userId": "".join(ids[:1]),
+                         "fullUserId": "".join("1234567" + name for name in ids[:1]),
+                         **self.answering})
         else:
             form["cause"] = self.cause or detail or "normalClearing"
         return form

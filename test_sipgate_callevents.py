@@ -399,7 +399,8 @@ class SignatureTest(unittest.TestCase):
         lines = TEST_KEY_PEM.split("\n")
         for text in ("", TEST_KEY_PEM.replace("PUBLIC", "PRIVATE"),
                      "\n".join(lines[:3] + lines[-2:]), TEST_KEY_PEM.replace("AQAB", "AQABAQ=="),
-                     TEST_KEY_PEM.replace("AQAB", "AQA")):
+                     TEST_KEY_PEM.replace("AQAB", "AQA"),
+                     TEST_KEY_PEM.replace("AQAB", "AQAB" + "AAAA" * 100)):
             with self.assertRaisesRegex(ValueError, "expected a PEM file .* and an RSA key of at"):
                 sc.key_from_pem(text)
 
