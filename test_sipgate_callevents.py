@@ -197,6 +197,10 @@ def setUpModule():
         HangingTest.begin()
 
 
+def tearDownModule():
+    """Nothing; but without it Python 3.8 leaves out the clean-ups of setUpModule."""
+
+
 def temporary_folder(test):
     folder = os.path.realpath(tempfile.mkdtemp())
     test.addCleanup(shutil.rmtree, folder)
