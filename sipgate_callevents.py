@@ -542,7 +542,8 @@ def gather(url: str | None = None, *, play: str | None = None, max_digits: int =
     `url` is the address to send them to instead of our own, `timeout_ms` runs from the end of
     the sound, in milliseconds, and `state` comes back as event.state. Raises ValueError.
     """
-    target = "" if url is None else _absolute_url("url", url)  # response_xml puts ours before ""
+    # What does not begin with http is completed by response_xml.
+    target = "" if url is None else _absolute_url("url", url)
     if state is not None:
         if not isinstance(state, str) or re.search("[\ud800-\udfff]", state):
             raise ValueError(f"state is {state!r}: expected text")
@@ -921,10 +922,10 @@ class CallLog:
         """See whether the file under our path is still ours, and remove what is too old."""
         self._look_at = time.monotonic() + self.LOOK_SECONDS
         try:
-            is_ours = os.path.samestat(os.stat(self.path), self._identity or os.stat(os.curdir))
+            there: os.stat_result | None = os.stat(self.path)
         except OSError:
-            is_ours = False
-        if not is_ours:
+            there = None
+        if not (there and self._identity and os.path.samestat(there, self._identity)):
             logger.error("the call log %s was deleted or replaced; what is there now is used",
                          self.path)
             # What -wal still holds goes into the file that it belongs to, not into the next one.
@@ -2861,7 +2862,7 @@ def open_log(path: str, timeout: float = 5.0) -> sqlite3.Connection:
     if not os.access(path, os.R_OK | os.W_OK):
         command = ["sudo", "env", f"CALL_LOG={path}", sys.executable, os.path.abspath(sys.argv[0])]
         raise CommandEnd(f"this user may not open {path}; as root: "
-                            + " ".join(map(shlex.quote, command + sys.argv[1:])))
+                         + " ".join(map(shlex.quote, command + sys.argv[1:])))
     database = sqlite3.connect(pathlib.Path(path).as_uri() + "?mode=rw", uri=True, timeout=timeout,
                                isolation_level=None)
     marks = [database.execute(f"PRAGMA {name}").fetchone()[0]
@@ -3139,7 +3140,7 @@ def forget_number(options: argparse.Namespace, settings: Settings) -> int:
     left = remains(path, digits)
     if left:
         raise CommandEnd(f"{shown} is still in {', '.join(left)}: end what else reads the file, "
-                            "and run this again")
+                         "and run this again")
     print(f"It is gone from {path}: no byte of it is left there.\nIt may still be in backups, in "
           "the journal or file that stdout goes to,\nand where your functions have put it.")
     return 0
@@ -4184,7 +4185,7 @@ def page(options: argparse.Namespace, settings: Settings) -> int:
         server = PageServer(settings, options.page_port)
     except OSError as error:
         raise CommandEnd(f"cannot listen on 127.0.0.1 port {options.page_port}: "
-                            f"{error.strerror}; choose another with --port") from None
+                         f"{error.strerror}; choose another with --port") from None
     sys.setswitchinterval(0.0005)  # so that who asks gets a turn while the log is read
     with server, contextlib.suppress(KeyboardInterrupt):
         signal.signal(signal.SIGTERM, signal.default_int_handler)
