@@ -1481,57 +1481,29 @@ class Connection:
     """What the server has to know of a connection, to close it in time."""
 
     IDLE_SPARED = 5.0  # after a reply: a proxy may be about to send the next request
-    READ_SPARED = 0.05  # after a first byte: a body can come 40 ms after its head (RFC 1122 4.2.3)
+    LEAVE_SECONDS = 0.05  # to complete a request: a body can come 40 ms after its head
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.deadline = math.inf  # past it, the server cuts the connection
-        self.spared_until = time.monotonic()
-        self.is_waiting = True  # for more of a request
+        self.leave_by = math.inf  # past it too, unless a request is in flight; to make room
+        self.spared_until = time.monotonic()  # not asked to leave before that
         self.in_flight = False  # a complete request is being replied to
-        self.is_cut = False
 
     def allow(self, seconds: float) -> None:
         """Put the deadline so many seconds from now."""
         self.deadline = time.monotonic() + seconds
 
-    def may_go(self) -> bool:
-        """Whether it can be cut to make room: none that is being replied to, or soon will be."""
-        if self.is_cut or not self.is_waiting or time.monotonic() < self.spared_until:
-            return False
-        with contextlib.suppress(OSError, AttributeError):  # nothing has come; Windows cannot tell
-            peek = socket.MSG_PEEK | socket.MSG_DONTWAIT
-            return not socket.socket.recv(self.sock, 1, peek)
-        return True
+    def is_late(self) -> bool:
+        """Whether its time is up."""
+        now = time.monotonic()
+        return self.deadline < now or (self.leave_by < now and not self.in_flight)
 
     def cut(self) -> None:
         """Have the connection's thread find the end of its input."""
-        self.is_cut = True
         with contextlib.suppress(OSError):  # it may have ended already
             # Not SSLSocket's, which drops the state of TLS under the feet of its thread.
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
-
-
-class SocketInput(io.RawIOBase):
-    """What a connection receives, as a stream."""
-
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Receive some bytes; 0 at the end of the input. Raises OSError."""
-        sock = self.connection.sock
-        self.connection.is_waiting = True
-        if not isinstance(sock, ssl.SSLSocket):
-            # Left where _make_room() sees it, until this thread has its turn.
-            sock.recv(1, socket.MSG_PEEK)
-            self.connection.is_waiting = False
-        count = sock.recv_into(buffer)
-        self.connection.is_waiting = False
-        return count
 
 
 class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
@@ -1545,25 +1517,20 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
     send_seconds = 10.0  # for the client to take the reply
     idle_seconds = 75.0  # longer than nginx keeps a connection (60): it does not repeat a POST
     linger_seconds, linger_bytes = 1.0, 4 * 1024 * 1024
+    disable_nagle_algorithm = True
+    rbufsize = MAX_BODY
 
     server: WebhookServer
 
     def setup(self) -> None:
         self.tracked = self.server.connections[self.request]
         self.tracked.allow(self.request_seconds)
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         if self.server.tls:
             # Here and not in the accepting thread, which a silent client would hold up.
             self.request = self.tracked.sock = self.server.tls.context().wrap_socket(
                 self.request, True, do_handshake_on_connect=False)
-            if self.tracked.is_cut:  # in its old form, which had no effect
-                raise ConnectionAbortedError
             self.request.do_handshake()
-        self.connection = self.request
-        self.rfile = io.BufferedReader(SocketInput(self.tracked), MAX_BODY)
-
-    def finish(self) -> None:
-        """Nothing: the server closes the socket."""
+        super().setup()
 
     def handle_one_request(self) -> None:
         """Read one request and reply to it."""
@@ -1590,7 +1557,6 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
     def _await_request(self) -> bool:
         """Wait for the first byte of a request; False if the client closes, or speaks TLS."""
         first = self.rfile.peek(1)[:1]  # type: ignore[attr-defined]
-        self.tracked.spared_until = time.monotonic() + Connection.READ_SPARED
         self.tracked.allow(self.request_seconds)
         if first == b"\x16":
             logger.warning("https on the http port: a TLS handshake came in; the tunnel or proxy "
@@ -1609,7 +1575,8 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
     def _reply_to(self, head: RequestHead, body: bytes) -> None:
         """Reply to a complete request."""
         options = head.headers.get("connection", "").lower().replace(" ", "").split(",")
-        self.close_connection = not head.minor or "close" in options or self.server.is_crowded()
+        is_last = self.server.is_crowded() or self.tracked.leave_by < math.inf
+        self.close_connection = not head.minor or "close" in options or is_last
         try:
             self._dispatch(head, body)
         except WebhookError as error:
@@ -1760,27 +1727,29 @@ class WebhookServer(socketserver.ThreadingTCPServer):
 
     def _sweep(self) -> None:
         """Cut what has passed its deadline."""
-        now = time.monotonic()
-        for connection in self.connections.values():
-            if connection.deadline < now and not connection.is_cut:
-                connection.cut()
+        for connection in filter(Connection.is_late, self.connections.values()):
+            connection.cut()
 
     def _is_full(self) -> bool:
-        """Whether a further connection has to wait. Those that are cut are about to end."""
-        is_cut = [connection.is_cut for connection in self.connections.values()]
-        return is_cut.count(False) >= self.max_connections
+        """Whether a further connection has to wait. Those that have to leave do not count."""
+        stay = [connection.leave_by for connection in self.connections.values()].count(math.inf)
+        return stay >= self.max_connections
 
     def _make_room(self) -> bool:
-        """Cut the connection that has waited longest, but none that is served, or soon will be.
+        """Have the connection leave that has waited longest, but none with a request in flight.
 
-        False if there is none, or very many are still about to end.
+        A request that is on its way has a moment to get complete, and is replied to. False if
+        there is no such connection, or very many are still about to leave.
         """
-        if len(self.connections) < 2 * self.max_connections:
-            waiting = sorted(self.connections.values(), key=lambda one: one.spared_until)
-            for connection in filter(Connection.may_go, waiting):
-                connection.cut()
-                return True
-        return False
+        now = time.monotonic()
+        waiting = [connection for connection in self.connections.values()
+                   if connection.leave_by == math.inf and not connection.in_flight
+                   and connection.spared_until <= now]
+        if not waiting or len(self.connections) >= 2 * self.max_connections:
+            return False
+        longest = min(waiting, key=lambda connection: connection.spared_until)
+        longest.leave_by = now + Connection.LEAVE_SECONDS
+        return True
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection. Raises OSError."""
@@ -1810,7 +1779,7 @@ class WebhookServer(socketserver.ThreadingTCPServer):
         with self._changed:
             is_room = self._make_room()
         logger.warning("a connection could not be accepted: %s%s", error,
-                       "; the longest-waiting one is closed" if is_room else "")
+                       "; the one that has waited longest is closed" if is_room else "")
         time.sleep(0.05)
 
     def shutdown_request(self, request: Any) -> None:
@@ -1825,9 +1794,9 @@ class WebhookServer(socketserver.ThreadingTCPServer):
         return self.is_stopping or len(self.connections) > self.max_connections * 3 // 4
 
     def begin(self, connection: Connection) -> bool:
-        """Whether the complete request may be replied to: not once the connection has been cut."""
+        """Whether the complete request may be replied to: not once the connection is late."""
         with self._changed:
-            connection.in_flight = not (self.is_stopping or connection.is_cut)
+            connection.in_flight = not (self.is_stopping or connection.is_late())
             connection.deadline = math.inf  # the reply has a limit of its own
             return connection.in_flight
 
