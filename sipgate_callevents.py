@@ -34,10 +34,10 @@ of your functions say.
 
 Threads: the main one accepts connections, makes room, and closes what is past its deadline.
 One for each connection, which replies. One for each run of on_new_call or on_dtmf of yours.
-Five Workers: call log, stdout, stderr, printing events, and on_answer and on_hangup.
+Four Workers: call log, stdout, stderr, and one for on_answer and on_hangup.
 
-With over 256 connections, the one that has waited longest for more of a request is closed for
-each new one. With over 3,000 events that wait to be printed, a new one is counted, not printed.
+With over 256 connections, the one that has waited longest for more of a request has to leave
+for each new one. With over 5,000 lines that wait to be printed, a new one is only counted.
 Every time limit, and what happens then:
 
     a request, from its first byte to its last    10 s    closed, without a word
@@ -48,6 +48,7 @@ Every time limit, and what happens then:
       of these, event.call in your function      0.2 s    it is None
     the client taking the reply                   10 s    closed
     between two requests of a connection          75 s    closed
+    a request of one that has to leave          0.05 s    closed
     reading on after a refusal                     1 s    closed
     stopping, for what is in flight                4 s    closed; the call log has 1 s more
     on_answer, on_hangup                        no end    after 60 s stderr and /healthz say so
@@ -1155,14 +1156,13 @@ def refusal(fault: str, more: str = "") -> WebhookError:
 class Receiver:
     """Turns webhooks into replies. Safe to use from many threads."""
 
-    PRINTED = 3000  # events that may wait to be printed, which can take looking a call up
     reply_seconds = REPLY_SECONDS
 
     def __init__(self, settings: Settings, keys: Sequence[PublicKey], functions: CallFunctions,
-                 show: Callable[[list[Replied]], Any] = lambda batch: None, *,
+                 show: Callable[[Replied], Any] = lambda replied: None, *,
                  call_log: CallLog | None = None, clock: Callable[[], float] = time.time,
                  find_call: Callable[[CallEvent], Any] | None = None) -> None:
-        """`show` gets what was replied to, in order; `find_call` finds the call of an event."""
+        """`show`, which may not wait, gets what was replied to; `find_call` finds its call."""
         self.settings, self.keys, self.show, self.find_call = settings, keys, show, find_call
         self.call_log, self.clock = call_log, clock
         base, url = settings.base_path, settings.base_url
@@ -1174,8 +1174,6 @@ class Receiver:
         self._undecided = response_xml(None, **self.urls)  # most replies are this one
         self.refused = 0  # webhooks, since the start; about
         self.your_code = YourCode(functions)
-        # A pause, or each line of a busy hour would wake this thread, and cost the calls time.
-        self.afterwards = Worker("afterwards", self._follow, self.PRINTED, pause=0.01)
 
     def health(self) -> str:
         """What is wrong, "" if nothing is."""
@@ -1283,19 +1281,7 @@ class Receiver:
         """Have done what follows a reply that has been sent; never waits."""
         if self.call_log and replied.action and replied.is_new:
             self.call_log.record_reply(replied.event, replied.reply.body)
-        if not self.afterwards.put(replied):
-            logger.warning("an event is not printed: %d others wait for that", self.PRINTED)
-            self._run_hook(replied)
-
-    def _follow(self, batch: list[Replied]) -> None:
-        try:
-            self.show(batch)
-        except Exception:  # your code is to run all the same
-            logger.exception("an error in this program; events were not printed")
-        for replied in batch:
-            self._run_hook(replied)
-
-    def _run_hook(self, replied: Replied) -> None:
+        self.show(replied)
         if replied.is_new and isinstance(replied.event, (AnswerEvent, HangupEvent)):
             self.your_code.run_later("on_" + replied.event.event, replied.event)
 
@@ -1853,8 +1839,8 @@ def wrapped(text: str, stream: TextIO, indent: int = 2) -> str:
 class QueuedOutput(io.RawIOBase):
     """Stands before a real stream: a write never waits, a Worker does the writing.
 
-    Past `limit` writes that nobody takes off the real stream, lines are dropped and counted;
-    where it cannot be written at all, they are lost.
+    What comes while `limit` pieces wait is dropped and counted; where the stream cannot be
+    written at all, they are lost.
     """
 
     def __init__(self, stream: TextIO | None, limit: int = 5000) -> None:
@@ -1864,6 +1850,7 @@ class QueuedOutput(io.RawIOBase):
         self._raw: Any = getattr(buffer, "raw", buffer)
         self._is_terminal = stream is not None and stream.isatty()
         self._dropped = 0
+        # A pause, or each line of a busy hour would wake this thread, and cost the calls time.
         self.worker = Worker("output", self._write, limit, pause=0.01)
 
     def writable(self) -> bool:
@@ -1876,17 +1863,20 @@ class QueuedOutput(io.RawIOBase):
         return int(self._raw.fileno()) if self._raw else super().fileno()
 
     def write(self, content: Any) -> int:
-        with self.worker.lock:
-            if not self.worker.put(bytes(content)):
-                self._dropped += bytes(content).count(b"\n")
+        self.put(bytes(content))
         return len(content)
 
-    def _write(self, batch: list[bytes]) -> None:
-        rest = b"".join(batch)
+    def put(self, piece: bytes | Callable[[], bytes]) -> None:
+        """Queue bytes, or what returns them once it is their turn."""
+        with self.worker.lock:
+            self._dropped += not self.worker.put(piece)
+
+    def _write(self, batch: list[bytes | Callable[[], bytes]]) -> None:
+        rest = b"".join(piece if isinstance(piece, bytes) else piece() for piece in batch)
         with self.worker.lock:
             dropped, self._dropped = self._dropped, 0
         if dropped:
-            rest += b"(%d lines were dropped here: nobody took them)\n" % dropped
+            rest += b"(%d lines were dropped here: too many were waiting)\n" % dropped
         try:
             while self._raw and rest:
                 written = self._raw.write(rest)
@@ -1908,6 +1898,12 @@ class Console(io.TextIOWrapper):
 
     def write(self, text: str) -> int:
         return super().write(printable(text, keep="\n\t"))
+
+    def write_later(self, text: Callable[[], str]) -> None:
+        """Write what `text` returns, which may be slow: it is asked when its turn has come."""
+        def piece() -> bytes:
+            return printable(text(), keep="\n\t").encode(self.encoding, "backslashreplace")
+        self.output.put(piece)
 
 
 def has_own_time(stream: TextIO | None) -> bool:
@@ -2022,7 +2018,7 @@ def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
             call_log = CallLog(settings.call_log, settings.call_log_days)
         receiver = server.receiver = Receiver(
             settings, [*keys, SIPGATE_KEY], functions,
-            lambda batch: out.write("".join(map(tell, batch))), call_log=call_log,
+            lambda replied: out.write_later(lambda: tell(replied)), call_log=call_log,
             find_call=find_call)
         err.write(announce(settings))
 
@@ -2035,11 +2031,11 @@ def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
         server.serve_until(is_told)
         deadline = time.monotonic() + STOP_SECONDS
         server.stop(STOP_SECONDS)
-        for worker, what in ((receiver.afterwards, "print and run"),
-                             (receiver.your_code.hooks, "run")):
+        for worker, what in ((receiver.your_code.hooks, "runs of your code"),
+                             (out.output.worker, "lines to print")):
             left = worker.finish(max(deadline - time.monotonic(), 0.1))
             if left:
-                logger.error("events left to %s at the stop: %d", what, len(left))
+                logger.error("%s left at the stop: %d", what, len(left))
         if call_log:
             call_log.close(max(deadline - time.monotonic(), 0) + 1)
         err.write("Stopped.\n")
@@ -3187,7 +3183,7 @@ MENU_LIMIT = 20  # of <Gather> in a row
 def is_done(receiver: Receiver, seconds: float) -> bool:
     """Wait up to `seconds` for all that follows a reply; whether that is done."""
     until = time.monotonic() + seconds
-    while receiver.afterwards.waiting() or receiver.your_code.hooks.waiting():
+    while receiver.your_code.hooks.waiting():
         if time.monotonic() > until:
             return False
         time.sleep(0.005)
