@@ -56,6 +56,16 @@ Every time limit, and what happens then:
 The 3 s hold while Python runs: code of yours that never lets go of the interpreter (a regular
 expression that takes minutes) stops every thread, and so every caller.
 
+Where it is decided:
+
+    the disk is full, slow, or hangs                     CallLog.record, CallLog._work
+    a caller waits: how long, and who ends it            YourCode.decide, CallLog.record
+    an event that sipgate did not sign                   Receiver._verify
+    a client that sends a byte a second                  WebhookServer._sweep and _make_room
+    SIGTERM                                              serve, WebhookServer.stop
+    a caller to be blocked                               on_new_call
+    a further action, a further event                    beside dial, above EVENTS
+
 Words: an *event* is one of sipgate's; the *response* is its XML document, the *reply* the
 HTTP answer that carries it; a *handler* is http.server's class. A *call* is what a person
 sees, a *leg* is what one callId names; *your functions* are the four below.
@@ -404,7 +414,9 @@ class UnknownEvent(CallEvent):
     event: str = ""  # type: ignore[misc]
 
 
-# A further event: a class above, a line in ROUTES, and what event_line prints for it.
+# A further event: a class above, named here; new fields below; a line in ROUTES, what event_line
+# prints, and perhaps a function in CallFunctions. If a reply has to ask for it, so that sipgate
+# sends it: its URL in Receiver.urls and its attribute in response_xml.
 EVENTS: dict[str, type[CallEvent]] = {
     kind.event: kind for kind in (NewCallEvent, AnswerEvent, HangupEvent, DtmfEvent)}
 TEXT_FIELDS = {
