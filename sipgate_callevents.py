@@ -36,8 +36,8 @@ Threads: the main one accepts connections, makes room, and closes what is past i
 One for each connection, which replies. One for each run of on_new_call or on_dtmf of yours.
 Four Workers: call log, stdout, stderr, and one for on_answer and on_hangup.
 
-With over 256 connections, the one that has waited longest for more of a request has to leave
-for each new one. With over 5,000 lines that wait to be printed, a new one is only counted.
+With over 256 connections, the one that has waited longest for more of a request is closed for
+each new one. With over 5,000 lines that wait to be printed, a new one is only counted.
 Every time limit, and what happens then:
 
     a request, from its first byte to its last    10 s    closed, without a word
@@ -48,8 +48,8 @@ Every time limit, and what happens then:
       of these, event.call in your function      0.2 s    it is None
     the client taking the reply                   10 s    closed
     between two requests of a connection          75 s    closed
-    a request of one that has to leave          0.05 s    closed
     reading on after a refusal                     1 s    closed
+    ending, to make room for another               1 s    closed
     stopping, for what is in flight                4 s    closed; the call log has 1 s more
     on_answer, on_hangup                        no end    after 60 s stderr and /healthz say so
 
@@ -1479,29 +1479,43 @@ class Connection:
     """What the server has to know of a connection, to close it in time."""
 
     IDLE_SPARED = 5.0  # after a reply: a proxy may be about to send the next request
-    LEAVE_SECONDS = 0.05  # to complete a request: a body can come 40 ms after its head
+    BEGUN_SPARED = 0.05  # after a first byte: a body can come 40 ms after its head
+    LEAVE_SECONDS = 1.0
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.deadline = math.inf  # past it, the server cuts the connection
-        self.leave_by = math.inf  # past it too, unless a request is in flight; to make room
-        self.spared_until = time.monotonic()  # not asked to leave before that
+        self.spared_until = time.monotonic() + self.BEGUN_SPARED  # not told to leave before that
+        self.is_leaving = False
         self.in_flight = False  # a complete request is being replied to
 
     def allow(self, seconds: float) -> None:
         """Put the deadline so many seconds from now."""
         self.deadline = time.monotonic() + seconds
 
-    def is_late(self) -> bool:
-        """Whether its time is up."""
-        now = time.monotonic()
-        return self.deadline < now or (self.leave_by < now and not self.in_flight)
+    def may_leave(self) -> bool:
+        """Whether it only waits for more of a request, and that has not come."""
+        if self.is_leaving or self.in_flight or time.monotonic() < self.spared_until:
+            return False
+        with contextlib.suppress(OSError, AttributeError):  # nothing has come; Windows cannot tell
+            peek = socket.MSG_PEEK | socket.MSG_DONTWAIT
+            return not socket.socket.recv(self.sock, 1, peek)
+        return True
+
+    def leave(self) -> None:
+        """Take no more input. A request that has come all the same is replied to."""
+        self.is_leaving = True
+        self.allow(self.LEAVE_SECONDS)
+        self._shut(socket.SHUT_RD)
 
     def cut(self) -> None:
         """Have the connection's thread find the end of its input."""
+        self._shut(socket.SHUT_RDWR)
+
+    def _shut(self, how: int) -> None:
         with contextlib.suppress(OSError):  # it may have ended already
             # Not SSLSocket's, which drops the state of TLS under the feet of its thread.
-            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+            socket.socket.shutdown(self.sock, how)
 
 
 class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
@@ -1555,6 +1569,7 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
     def _await_request(self) -> bool:
         """Wait for the first byte of a request; False if the client closes, or speaks TLS."""
         first = self.rfile.peek(1)[:1]  # type: ignore[attr-defined]
+        self.tracked.spared_until = time.monotonic() + Connection.BEGUN_SPARED
         self.tracked.allow(self.request_seconds)
         if first == b"\x16":
             logger.warning("https on the http port: a TLS handshake came in; the tunnel or proxy "
@@ -1573,7 +1588,7 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
     def _reply_to(self, head: RequestHead, body: bytes) -> None:
         """Reply to a complete request."""
         options = head.headers.get("connection", "").lower().replace(" ", "").split(",")
-        is_last = self.server.is_crowded() or self.tracked.leave_by < math.inf
+        is_last = self.server.is_crowded() or self.tracked.is_leaving
         self.close_connection = not head.minor or "close" in options or is_last
         try:
             self._dispatch(head, body)
@@ -1725,29 +1740,27 @@ class WebhookServer(socketserver.ThreadingTCPServer):
 
     def _sweep(self) -> None:
         """Cut what has passed its deadline."""
-        for connection in filter(Connection.is_late, self.connections.values()):
-            connection.cut()
+        now = time.monotonic()
+        for connection in self.connections.values():
+            if connection.deadline < now:
+                connection.cut()
 
     def _is_full(self) -> bool:
-        """Whether a further connection has to wait. Those that have to leave do not count."""
-        stay = [connection.leave_by for connection in self.connections.values()].count(math.inf)
-        return stay >= self.max_connections
+        """Whether a further connection has to wait. Those that leave are about to end."""
+        leaving = [connection.is_leaving for connection in self.connections.values()]
+        return leaving.count(False) >= self.max_connections
 
     def _make_room(self) -> bool:
-        """Have the connection leave that has waited longest, but none with a request in flight.
+        """Have the connection leave that has waited longest, but none that is served.
 
-        A request that is on its way has a moment to get complete, and is replied to. False if
-        there is no such connection, or very many are still about to leave.
+        False if there is none, or very many are still about to end.
         """
-        now = time.monotonic()
-        waiting = [connection for connection in self.connections.values()
-                   if connection.leave_by == math.inf and not connection.in_flight
-                   and connection.spared_until <= now]
-        if not waiting or len(self.connections) >= 2 * self.max_connections:
-            return False
-        longest = min(waiting, key=lambda connection: connection.spared_until)
-        longest.leave_by = now + Connection.LEAVE_SECONDS
-        return True
+        if len(self.connections) < 2 * self.max_connections:
+            longest = sorted(self.connections.values(), key=lambda one: one.spared_until)
+            for connection in filter(Connection.may_leave, longest):
+                connection.leave()
+                return True
+        return False
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection. Raises OSError."""
@@ -1792,9 +1805,10 @@ class WebhookServer(socketserver.ThreadingTCPServer):
         return self.is_stopping or len(self.connections) > self.max_connections * 3 // 4
 
     def begin(self, connection: Connection) -> bool:
-        """Whether the complete request may be replied to: not once the connection is late."""
+        """Whether the complete request may be replied to: not past the connection's deadline."""
         with self._changed:
-            connection.in_flight = not (self.is_stopping or connection.is_late())
+            is_late = connection.deadline < time.monotonic()
+            connection.in_flight = not (self.is_stopping or is_late)
             connection.deadline = math.inf  # the reply has a limit of its own
             return connection.in_flight
 
