@@ -3572,279 +3572,335 @@ PAGE = r"""<!doctype html>
 <link rel="icon" href="data:,">
 <title>Calls</title>
 <style>
-:root { color-scheme: light dark; --back: #f5f6f8; --card: #fff; --text: #1b1f24; --soft: #57606a;
-  --line: #d8dde3; --good: #1a7f5a; --mail: #8250df; --bad: #c4322b; --now: #0b63c5; }
-@media (prefers-color-scheme: dark) { :root { --back: #14171b; --card: #1d2126; --text: #e8ebee;
-  --soft: #a3adb8; --line: #363c44; --good: #4cc38a; --mail: #b794f6; --bad: #ff7b72;
-    --now: #6cb2ff; } }
+:root {
+  color-scheme: light dark;
+  --back: #f5f6f8; --card: #fff; --text: #1b1f24; --soft: #57606a; --line: #d8dde3;
+  --good: #1a7f5a; --mail: #8250df; --bad: #c4322b; --now: #0b63c5; --on-bad: #fff;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --back: #14171b; --card: #1d2126; --text: #e8ebee; --soft: #a3adb8; --line: #363c44;
+    --good: #4cc38a; --mail: #b794f6; --bad: #ff7b72; --now: #6cb2ff; --on-bad: #14171b;
+  }
+}
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--text);
-  font: 15px/1.45 system-ui, sans-serif; }
-main { max-width: 1800px; margin: 0 auto; padding: 16px; display: grid; gap: 16px;
-  grid-template-columns: minmax(0, 1fr); align-items: start; }
+body {
+  margin: 0; background: var(--back); color: var(--text);
+  font: 15px/1.45 system-ui, sans-serif;
+}
+main {
+  max-width: 1800px; margin: 0 auto; padding: 16px; align-items: start;
+  display: grid; gap: 16px; grid-template-columns: minmax(0, 1fr);
+}
 @media (min-width: 1000px) { main { grid-template-columns: repeat(3, minmax(0, 1fr)); } }
-.charts { display: grid; gap: 8px 24px;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-  padding: 14px 16px;
-  min-width: 0; }
+section {
+  background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  padding: 14px 16px; min-width: 0;
+}
 section.wide { grid-column: 1 / -1; }
-h2 { font-size: 15px; margin: 0 0 10px; } h3 { font-size: 13px; color: var(--soft);
-  margin: 14px 0 4px; }
-.soft, th { color: var(--soft); font-weight: 400; } a { color: var(--now); text-decoration: none; }
-a:hover { text-decoration: underline; } .num { font-variant-numeric: tabular-nums;
-  white-space: nowrap; }
-ul { list-style: none; margin: 0; padding: 0; } li { display: flex; gap: 10px; padding: 7px 0;
-  border-top: 1px solid var(--line); } li:first-child { border: 0; } li > :nth-child(2) { flex: 1;
-    min-width: 0; }
-.scroll { max-height: 26em; overflow-y: auto; } .big { font-size: 18px; } .ringing {
-  color: var(--now); } .talking, .answered { color: var(--good); }
-.missed, .lost { color: var(--bad); } .voicemail { color: var(--mail); }
-#trouble { background: var(--bad); color: #fff; padding: 8px 16px; }
-  @media (prefers-color-scheme: dark) {
-  #trouble { color: #14171b; } } #trouble:empty { display: none; }
+h2 { font-size: 15px; margin: 0 0 10px; }
+h3 { font-size: 13px; color: var(--soft); margin: 14px 0 4px; }
+a { color: var(--now); text-decoration: none; }
+a:hover { text-decoration: underline; }
+ul { list-style: none; margin: 0; padding: 0; }
+li { display: flex; gap: 10px; padding: 7px 0; border-top: 1px solid var(--line); }
+li:first-child { border: 0; }
+li > :nth-child(2) { flex: 1; min-width: 0; }
+.soft, th { color: var(--soft); font-weight: 400; }
+.num { font-variant-numeric: tabular-nums; white-space: nowrap; }
+.big { font-size: 18px; }
+.scroll { max-height: 26em; overflow-y: auto; margin-bottom: 8px; }
+.ringing { color: var(--now); }
+.talking, .answered { color: var(--good); }
+.missed, .lost { color: var(--bad); }
+.voicemail { color: var(--mail); }
+#trouble { background: var(--bad); color: var(--on-bad); padding: 8px 16px; }
+#trouble:empty { display: none; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); gap: 12px; }
 .figures b { display: block; font-size: 22px; font-weight: 600; }
-table { border-collapse: collapse; width: 100%; } th { text-align: left; }
+.charts {
+  display: grid; gap: 8px 24px;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr));
+}
+.key span { margin-right: 14px; }
+svg { display: block; width: 100%; }
+svg text { fill: var(--soft); font-size: 10px; }
+table { border-collapse: collapse; width: 100%; }
+th { text-align: left; }
 td, th { padding: 6px 10px 6px 0; border-top: 1px solid var(--line); vertical-align: top; }
-thead th { border: 0; } tbody tr[tabindex] { cursor: pointer; } tbody tr[tabindex]:hover {
-  background: var(--back); }
+thead th { border: 0; }
+tbody tr[tabindex] { cursor: pointer; }
+tbody tr[tabindex]:hover { background: var(--back); }
 form { display: flex; flex-wrap: wrap; gap: 8px; margin-bottom: 8px; }
-input, select, button, .button { font: inherit; color: inherit; background: var(--back);
-  border: 1px solid var(--line); border-radius: 7px; padding: 5px 10px; } input { flex: 1;
-    min-width: 120px; }
-:focus-visible { outline: 2px solid var(--now); outline-offset: 1px; } svg { display: block;
-  width: 100%; }
-svg text { fill: var(--soft); font-size: 10px; } .key span { margin-right: 14px; }
+input, select, button, .button {
+  font: inherit; color: inherit; background: var(--back); padding: 5px 10px;
+  border: 1px solid var(--line); border-radius: 7px;
+}
+input { flex: 1; min-width: 120px; }
+:focus-visible { outline: 2px solid var(--now); outline-offset: 1px; }
 .hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-@media (max-width: 600px) { main { padding: 8px; gap: 8px; } .side { display: none; }
-  td, th { padding-right: 6px; font-size: 13px; } }
+@media (max-width: 600px) {
+  main { padding: 8px; gap: 8px; }
+  .side { display: none; }
+  td, th { padding-right: 6px; font-size: 13px; }
+}
 </style>
 <div id="trouble" role="status"></div>
 <main></main>
 <script>
 "use strict";
 const german = navigator.language.startsWith("de");
-const words = { "Now": "Jetzt", "Nobody is calling.": "Gerade ruft niemand an.", "To ring back":
-  "Zurückrufen",
-  "Nobody is waiting for a call.": "Niemand wartet auf einen Rückruf.", "Today": "Heute", "calls":
-    "Anrufe",
-  "answered": "angenommen", "missed": "verpasst", "median wait": "mittlere Wartezeit",
-    "longest wait": "längste Wartezeit",
-  "average talk": "mittleres Gespräch", "last week": "vor einer Woche", "When people call":
-    "Wann angerufen wird",
-  "today by hour": "heute nach Stunden", "the last 30 days": "die letzten 30 Tage",
-    "the week by hour": "die Woche nach Stunden",
-  "voicemail": "Mailbox", "All calls": "Alle Anrufe", "name or number": "Name oder Nummer",
-    "both directions": "beide Richtungen",
-  "incoming": "eingehend", "outgoing": "ausgehend", "any outcome": "jeder Ausgang", "more": "mehr",
-    "no number": "keine Nummer",
-  "ringing": "klingelt", "talking": "im Gespräch", "unanswered": "nicht erreicht", "rejected":
-    "abgewiesen", "lost": "ohne Ende",
-  "started": "Beginn", "from": "von", "to": "an", "outcome": "Ausgang", "wait": "Warten", "talk":
-    "Gespräch", "by": "mit",
-  "unknown": "unbekannt", "No calls yet.": "Noch keine Anrufe.", "Try": "Zum Ausprobieren",
-    "Enter at sipgate": "Bei sipgate eintragen",
+const locale = german ? "de" : undefined;
+const words = {
+  "Now": "Jetzt", "Nobody is calling.": "Gerade ruft niemand an.", "Calls": "Anrufe",
+  "To ring back": "Zurückrufen", "and with no number": "und ohne Nummer",
+  "Nobody is waiting for a call.": "Niemand wartet auf einen Rückruf.",
+  "Today": "Heute", "last week": "vor einer Woche", "calls": "Anrufe",
+  "median wait": "mittlere Wartezeit", "longest wait": "längste Wartezeit",
+  "average talk": "mittleres Gespräch",
+  "When people call": "Wann angerufen wird", "today by hour": "heute nach Stunden",
+  "the last 30 days": "die letzten 30 Tage", "the week by hour": "die Woche nach Stunden",
+  "day": "Tag", "hour": "Stunde",
+  "All calls": "Alle Anrufe", "name or number": "Name oder Nummer", "more": "mehr",
+  "both directions": "beide Richtungen", "incoming": "eingehend", "outgoing": "ausgehend",
+  "any outcome": "jeder Ausgang", "nothing matches": "nichts gefunden",
+  "started": "Beginn", "from": "von", "to": "an", "outcome": "Ausgang", "wait": "Warten",
+  "talk": "Gespräch", "by": "mit", "no number": "keine Nummer",
+  "ringing": "klingelt", "talking": "im Gespräch", "answered": "angenommen",
+  "missed": "verpasst", "voicemail": "Mailbox", "unanswered": "nicht erreicht",
+  "rejected": "abgewiesen", "lost": "ohne Ende",
+  "No calls yet.": "Noch keine Anrufe.", "Try": "Zum Ausprobieren",
+  "Enter at sipgate": "Bei sipgate eintragen",
   "no connection to this program; trying again":
-    "keine Verbindung zu diesem Programm; neuer Versuch läuft", "day": "Tag", "hour": "Stunde",
-  "in all": "mal", "nothing matches": "nichts gefunden", "and with no number": "und ohne Nummer",
-    "Calls": "Anrufe",
+    "keine Verbindung zu diesem Programm; neuer Versuch läuft",
   "no server runs: calls that come now are not recorded":
     "kein Server läuft: was jetzt anruft, wird nicht aufgezeichnet",
   "no server runs here with these settings": "hier läuft kein Server mit diesen Einstellungen",
-  "the call log is behind": "das Anrufprotokoll hängt zurück" };
+  "the call log is behind": "das Anrufprotokoll hängt zurück",
+};
 const say = text => german && words[text] || text;
+
+// An element; text in it is text, whatever it holds.
 const el = (tag, attributes, ...children) => {
-  const node = tag.startsWith("svg:") ? document.createElementNS("http://www.w3.org/2000/svg",
-    tag.slice(4))
+  const node = tag.startsWith("svg:")
+    ? document.createElementNS("http://www.w3.org/2000/svg", tag.slice(4))
     : document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes || {})) node.setAttribute(name, value);
-  node.append(...children.filter(child => child !== null));
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children);
   return node;
 };
-const locale = german ? "de" : undefined;
+const soft = (...children) => el("div", { class: "soft" }, ...children);
+const heading = text => el("th", {}, say(text));
+
+// How times, spans of time, numbers and people read.
 const date = (seconds, options) => new Date(seconds * 1000).toLocaleString(locale, options);
-const moment = seconds => date(seconds, { day: "2-digit", month: "2-digit", hour: "2-digit",
-  minute: "2-digit" });
-const span = seconds => seconds === null ? "–" : (seconds >= 3600 ?
-  Math.floor(seconds / 3600) + ":" : "")
-  + (seconds >= 3600 ? String(Math.floor(seconds / 60) % 60).padStart(2, "0") :
-    Math.floor(seconds / 60))
-  + ":" + String(Math.floor(seconds) % 60).padStart(2, "0");
-const plus = number => /^[1-9]\d{6,}$/.test(number) ? "+" + number : !number ||
-  number === "anonymous" ? say("no number") : number;
-const phone = number => /^[1-9]\d{6,}$/.test(number) ? el("a", { href: "tel:+" + number, class:
-  "num" }, "+" + number) : plus(number);
+const moment = seconds =>
+  date(seconds, { day: "2-digit", month: "2-digit", hour: "2-digit", minute: "2-digit" });
+const two = number => String(number).padStart(2, "0");
+const span = seconds => {
+  if (seconds === null) return "–";
+  const hours = Math.floor(seconds / 3600), minutes = Math.floor(seconds / 60) % 60;
+  return (hours ? hours + ":" + two(minutes) : minutes) + ":" + two(Math.floor(seconds) % 60);
+};
+const isNumber = number => /^[1-9]\d{6,}$/.test(number);
+const plus = number => {
+  if (isNumber(number)) return "+" + number;
+  return !number || number === "anonymous" ? say("no number") : number;
+};
+const phone = number => isNumber(number)
+  ? el("a", { href: "tel:+" + number, class: "num" }, "+" + number) : plus(number);
 const people = call => (call.answered_by.length ? call.answered_by : call.users).join(", ");
-const card = (title, wide, ...children) => el("section", wide ? { class: "wide" } : null, el("h2",
-  null, say(title)), ...children);
-const main = document.querySelector("main"), trouble = document.getElementById("trouble");
-const now = el("div"), back = el("div"), today = el("div"), charts = el("div", { class:
-  "charts" }), empty = el("div");
-const rows = el("tbody"), note = el("p", { class: "soft" }), more = el("button", { type:
-  "button" }, say("more"));
-const find = el("input", { type: "search", placeholder: say("name or number"), "aria-label":
-  say("name or number") });
-const choose = (label, options) => el("select", { "aria-label": say(label) }, el("option", { value:
-  "" }, say(label)),
+const joined = (...texts) => texts.filter(Boolean).join(" · ");
+
+// The page before it has any data.
+const card = (title, kind, ...children) =>
+  el("section", { class: kind }, el("h2", {}, say(title)), ...children);
+const choose = (label, options) => el("select", { "aria-label": say(label) },
+  el("option", { value: "" }, say(label)),
   ...options.map(([value, text]) => el("option", { value }, say(text))));
+const now = el("div", {}), back = el("div", {}), today = el("div", { class: "figures" });
+const charts = el("div", { class: "charts" });
+const find = el("input",
+  { type: "search", placeholder: say("name or number"), "aria-label": say("name or number") });
 const direction = choose("both directions", [["in", "incoming"], ["out", "outgoing"]]);
-const outcome = choose("any outcome", ["answered", "missed", "voicemail", "unanswered", "rejected",
-  "lost"].map(one => [one, one]));
-const filter = el("form", null, find, direction, outcome, el("a", { class: "button", href:
-  "/calls.csv", download: "calls.csv" }, "CSV"));
-main.append(card("Now", false, now), card("To ring back", false, back), card("Today", false, today),
-  card("When people call", true, charts), card("All calls", true, filter, el("table", null,
-    el("thead", null, el("tr", null,
-    ...["started", "from", "to", "outcome", "wait", "talk", "by"].map((one, at) => el("th",
-      { class: at > 3 || at === 2 ? "side" : "" }, say(one))))), rows), note, more));
-let version = "", skew = 0, count = 50;
+const outcome = choose("any outcome",
+  ["answered", "missed", "voicemail", "unanswered", "rejected", "lost"].map(one => [one, one]));
+const filter = el("form", {}, find, direction, outcome,
+  el("a", { class: "button", href: "/calls.csv", download: "calls.csv" }, "CSV"));
+const columns = [["started", ""], ["from", ""], ["to", "side"], ["outcome", ""],
+  ["wait", "side"], ["talk", "side"], ["by", "side"]];
+const head = columns.map(([name, kind]) => el("th", { class: kind }, say(name)));
+const rows = el("tbody", {}), note = el("p", { class: "soft" });
+const more = el("button", { type: "button" }, say("more"));
+const KINDS = [  // and their color and dashes, which tell them apart without colors
+  ["answered", "--good", ""], ["voicemail", "--mail", "3 2"], ["missed", "--bad", "1 2"]];
+const key = el("p", { class: "key" },
+  ...KINDS.map(([name], at) => el("span", { class: name }, "■▦□"[at] + " " + say(name))));
+const trouble = document.getElementById("trouble");
+document.documentElement.lang = german ? "de" : "en";
+document.querySelector("main").append(
+  card("Now", "", now), card("To ring back", "", back), card("Today", "", today),
+  card("When people call", "wide", key, charts),
+  card("All calls", "wide", filter,
+    el("table", {}, el("thead", {}, el("tr", {}, ...head)), rows), note, more));
 
 const showNow = data => {
-  const list = data.open.map(call => el("li", null, el("span", { class: call.outcome },
-    call.outcome === "ringing" ? "◌" : "●"),
-    el("div", null, el("div", { class: "big" }, phone(call.direction === "out" ? call.to :
-      call.from)),
-      el("div", { class: "soft" }, say(call.outcome), people(call) ? ": " + people(call) : "",
-        " · ", plus(call.direction === "out" ? call.from : call.to))),
-    el("span", { class: "big num", "data-since": call.answered || call.started }, "")));
-  now.replaceChildren(list.length ? el("ul", null, ...list) : el("p", { class: "soft" },
-    say("Nobody is calling.")));
+  const list = data.open.map(call => {
+    const [other, ours] = call.direction === "out" ? [call.to, call.from] : [call.from, call.to];
+    const who = say(call.outcome) + (people(call) ? ": " + people(call) : "");
+    return el("li", {},
+      el("span", { class: call.outcome }, call.outcome === "ringing" ? "◌" : "●"),
+      el("div", {}, el("div", { class: "big" }, phone(other)), soft(joined(who, plus(ours)))),
+      el("span", { class: "big num", "data-since": call.answered || call.started }));
+  });
+  now.replaceChildren(list.length ? el("ul", {}, ...list) : soft(say("Nobody is calling.")));
   const ringing = data.open.filter(call => call.outcome === "ringing").length;
   document.title = (ringing ? `(${ringing}) ` : "") + say("Calls");
+  if (data.open.length || data.days.some(([, ...counts]) => counts.some(Boolean))) return;
+  const simulate = el("code", {}, "python3 sipgate_callevents.py simulate");
+  now.replaceChildren(el("p", {}, say("No calls yet."), " ", say("Try"), ": ", simulate));
+  if (data.url) {
+    now.append(el("p", {}, say("Enter at sipgate"), ": ", el("code", {}, data.url + "/new-call")));
+  }
 };
+
 const showBack = data => {
-  const list = data.back.map(one => el("li", null, el("span", { class: one.outcome, title:
-    say(one.outcome) }, one.outcome === "voicemail" ? "✉" : "✕"),
-    el("div", null, el("div", { class: "big" }, phone(one.from)), el("div", { class: "soft" },
-      [say(one.outcome), one.users.join(", ")].filter(Boolean).join(" · "))),
-    el("span", { class: "num soft" }, (one.calls > 1 ? one.calls + "× · " :
-      "") + moment(one.last))));
-  back.replaceChildren(list.length ? el("ul", { class: "scroll", tabindex: 0 }, ...list) : el("p",
-    { class: "soft" }, say("Nobody is waiting for a call.")),
-    data.withheld ? el("p", { class: "soft" }, `${say("and with no number")}: ${data.withheld}`) :
-      "");
+  const list = data.back.map(one => el("li", {},
+    el("span", { class: one.outcome, title: say(one.outcome) },
+      one.outcome === "voicemail" ? "✉" : "✕"),
+    el("div", {}, el("div", { class: "big" }, phone(one.from)),
+      soft(joined(say(one.outcome), one.users.join(", ")))),
+    el("span", { class: "num soft" },
+      joined(one.calls > 1 ? one.calls + "×" : "", moment(one.last)))));
+  back.replaceChildren(list.length
+    ? el("ul", { class: "scroll", tabindex: 0 }, ...list)
+    : soft(say("Nobody is waiting for a call.")));
+  if (data.withheld) back.append(soft(`${say("and with no number")}: ${data.withheld}`));
 };
-const showToday = ({ today: one, before: other }) => {
-  const figure = (name, value, last) => el("div", null, el("b", { class: "num" }, value), el("div",
-    null, say(name)),
-    el("div", { class: "soft num" }, `${say("last week")} ${last}`));
+
+const showToday = data => {
   const share = value => value === null ? "–" : Math.round(value * 100) + " %";
-  today.replaceChildren(el("div", { class: "figures" }, figure("calls", one.calls, other.calls),
-    figure("answered", share(one.share), share(other.share)),
-    figure("missed", one.missed, other.missed), figure("median wait", span(one.wait),
-      span(other.wait)),
-    figure("longest wait", span(one.longest), span(other.longest)), figure("average talk",
-      span(one.talk), span(other.talk))));
+  const figures = [
+    ["calls", "calls", String], ["answered", "share", share], ["missed", "missed", String],
+    ["median wait", "wait", span], ["longest wait", "longest", span],
+    ["average talk", "talk", span]];
+  today.replaceChildren(...figures.map(([title, name, text]) => el("div", {},
+    el("b", { class: "num" }, text(data.today[name])), el("div", {}, say(title)),
+    soft(`${say("last week")} ${text(data.before[name])}`))));
 };
-const KINDS = [["answered", "--good", ""], ["voicemail", "--mail", "3 2"], ["missed", "--bad",
-  "1 2"]];
+
+// Stacked bars; their figures follow as a table for screen readers.
 const bars = (title, column, labels, values) => {
-  const top = Math.max(1, ...values.map(one => one[0] + one[1] + one[2])),
-    width = 600 / values.length;
+  const top = Math.max(1, ...values.map(([answered, mail, missed]) => answered + mail + missed));
+  const width = 600 / values.length, step = Math.ceil(values.length / 12);
   const svg = el("svg:svg", { viewBox: "0 0 600 96", "aria-hidden": "true" });
-  values.forEach((one, at) => {
+  values.forEach((counts, at) => {
     let y = 80;
-    KINDS.forEach(([, color, dashes], kind) => {
-      const height = one[kind] / top * 76;
+    KINDS.forEach(([name, color, dashes], kind) => {
+      const height = counts[kind] / top * 76;
       y -= height;
-      if (height) svg.append(el("svg:rect", { x: at * width + 1.5, y: y + .5, width:
-        Math.max(width - 3, 1), height: Math.max(height - 1, 1), stroke: `var(${color})`,
-        fill: kind === 2 ? "transparent" : `var(${color})`, "fill-opacity": kind === 1 ? .45 : 1,
-          "stroke-width": 1.5, "stroke-dasharray": dashes }));
+      if (height) svg.append(el("svg:rect", {
+        x: at * width + 1.5, y: y + .5,
+        width: Math.max(width - 3, 1), height: Math.max(height - 1, 1),
+        fill: name === "missed" ? "transparent" : `var(${color})`,
+        "fill-opacity": name === "voicemail" ? .45 : 1,
+        stroke: `var(${color})`, "stroke-width": 1.5, "stroke-dasharray": dashes,
+      }));
     });
-    if (at % Math.ceil(values.length / 12) === 0) svg.append(el("svg:text", { x:
-      at * width + width / 2, y: 93, "text-anchor": "middle" }, labels[at]));
+    if (at % step === 0) svg.append(el("svg:text",
+      { x: at * width + width / 2, y: 93, "text-anchor": "middle" }, labels[at]));
   });
-  const table = el("table", { class: "hidden" }, el("caption", null, say(title)), el("tr", null,
-    ...[column, ...KINDS.map(one => one[0])].map(one => el("th", null, say(one)))),
-    ...values.map((one, at) => el("tr", null, el("th", null, labels[at]), ...one.map(value =>
-      el("td", null, String(value))))));
-  return el("div", null, el("h3", null, `${say(title)} · max. ${top}`), svg, table);
+  const lines = values.map((counts, at) => el("tr", {},
+    el("th", {}, labels[at]), ...counts.map(count => el("td", {}, String(count)))));
+  return el("div", {}, el("h3", {}, `${say(title)} · max. ${top}`), svg,
+    el("table", { class: "hidden" }, el("caption", {}, say(title)),
+      el("tr", {}, ...[column, ...KINDS.map(([name]) => name)].map(heading)), ...lines));
 };
+
 const heat = values => {
-  const top = Math.max(1, ...values.flat()), svg = el("svg:svg", { viewBox: "0 0 600 124", role:
-    "img", "aria-label": say("the week by hour") });
+  const top = Math.max(1, ...values.flat()), title = say("the week by hour");
+  const svg = el("svg:svg", { viewBox: "0 0 600 124", role: "img", "aria-label": title });
   values.forEach((hours, weekday) => {
-    const name = date(345600 + 43200 + weekday * 86400, { weekday: "short", timeZone: "UTC" });
+    const monday = 345600 + 43200;  // noon of the first one of Unix time
+    const name = date(monday + weekday * 86400, { weekday: "short", timeZone: "UTC" });
     svg.append(el("svg:text", { x: 0, y: weekday * 15 + 12 }, name));
-    hours.forEach((value, hour) => svg.append(el("svg:rect", { x: 30 + hour * 23.7, y:
-      weekday * 15 + 2, width: 22, height: 12, rx: 2, fill: "var(--now)",
-      "fill-opacity": value ? .15 + .85 * value / top : .05 }, el("svg:title", null,
-        `${name} ${hour}:00 – ${value}`))));
+    hours.forEach((value, hour) => svg.append(el("svg:rect", {
+      x: 30 + hour * 23.7, y: weekday * 15 + 2, width: 22, height: 12, rx: 2,
+      fill: "var(--now)", "fill-opacity": value ? .15 + .85 * value / top : .05,
+    }, el("svg:title", {}, `${name} ${hour}:00 – ${value}`))));
   });
-  for (let hour = 0; hour < 24; hour += 3) svg.append(el("svg:text", { x: 41 + hour * 23.7, y: 120,
-    "text-anchor": "middle" }, String(hour)));
-  return el("div", null, el("h3", null, say("the week by hour")), svg);
+  for (let hour = 0; hour < 24; hour += 3) {
+    svg.append(el("svg:text", { x: 41 + hour * 23.7, y: 120, "text-anchor": "middle" }, hour));
+  }
+  return el("div", {}, el("h3", {}, title), svg);
 };
-const key = el("p", { class: "key" }, ...KINDS.map(([name], at) => el("span", { class: name },
-  "■▦□"[at] + " " + say(name))));
-charts.before(key);
+
 const showCharts = data => charts.replaceChildren(
-  bars("today by hour", "hour", data.hours.map((_, hour) => String(hour)), data.hours),
-  bars("the last 30 days", "day", data.days.map(one => one[0].slice(8) + "."), data.days.map(one =>
-    one.slice(1))), heat(data.heat));
+  bars("today by hour", "hour", data.hours.map((_, hour) => hour), data.hours),
+  bars("the last 30 days", "day", data.days.map(([day]) => day.slice(8) + "."),
+    data.days.map(([, ...counts]) => counts)),
+  heat(data.heat));
+
+// The list of calls, and what a call was put together from.
+let count = 50;
 const open = async (row, call) => {
   if (row.nextSibling && row.nextSibling.dataset.detail) return row.nextSibling.remove();
   const lines = await (await fetch("/call?key=" + encodeURIComponent(call.key))).json();
-  const list = lines.map(([at, kind, text]) => el("li", null, el("span", { class: "num soft" },
-    date(at, { timeStyle: "medium" })), el("div", null, text), el("span", { class: "soft" },
-    kind)));
-  row.after(el("tr", { "data-detail": "1" }, el("td", { colspan: 7 }, el("ul", null, ...list))));
+  const list = lines.map(([at, kind, text]) => el("li", {},
+    el("span", { class: "num soft" }, date(at, { timeStyle: "medium" })),
+    el("div", {}, text), el("span", { class: "soft" }, kind)));
+  row.after(el("tr", { "data-detail": 1 }, el("td", { colspan: 7 }, el("ul", {}, ...list))));
+};
+const line = call => {
+  const cells = [moment(call.started), phone(call.from), phone(call.to),
+    (call.direction === "out" ? "↗ " : "↘ ") + say(call.outcome),
+    span(call.wait_s), span(call.talk_s), joined(call.answered_by.join(", "), call.reply)];
+  const kinds = ["num", "", "side", call.outcome, "side num", "side num", "side"];
+  const row = el("tr", { tabindex: 0 },
+    ...cells.map((cell, at) => el("td", { class: kinds[at] }, cell)));
+  row.onclick = event => event.target.href || open(row, call);
+  row.onkeydown = event => event.key === "Enter" && open(row, call);
+  return row;
 };
 const showCalls = async () => {
-  const query = new URLSearchParams({ text: find.value, direction: direction.value, outcome:
-    outcome.value, count });
+  const query = new URLSearchParams(
+    { text: find.value, direction: direction.value, outcome: outcome.value, count });
   const data = await (await fetch("/calls?" + query)).json();
-  rows.replaceChildren(...data.calls.map(call => {
-    const row = el("tr", { tabindex: 0 }, el("td", { class: "num" }, moment(call.started)),
-      el("td", null, phone(call.from)), el("td", { class: "side" }, phone(call.to)),
-      el("td", { class: call.outcome }, (call.direction === "out" ? "↗ " :
-        "↘ ") + say(call.outcome)), el("td", { class: "side num" }, span(call.wait_s)),
-      el("td", { class: "side num" }, span(call.talk_s)), el("td", { class: "side" },
-        [call.answered_by.join(", "), call.reply].filter(Boolean).join(" · ")));
-    row.onclick = event => event.target.href || open(row, call);
-    row.onkeydown = event => event.key === "Enter" && open(row, call);
-    return row;
-  }));
+  rows.replaceChildren(...data.calls.map(line));
   note.textContent = data.calls.length ? "" : say("nothing matches");
   more.hidden = !data.more;
 };
+filter.oninput = filter.onsubmit = event => { event.preventDefault(); count = 50; showCalls(); };
+more.onclick = () => { count += 100; showCalls(); };
+
+// Ask for what is new, twice a second, and less often while nobody looks.
+let version = "", skew = 0;
 const tick = () => document.querySelectorAll("[data-since]").forEach(node => {
-  node.textContent = span(Math.max(0, Date.now() / 1000 + skew - node.dataset.since)); });
+  node.textContent = span(Math.max(0, Date.now() / 1000 + skew - node.dataset.since));
+});
+const show = async data => {
+  version = data.version;
+  skew = data.now - Date.now() / 1000;
+  trouble.textContent = say(data.trouble);
+  for (const part of [showNow, showBack, showToday, showCharts]) part(data);
+  if (!document.querySelector("[data-detail]")) await showCalls();
+};
 const look = async () => {
   let wait = document.hidden ? 5000 : 500;
   try {
     const reply = await fetch("/data?version=" + version);
     if (!reply.ok) throw new Error(reply.status);
     const data = await reply.json();
-    if (data.version) {
-      version = data.version;
-      skew = data.now - Date.now() / 1000;
-      trouble.textContent = say(data.trouble);
-      for (const show of [showNow, showBack, showToday, showCharts]) show(data);
-      if (!data.days.some(one => one[1] + one[2] + one[3]) && !data.open.length) {
-        now.replaceChildren(el("p", null, say("No calls yet."), " ", say("Try"), ": ", el("code",
-          null, "python3 sipgate_callevents.py simulate")),
-          data.url ? el("p", null, say("Enter at sipgate"), ": ", el("code", null,
-            data.url + "/new-call")) : "");
-      }
-      if (!document.querySelector("[data-detail]")) await showCalls();
-    } else if (trouble.dataset.lost) trouble.textContent = "";
-    delete trouble.dataset.lost;
+    if (data.version) await show(data);
   } catch (error) {
     trouble.textContent = say("no connection to this program; trying again");
-    trouble.dataset.lost = "1";
-    version = "";
+    version = "";  // all of it comes anew, and with it what is written there
     wait = 2000;
   }
   tick();
   setTimeout(look, wait);
 };
-filter.oninput = filter.onsubmit = event => { event.preventDefault(); count = 50; showCalls(); };
-more.onclick = () => { count += 100; showCalls(); };
 setInterval(tick, 1000);
-document.documentElement.lang = german ? "de" : "en";
 look();
 </script>
 """
@@ -3866,6 +3922,16 @@ def key_of(call: Call) -> str:
     return call.legs[0] if call.legs else f"#{call.started * 1e6:.0f}"
 
 
+def diagnosis(health: Health) -> str:
+    """What the bar on top of the page says of the running server; "" if all is well."""
+    if not health.instance:
+        return "no server runs here with these settings"
+    if health.status != 200:
+        return health.text
+    refused = f"webhooks were refused ({health.refused}): its stderr says why"
+    return refused if health.refused != "0" else ""
+
+
 class Overview:
     """What all open pages share: the calls of the last days, by the day on which they began.
 
@@ -3882,7 +3948,7 @@ class Overview:
         self._day_of: dict[str, str] = {}  # by leg, the day of its call
         self._bars: dict[str, list[list[int]]] = {}  # finished counts, by day
         self._last_id, self._state = 0, (0, 0)
-        self._trouble, self._health_at = "", 0.0
+        self._trouble, self._health_text, self._health_at = "", "", 0.0
         self._count, self._instance = 0, os.urandom(4).hex()
         self.version, self.text = "", b"{}"
         self.is_stopping = threading.Event()
@@ -3890,23 +3956,33 @@ class Overview:
     def run(self) -> None:
         """Follow the call log until told to stop."""
         while not self.is_stopping.is_set():
+            is_new, fault = False, ""
             try:
                 with contextlib.closing(open_log(self.settings.call_log)) as database:
-                    self._follow(database)
-            except (NothingToShow, CommandEnd, sqlite3.Error) as error:
-                self._publish(True, str(error))
+                    is_new = self._follow(database)
+            except NothingToShow:
+                is_new = bool(self.days)
+                self._begin_anew()
+            except (CommandEnd, sqlite3.Error) as error:
+                fault = str(error)
             except Exception:  # the page goes on with what comes later
                 logger.exception("an error in this program; the page may be incomplete")
+            self._publish(is_new, fault)
             self.is_stopping.wait(self.POLL_SECONDS)
 
-    def _follow(self, database: sqlite3.Connection) -> None:
+    def _begin_anew(self) -> None:
+        with self.lock:
+            self.days, self._day_of, self._bars, self._last_id = {}, {}, {}, 0
+
+    def _follow(self, database: sqlite3.Connection) -> bool:
+        """Take in what is new; return whether anything has changed."""
         oldest, newest = database.execute("SELECT min(id), max(id) FROM events").fetchone()
         now, is_new = self.clock(), (newest or 0) != self._last_id
         # VACUUM, with which `forget` ends, raises the version of the schema.
         state = (oldest or 0, database.execute("PRAGMA schema_version").fetchone()[0])
         if (newest or 0) < self._last_id or state != self._state:
             is_new = True
-            self.days, self._day_of, self._bars, self._last_id = {}, {}, {}, 0
+            self._begin_anew()
         if not self._last_id:
             self._last_id, self._state = newest or 0, state
             self._read_all(database, now)
@@ -3918,7 +3994,7 @@ class Overview:
                 self._keep(call_with(database, leg), now)
         for call in self._open_calls():  # time alone can end them
             is_new |= self._keep(call_with(database, key_of(call)), now) not in (call, None)
-        self._publish(is_new, "")
+        return is_new
 
     def _read_all(self, database: sqlite3.Connection, now: float) -> None:
         """Read all days, and publish what is known so far now and then."""
@@ -3926,7 +4002,7 @@ class Overview:
         for _, stored in listed_calls(database, now, now - SHOWN_DAYS * DAY):
             self._keep(stored, now)
             if time.monotonic() - published > 2 or len(self._day_of) == 50:
-                self._publish(True, "")
+                self._publish(True)
                 published = time.monotonic()
 
     def _keep(self, stored: Sequence[StoredEvent], now: float) -> Call | None:
@@ -3950,27 +4026,22 @@ class Overview:
         return [call for day in recent for call in self.days[day].values()
                 if call.outcome in ("ringing", "talking")]
 
-    def _see_health(self) -> bool:
-        """Ask the running server how it is, every five seconds; whether that has changed."""
-        if time.monotonic() < self._health_at:
-            return False
-        self._health_at, before = time.monotonic() + 5, self._trouble
-        try:
-            health = local_health(self.settings)
-            self._trouble = "" if health.instance and health.status == 200 else (
-                health.text if health.instance else "no server runs here with these settings")
-            if health.refused != "0" and not self._trouble:
-                self._trouble = f"webhooks were refused ({health.refused}): its stderr says why"
-        except (OSError, UnicodeError, http.client.HTTPException):
-            self._trouble = "no server runs: calls that come now are not recorded"
-        return self._trouble != before
+    def _health(self) -> str:
+        """What is wrong with the running server, which is asked every five seconds."""
+        if time.monotonic() >= self._health_at:
+            self._health_at = time.monotonic() + 5
+            try:
+                self._health_text = diagnosis(local_health(self.settings))
+            except (OSError, UnicodeError, http.client.HTTPException):
+                self._health_text = "no server runs: calls that come now are not recorded"
+        return self._health_text
 
-    def _publish(self, is_new: bool, nothing: str) -> None:
-        if self._see_health() or is_new or not self.version:
-            figures = self._figures(self.clock())
-            self._count += 1
+    def _publish(self, is_new: bool, fault: str = "") -> None:
+        trouble = fault or self._health()
+        if is_new or trouble != self._trouble or not self.version:
+            self._trouble, self._count = trouble, self._count + 1
             version = f"{self._instance}-{self._count}"
-            figures.update(version=version, trouble=self._trouble, nothing=nothing)
+            figures = {**self._figures(self.clock()), "version": version, "trouble": trouble}
             self.version, self.text = version, json.dumps(figures).encode()
 
     def _figures(self, now: float) -> dict[str, Any]:

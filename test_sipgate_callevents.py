@@ -2383,6 +2383,15 @@ class PageTest(InFolder):
         self.server.overview._health_at = 0
         wait_until(lambda: "webhooks were refused (2)" in self.data()["trouble"])
 
+    def test_a_log_that_cannot_be_read_is_told_and_one_that_is_not_there_changes_nothing(self):
+        pathlib.Path(self.path).write_bytes(b"")
+        self.serve()
+        looks = [self.data()["version"] for _ in range(3)]
+        self.assertEqual((len(set(looks)), self.data()["days"][0][1:]), (1, [0, 0, 0]))
+        with database_at(self.path) as database:
+            database.execute("PRAGMA user_version=99")
+        wait_until(lambda: "is not a call log of this version" in self.data()["trouble"])
+
     def test_the_command_prints_the_address_and_ends_quietly(self):
         port = free_port()
         program = Program("page", "--port", str(port), folder=self.folder, wait=False,
