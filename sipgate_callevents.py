@@ -2057,9 +2057,9 @@ def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
         server.serve_until(is_told)
         deadline = time.monotonic() + STOP_SECONDS
         server.stop(STOP_SECONDS)
-        for worker, what in ((receiver.your_code.hooks, "runs of your code"),
-                             (out.output.worker, "lines to print")):
-            left = worker.finish(max(deadline - time.monotonic(), 0.1))
+        for worker, what, most in ((receiver.your_code.hooks, "runs of your code", STOP_SECONDS),
+                                   (out.output.worker, "lines to print", 1.0)):
+            left = worker.finish(max(min(most, deadline - time.monotonic()), 0.1))
             if left:
                 logger.error("%s left at the stop: %d", what, len(left))
         if call_log:
