@@ -2088,31 +2088,29 @@ def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
 # no argument is read here.
 # ------------------------------------------------------------------------------------------
 
-ENV_LINE = re.compile(r"""
-    [^\S\n]* (?:export[^\S\n]+)? (?P<name>[A-Za-z_][A-Za-z0-9_]*) [^\S\n]* = [^\S\n]*
-    (?: '(?P<single>[^'\\]*)' [^\S\n]* (?:\#.*)?
-      | "(?P<double>[^"\\]*)" [^\S\n]* (?:\#.*)?
-      | (?P<plain>(?!['"]).*) )""", re.VERBOSE)
+ENV_NAME = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)")
+ENV_VALUE = re.compile(r"""
+    \s* = \s* (?: (?P<quote>['"]) (?P<quoted>(?:(?!(?P=quote))[^\\])*) (?P=quote) \s* (?:\#.*)?
+                | (?P<plain>(?![\s'"]).*) )""", re.VERBOSE)
 
 
 def parse_dotenv(text: str) -> tuple[dict[str, str], dict[int, str]]:
     """Return what the lines of a `.env` file set, and the numbers and names of those not read.
 
-    A line is read only where python-dotenv makes the same of it: NAME=value, perhaps with
-    `export`, one pair of quotes, a comment behind a blank. Total; nothing is guessed.
+    A line is read only where python-dotenv makes the same of it: nothing is guessed.
     """
     values, unread = {}, {}
     for number, line in enumerate(re.split("\r\n|\r|\n", text.lstrip("\ufeff")), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        match = ENV_LINE.fullmatch(line)
-        if match is None or "${" in line[match.end("name"):]:
-            name = re.match(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)", line)
+        name = ENV_NAME.match(line)
+        value = ENV_VALUE.fullmatch(line, name.end()) if name else None
+        if not name or not value or "${" in value[0]:
             unread[number] = name[1] if name else ""
-        elif match["plain"] is not None:
-            values[match["name"]] = re.sub(r"\s+#.*", "", match["plain"]).rstrip()
+        elif value["quote"]:
+            values[name[1]] = value["quoted"]
         else:
-            values[match["name"]] = match["single"] or match["double"] or ""
+            values[name[1]] = re.sub(r"\s+#.*", "", value["plain"]).rstrip()
     return values, unread
 
 
@@ -2121,7 +2119,7 @@ PATHS = ("WEBHOOK_TLS_CERT", "WEBHOOK_TLS_KEY", "SIGNATURE_KEY_FILE", "CALL_HAND
 CHOICES = {"VERIFY_SIGNATURE": ("on", "new-call", "off"), "CALL_OUTPUT": ("text", "json", "off")}
 NUMBERS = {"WEBHOOK_PORT": range(65536), "CALL_LOG_DAYS": range(1, 100_000)}  # port 0: any free one
 PUBLIC_URL = re.compile(r"(?i:https?)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+\])"
-                        r"(:[0-9]{1,5})?(/[A-Za-z0-9._~!$&'()*+,;=:@%-]*)*")
+                        r"(:[0-9]{1,5})?(/[A-Za-z0-9/._~!$&'()*+,;=:@%-]*)?")
 
 
 def read_setting(name: str, text: str, folder: str) -> Any:
@@ -2134,16 +2132,15 @@ def read_setting(name: str, text: str, folder: str) -> Any:
             raise ValueError("expected " + " or ".join(CHOICES[name]))
         return text.lower()
     if name in NUMBERS:
-        if not re.fullmatch("[0-9]{1,5}", text) or int(text) not in NUMBERS[name]:
-            numbers = NUMBERS[name]
+        numbers = NUMBERS[name]
+        if not re.fullmatch("[0-9]{1,5}", text) or int(text) not in numbers:
             raise ValueError(f"expected a whole number from {numbers[0]} to {numbers[-1]}")
         return int(text)
     if name == "WEBHOOK_URL":
         return read_url(text)
     if name == "WEBHOOK_HOST":
         text = text.strip("[]")
-        if not re.fullmatch("[0-9A-Fa-f.]*:[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*(%[A-Za-z0-9._-]+)?|"
-                            "[A-Za-z0-9._-]+", text):
+        if not re.fullmatch("[A-Za-z0-9._:%-]+", text) or text.count(":") == 1:
             raise ValueError("expected an address such as 127.0.0.1 or ::1, without a port")
     if name == "CALL_PAGE_KEY" and not re.fullmatch("[A-Za-z0-9_-]{16,128}", text):
         raise ValueError("expected 16 to 128 letters and digits, such as " + os.urandom(8).hex())
@@ -2152,17 +2149,17 @@ def read_setting(name: str, text: str, folder: str) -> Any:
 
 def read_url(text: str) -> str:
     """Return the base URL `text` without a slash at its end; ValueError says what was expected."""
-    match, base = PUBLIC_URL.fullmatch(text), text.rstrip("/")
+    base = text.rstrip("/")
     try:
-        port = urllib.parse.urlsplit(text).port
+        is_url = PUBLIC_URL.fullmatch(text) and urllib.parse.urlsplit(text).port != 0
     except ValueError:  # a port above 65535, brackets that hold no IPv6 address
-        port = 0
-    if not match or port == 0:
+        is_url = False
+    if not is_url:
         raise ValueError("expected an address such as https://example.org/3f9c2a, without user, "
                          "query or fragment")
-    if re.search("ADDRESS|SECRET-PATH", text):
-        raise ValueError("put the real address in the place of ADDRESS, and a random path in "
-                         f"that of SECRET-PATH, such as {os.urandom(8).hex()}")
+    if "ADDRESS" in text or "SECRET-PATH" in text:
+        raise ValueError("put the real address for ADDRESS, and a random path for SECRET-PATH, "
+                         "such as " + os.urandom(8).hex())
     for route in ROUTES:
         if base.endswith(route):
             raise ValueError(f"leave out {route}, it is added to {base[:-len(route)]}")
@@ -2171,25 +2168,23 @@ def read_url(text: str) -> str:
 
 def checked(values: Mapping[str, str], folder: str = "",
             typed: Mapping[str, str] | None = None) -> Settings:
-    """Check `values` (setting name to text; empty means not set) and return the settings.
+    """Return the settings of `values` (name to text; empty means not set).
 
-    A relative path counts from `folder`; `typed` has the flag in whose place a setting
-    stands. Raises SettingsError with one sentence for each value that is wrong.
+    A relative path counts from `folder`; `typed` has the flags that settings were typed as.
+    Raises SettingsError with one sentence for each value that is wrong.
     """
-    found: dict[str, Any] = {"call_log": os.path.abspath(os.path.join(folder, Settings.call_log))}
-    problems = []
+    found, problems = {}, []
     for name in SETTINGS:
-        text = values.get(name, "").strip()
+        text = values.get(name, "").strip() or str(getattr(Settings, name.lower()))
         try:
             if text:
                 found[name.lower()] = read_setting(name, text, folder)
         except ValueError as error:
             problems.append(f'{(typed or {}).get(name, name)} is "{text}": {error}')
     settings = Settings(**found)
-    if not values.get("WEBHOOK_URL", "").strip() and not is_loopback(settings.webhook_host):
+    if not problems and settings.trial and not is_loopback(settings.webhook_host):
         problems.append(f'WEBHOOK_HOST is "{settings.webhook_host}" but WEBHOOK_URL is not set: '
-                        "without it only this machine may be listened to; set WEBHOOK_URL or "
-                        "leave WEBHOOK_HOST at 127.0.0.1")
+                        "set it too, or leave WEBHOOK_HOST at 127.0.0.1")
     if bool(settings.webhook_tls_cert) != bool(settings.webhook_tls_key):
         problems.append("WEBHOOK_TLS_CERT and WEBHOOK_TLS_KEY are set together or not at all")
     if problems:
@@ -2200,14 +2195,17 @@ def checked(values: Mapping[str, str], folder: str = "",
 def warnings_of(settings: Settings) -> Iterator[str]:
     """What is allowed but probably not meant, a sentence each."""
     url = urllib.parse.urlsplit(settings.webhook_url)
-    if url.scheme == "http" and not is_loopback(url.hostname or ""):
-        yield "WEBHOOK_URL begins with http: sipgate's newer accounts take https only"
-    if url.hostname and not url.path and not is_loopback(url.hostname):
-        yield ("WEBHOOK_URL has no path, and every sipgate customer's webhooks carry the same "
-               "signature: a long random path keeps theirs out, such as "
-               f"WEBHOOK_URL={settings.webhook_url}/{os.urandom(8).hex()}")
+    if url.hostname and not is_loopback(url.hostname):
+        if url.scheme == "http":
+            yield "WEBHOOK_URL begins with http: sipgate's newer accounts take https only"
+        if not url.path:
+            yield ("WEBHOOK_URL has no path, and every sipgate customer's webhooks carry the same "
+                   "signature: a long random path keeps theirs out, such as "
+                   f"WEBHOOK_URL={settings.webhook_url}/{os.urandom(8).hex()}")
     if url.hostname and settings.verify_signature == "off":
         yield "VERIFY_SIGNATURE=off: anyone who knows the address can invent calls"
+    if time.localtime().tm_year < 2020:
+        yield "the clock of this machine is wrong: set it, or calls get wrong times"
 
 
 # ------------------------------------------------------------------------------------------
