@@ -2214,15 +2214,11 @@ def warnings_of(settings: Settings) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------
 
 class CommandEnd(Exception):
-    """The command ends here, with exit status `status`; the text says why, in a sentence."""
-
-    status = 1
+    """The command ends here, with exit status 1; the text says why, in a sentence."""
 
 
 class NothingToShow(CommandEnd):
-    """There is nothing to show, which is no failure."""
-
-    status = 0
+    """There is nothing to show, which is no failure: the exit status is 0."""
 
 
 def likely(name: str, names: Iterable[str]) -> str:
@@ -2249,8 +2245,8 @@ def load_functions(path: str) -> CallFunctions:
     except BaseException as error:  # noqa: BLE001 - sys.exit() in the file included
         lines = [f"line {frame.lineno}: " for frame in traceback.extract_tb(error.__traceback__)
                  if frame.filename == path]
-        why = printable(f"{type(error).__name__}: {error}")
-        raise SettingsError(wrong + "".join(lines[-1:]) + why) from None
+        raise SettingsError(f"{wrong}{''.join(lines[-1:])}{type(error).__name__}: {error}"
+                            ) from None
     for name in set(vars(module)).difference(names):
         meant = likely(name, names)
         if meant:
@@ -2259,22 +2255,27 @@ def load_functions(path: str) -> CallFunctions:
     if not found:
         raise SettingsError(wrong + f"expected one of {', '.join(names)} in it")
     for name, function in found.items():
-        try:
-            inspect.signature(function).bind(CallEvent())
-            is_plain = not inspect.iscoroutinefunction(function)
-        except (TypeError, ValueError):
-            is_plain = False
-        if not is_plain:
+        if not takes_an_event(function):
             raise SettingsError(wrong + f"{name} has to be a plain function of one argument, the "
                                 "event, without async")
     return CallFunctions(**found)
 
 
-# The DER form of an RSA key of 2048 to 65536 bits up to its modulus, whose length comes last: each
-# value has a tag and, as long as these are, 0x82 and two octets of length (RFC 3279 2.3.1).
+def takes_an_event(function: Any) -> bool:
+    """Whether this is a plain function that can be called with an event, and nothing else."""
+    try:
+        inspect.signature(function).bind(CallEvent())
+    except (TypeError, ValueError):
+        return False
+    return not inspect.iscoroutinefunction(function)
+
+
+# The DER form of an RSA key of 2048 bits or more, up to 65536, with the exponent 65537: each value
+# has a tag and, where it is that long, 0x82 and two octets of length (RFC 3279 2.3.1).
 RSA_KEY = re.compile(
     rb"\x30\x82..\x30\x0d\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01\x05\x00"
-    rb"\x03\x82..\x00\x30\x82..\x02\x82(..)", re.DOTALL)
+    rb"\x03\x82..\x00\x30\x82..\x02\x82..\x00([\x80-\xff].{255,8191})\x02\x03\x01\x00\x01",
+    re.DOTALL)
 
 
 def key_from_pem(text: str) -> PublicKey:
@@ -2282,22 +2283,15 @@ def key_from_pem(text: str) -> PublicKey:
 
     Raises ValueError that says what was expected.
     """
-    pem = re.search("-----BEGIN PUBLIC KEY-----([A-Za-z0-9+/=\\s]+)-----END PUBLIC KEY-----", text)
+    base64_text = text.partition("-----BEGIN PUBLIC KEY-----")[2].partition("-----END")[0]
     try:
-        der = base64.b64decode(pem[1]) if pem else b""
+        found = RSA_KEY.fullmatch(base64.b64decode(base64_text))
     except ValueError:
-        der = b""
-    head = RSA_KEY.match(der)
-    start = head.end() if head else 0
-    end = start + (int.from_bytes(head[1], "big") if head else 0)
-    modulus, rest = int.from_bytes(der[start:end], "big"), der[end:]
-    # The exponent with its tag and its length, in one octet each, is all that may follow.
-    is_whole = len(rest) > 2 and rest[0] == 2 and rest[1] == len(rest) - 2
-    exponent = int.from_bytes(rest[2:], "big") if is_whole else 0
-    if modulus.bit_length() < 2048 or exponent < 3 or not modulus & exponent & 1:
+        found = None
+    if not found:
         raise ValueError('expected a PEM file with "-----BEGIN PUBLIC KEY-----" and an RSA key of '
-                         "at least 2048 bits in it")
-    return PublicKey(modulus, exponent)
+                         "at least 2048 bits with the exponent 65537 in it")
+    return PublicKey(int.from_bytes(found[1], "big"), 65537)
 
 
 def load_keys(path: str) -> list[PublicKey]:
@@ -2305,73 +2299,54 @@ def load_keys(path: str) -> list[PublicKey]:
     try:
         return [key_from_pem(pathlib.Path(path).read_text("ascii", "replace"))] if path else []
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = getattr(error, "strerror", error)
         raise SettingsError(f'SIGNATURE_KEY_FILE is "{path}": {reason}') from None
 
 
 def bind_advice(error: Exception, settings: Settings) -> str:
     """One line that says why nothing can listen there, and what to do."""
-    port, number = settings.webhook_port, getattr(error, "errno", 0)
-    advice = ("set WEBHOOK_HOST to 127.0.0.1, or to 0.0.0.0 for all addresses of this machine, "
-              "and WEBHOOK_PORT to a port that you may use")
-    if number == errno.EADDRINUSE:
-        advice = ("another program has this port, or another copy of this one; stop it or use "
-                  f"--port {port % 65535 + 1}")
-    elif number == errno.EACCES and port < 1024:
-        advice = ("ports below 1024 need privileges; use --port 8080, and let a proxy listen on "
-                  f"{port}")
+    port = settings.webhook_port
+    advice = {
+        errno.EADDRINUSE: "stop the program that has it, perhaps another copy of this one, or use "
+                          f"--port {port % 65535 + 1}",
+        errno.EACCES: "use --port 8080, and let a proxy listen on a port below 1024",
+    }.get(getattr(error, "errno", 0), "set WEBHOOK_HOST to 127.0.0.1, or to 0.0.0.0 for all "
+          "addresses of this machine")
     return (f"cannot listen on {settings.webhook_host} port {port}: "
             f"{getattr(error, 'strerror', error)}: {advice}")
 
 
-TRIAL_STEPS = """\
-sipgate_callevents {version} listens on {host}:{port}, for trials.
+TRIAL_TEXT = """\
 Trial mode proves nothing: any program on this machine can invent calls.
-Your first real call:
-  1. Book sipgate.io for your account (the smallest package will do).
-  2. In a second terminal, open a tunnel:
-       ssh -R 80:127.0.0.1:{port} nokey@localhost.run
-  3. Restart this program with the https address that the tunnel prints, and
-     a secret path:
-       {command}{flags} \\
-         --url https://ADDRESS/{secret}
-  4. At https://console.sipgate.com, Webhooks > URLs, enter as incoming URL:
-       https://ADDRESS/{secret}/new-call
-  5. There under Webhooks > Sources, choose the phone lines that send webhooks.
-  6. Call your number.
-{files}Waiting for calls. Ctrl-C stops.
+For a first real call, book sipgate.io, open a tunnel in a second terminal:
+  ssh -R 80:127.0.0.1:{port} nokey@localhost.run
+and restart this program with the address that it prints, and a secret path:
+  --url https://ADDRESS/{secret}
 """
 
-LIVE_LINES = """\
-sipgate_callevents {version} listens on {host}:{port}
-Enter this URL at https://console.sipgate.com, Webhooks > URLs:
+LIVE_TEXT = """\
+At https://console.sipgate.com, enter this under Webhooks > URLs, and choose
+the phone lines under Webhooks > Sources:
   {url}/new-call
-{signatures}
-{files}Waiting for calls. Ctrl-C stops.
+VERIFY_SIGNATURE={mode}: {unsigned} that sipgate did not sign is refused.
 """
-
-SIGNATURES = {
-    "on": "Signatures are checked: any event that sipgate did not sign is refused.",
-    "new-call": "Signatures are checked: a newCall that sipgate did not sign is refused.",
-    "off": "Signatures are NOT checked (VERIFY_SIGNATURE=off)."}
 
 
 def announcement(settings: Settings) -> str:
     """What a person needs next, now that the server listens."""
-    is_kept = settings.call_log != "off"
-    files = "".join(f"{what}\n  {path}\n" for what, path in (
-        ("Calls are decided by", settings.call_handlers),
-        ("A further key is in", settings.signature_key_file),
-        ("The certificate is", settings.webhook_tls_cert),
-        (f"Numbers of the last {plural(settings.call_log_days, 'day')} are in",
-         settings.call_log if is_kept else "")) if path)
-    files += "CALL_LOG=off keeps nothing.\n" if is_kept else "No numbers are kept (CALL_LOG=off).\n"
-    host, port = settings.webhook_host, settings.webhook_port
-    return (TRIAL_STEPS if settings.trial else LIVE_LINES).format(
-        version=__version__, host=f"[{host}]" if ":" in host else host, port=port, files=files,
-        command=f"{'python' if os.name == 'nt' else 'python3'} {shlex.quote(sys.argv[0])}",
-        flags="" if port == 8080 else f" --port {port}", url=settings.webhook_url,
-        secret=os.urandom(8).hex(), signatures=SIGNATURES[settings.verify_signature])
+    host, mode = settings.webhook_host, settings.verify_signature
+    unsigned = {"on": "any event", "new-call": "a newCall", "off": "no event"}[mode]
+    text = (TRIAL_TEXT if settings.trial else LIVE_TEXT).format(
+        port=settings.webhook_port, secret=os.urandom(8).hex(), url=settings.webhook_url,
+        mode=mode, unsigned=unsigned)
+    for name in PATHS:
+        path = getattr(settings, name.lower())
+        text += f"{name} is {path}\n" if path else ""
+    if settings.call_log != "off":
+        text += (f"It keeps numbers for {plural(settings.call_log_days, 'day')}; CALL_LOG=off "
+                 "keeps none.\n")
+    return (f"sipgate_callevents {__version__} listens on {f'[{host}]' if ':' in host else host}:"
+            f"{settings.webhook_port}\n{text}Waiting for calls. Ctrl-C stops.\n")
 
 
 def modified(path: str) -> float:
@@ -2458,17 +2433,17 @@ def event_json(event: CallEvent, received_at: float, reply: str = "") -> dict[st
     return {**entry, "reply": reply} if reply else entry
 
 
-def teller(form: str, with_time: bool) -> Callable[[Replied], str]:
-    """Return what makes the printed text of an event, in the form that CALL_OUTPUT names."""
-    def tell(replied: Replied) -> str:
-        event, received_at = replied.event, replied.received_at
-        reply = described(replied.action) if replied.action else ""
-        if form == "json":
-            return json.dumps(event_json(event, received_at, reply)) + "\n"
-        lines = [event_line(event)] + ([f"Replied with {reply}"] if reply else [])
-        moment = local_time(received_at) + " " if with_time else ""
-        return "".join(f"{moment}{line}\n" for line in lines)
-    return tell if form != "off" else lambda replied: ""
+def told(replied: Replied, form: str, with_time: bool) -> str:
+    """What is printed for an event, in the form that CALL_OUTPUT names."""
+    event, received_at = replied.event, replied.received_at
+    reply = described(replied.action) if replied.action else ""
+    if form == "off":
+        return ""
+    if form == "json":
+        return json.dumps(event_json(event, received_at, reply)) + "\n"
+    lines = [event_line(event)] + ([f"Replied with {reply}"] if reply else [])
+    moment = local_time(received_at) + " " if with_time else ""
+    return "".join(f"{moment}{line}\n" for line in lines)
 
 
 # ------------------------------------------------------------------------------------------
@@ -4201,15 +4176,12 @@ def page(options: argparse.Namespace, settings: Settings) -> int:
 def read_env_file(path: str) -> str:
     """Return the text of a .env file. Raises SettingsError."""
     try:
-        content = pathlib.Path(path).read_bytes()
-        if b"\0" in content or content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise SettingsError(f"{path} is in UTF-16, as PowerShell's > writes it: save it as "
-                                "UTF-8")
-        return str(content, "utf-8")
+        return pathlib.Path(path).read_text("utf-8")
     except OSError as error:
         raise SettingsError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise SettingsError(f"{path} is not in UTF-8: save it as UTF-8") from None
+        raise SettingsError(f"{path} is not in UTF-8 (PowerShell's > writes UTF-16): save it as "
+                            "UTF-8") from None
 
 
 def find_env_file() -> str:
@@ -4226,7 +4198,7 @@ def read_settings(options: argparse.Namespace, environ: Mapping[str, str]) -> Se
     """
     path = os.path.abspath(options.env_file) if options.env_file else find_env_file()
     in_file, unread = parse_dotenv(read_env_file(path)) if path else ({}, {})
-    if path and options.command != "check":
+    if path:
         print(f"Settings are read from {path}", file=sys.stderr)
     expected = "expected NAME=value, quotes closed, without ${...}, \\ or text behind them"
     problems = [f"{path} line {number}: {name} cannot be read: {expected}"
@@ -4235,30 +4207,23 @@ def read_settings(options: argparse.Namespace, environ: Mapping[str, str]) -> Se
         raise SettingsError(*problems)
     for number in unread:
         logger.warning("%s: line %d is skipped: %s", path, number, expected)
-    flags = {"WEBHOOK_URL": options.url, "WEBHOOK_PORT": options.port}
-    typed = {name: value for name, value in flags.items() if value is not None}
+    typed = {name: text for name, text in vars(options).items() if name in SETTINGS}
     values = {**in_file, **environ, **typed}
-    for name in sorted(set(values) - set(SETTINGS)):
+    for name in sorted(set(values).difference(SETTINGS)):
         meant = likely(name.upper(), SETTINGS)
-        if meant or re.match("(WEBHOOK|CALL)_", name):
+        if meant:
             logger.warning("there is no setting %s%s", name, meant)
-    said = []
-    for name in filter(values.get, SETTINGS):
-        source = "typed" if name in typed else "environment" if name in environ else path
-        said.append(f"{name} ({source})")
-    for name in SETTINGS:
-        if in_file.get(name) and environ.get(name) == "" and name not in typed:
-            logger.warning("%s is empty in the environment, which switches off the one in .env",
-                           name)
+    flags = {name: "--" + name[8:].lower() for name in typed}
+    sources = {**dict.fromkeys(in_file, path), **dict.fromkeys(environ, "environment"), **flags}
+    said = [f"{name} ({sources[name]})" for name in SETTINGS if values.get(name)]
     options.sources = ", ".join(said) or "all are defaults"
-    return checked(values, os.path.dirname(path or os.path.abspath(__file__)),
-                   {name: "--" + name[8:].lower() for name in typed})
+    return checked(values, os.path.dirname(path or os.path.abspath(__file__)), flags)
 
 
 def whole_number(text: str) -> int:
-    """For argparse: a count of 1 or more."""
-    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'"{text}": expected a whole number of 1 or more')
+    """For argparse: a port, or a count of 1 or more."""
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) not in range(1, 65536):
+        raise argparse.ArgumentTypeError(f'"{text}": expected a whole number from 1 to 65535')
     return int(text)
 
 
@@ -4266,38 +4231,42 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that takes an unknown flag for the fault, and not the word behind it."""
 
     def error(self, message: str) -> NoReturn:
-        flags = [word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
-        unknown = [flag for flag in flags if flag not in self._option_string_actions]
-        if "invalid choice" in message and unknown:
-            message = f"there is no {unknown[0]}{likely(unknown[0], self._option_string_actions)}"
+        for flag, word in zip(sys.argv, sys.argv[1:]):
+            is_unknown = flag.startswith("-") and flag not in self._option_string_actions
+            if is_unknown and f"invalid choice: {word!r}" in message:
+                message = f"there is no {flag}{likely(flag, self._option_string_actions)}"
         super().error(message)
 
 
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that stand before a command or behind it; without defaults: one would win."""
+    add = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
+    add("--url", dest="WEBHOOK_URL", metavar="URL", help="public base URL of the webhooks")
+    add("--port", dest="WEBHOOK_PORT", metavar="PORT", help="port to listen on (8080)")
+    add("--env-file", metavar="FILE", help="read this file instead of .env")
+
+
 def command_line() -> argparse.ArgumentParser:
-    """The commands and their options."""
+    """The commands and their options; a command is a function, in `run`."""
     parser = Parser(
         prog=os.path.basename(__file__), allow_abbrev=False,
         description="Receive the call events of sipgate.io. Without a command: serve.",
         epilog="Further settings, in the environment or in a .env file: "
         + ", ".join(SETTINGS[2:]) + ". See the README.")
     parser.add_argument("--version", action="version", version=f"sipgate_callevents {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    parser.set_defaults(run=None, env_file="")
+    add_places(parser)
+    commands = parser.add_subparsers(metavar="COMMAND")
 
-    def add_shared(each: argparse.ArgumentParser, default: Any) -> Any:
-        add = functools.partial(each.add_argument, default=default)
-        add("--url", help="public base URL of the webhooks (WEBHOOK_URL)")
-        if not each.prog.endswith("page"):  # which has a port of its own
-            add("--port", help="port to listen on (WEBHOOK_PORT, default 8080)")
-        add("--env-file", metavar="FILE", help="read this file instead of .env")
+    def command(run: Callable[[argparse.Namespace, Settings], int], name: str, words: str) -> Any:
+        # The page has a port of its own.
+        each = commands.add_parser(name, help=words, description=words, allow_abbrev=False,
+                                   conflict_handler="resolve")
+        each.set_defaults(run=run)
+        add_places(each)
         return each.add_argument
 
-    def command(name: str, words: str) -> Any:
-        each = commands.add_parser(name, help=words, allow_abbrev=False,
-                                   description=f"{words[0].upper()}{words[1:]}.")
-        return add_shared(each, argparse.SUPPRESS)
-
-    add_shared(parser, None)
-    add = command("calls", "show the latest calls")
+    add = command(show_calls, "calls", "show the latest calls")
     add("--missed", action="store_true",
         help="whom to ring back: missed or on voicemail, not spoken to since")
     add("--all", action="store_true", help="with --missed: each call, not caller")
@@ -4307,10 +4276,10 @@ def command_line() -> argparse.ArgumentParser:
     add("--events", action="store_true", help="with their events (not in CSV)")
     add("--format", choices=("table", "csv", "excel", "json"), default="table",
         help="excel: CSV as a German Excel reads it")
-    add = command("forget", "remove every trace of a number")
+    add = command(forget_number, "forget", "remove every trace of a number")
     add("number", help="the number with its country code, written as you like")
     add("--yes", action="store_true", help="do not ask")
-    add = command("simulate", "rehearse calls without a phone")
+    add = command(simulate, "simulate", "rehearse calls without a phone")
     add("scenario", nargs="?", choices=list(SCENARIOS), default="answered", metavar="SCENARIO",
         help=f"{', '.join(SCENARIOS)} (default: answered)")
     add("--all", action="store_true", help="every scenario in turn")
@@ -4322,47 +4291,36 @@ def command_line() -> argparse.ArgumentParser:
     add("--digits", metavar="1,0042", default="1",
         help="what the caller presses, menu by menu; empty: nothing")
     add("--sound", metavar="FILE", help="only check whether sipgate would play this file")
-    command("check", "find out why nothing arrives")
-    add = command("page", "show calls in a browser")
+    command(check, "check", "find out why nothing arrives")
+    add = command(page, "page", "show calls in a browser")
     add("--port", dest="page_port", type=whole_number, default=8081,
         help="port of the page, on 127.0.0.1 (8081)")
     return parser
 
 
-def run_server(settings: Settings) -> int:
-    """Serve until a signal comes. Raises SettingsError, CommandEnd."""
-    path = settings.call_handlers
-    with diagnostics(sys.stderr):
-        for warning in warnings_of(settings):
-            logger.warning("%s", warning)
-        if time.time() < 1_577_836_800:  # 2020
-            logger.warning("the clock of this machine says %s: set it, or calls get wrong times",
-                           local_time(time.time()))
-        keys, functions = load_keys(settings.signature_key_file), load_functions(path)
-    loaded, tell = modified(path), teller(settings.call_output, not has_own_time(sys.stdout))
-
-    def tell_and_look(replied: Replied) -> str:
-        if path and modified(path) != loaded:
-            logger.warning("%s has changed: restart this program to use it", path)
-        return tell(replied)
-
-    try:
-        return serve(settings, keys=keys, functions=functions, tell=tell_and_look,
-                     announce=announcement, find_call=call_finder(settings.call_log))
-    except (OSError, UnicodeError) as error:
-        raise CommandEnd(bind_advice(error, settings)) from None
-
-
 def run(options: argparse.Namespace) -> int:
-    """Serve, or do what the command says; return the exit status."""
-    commands: dict[str, Callable[[argparse.Namespace, Settings], int]] = {
-        "calls": show_calls, "forget": forget_number, "simulate": simulate, "check": check,
-        "page": page}
+    """Do what the command says, or serve until a signal comes; return the exit status."""
     with diagnostics(sys.stderr):
         settings = read_settings(options, os.environ)
-        if options.command:
-            return commands[options.command](options, settings)
-    return run_server(settings)
+        if options.run:
+            return int(options.run(options, settings))
+        for warning in warnings_of(settings):
+            logger.warning("%s", warning)
+        keys = load_keys(settings.signature_key_file)
+        functions = load_functions(settings.call_handlers)
+    path, with_time = settings.call_handlers, not has_own_time(sys.stdout)
+    loaded = modified(path)
+
+    def tell(replied: Replied) -> str:
+        if path and modified(path) != loaded:
+            logger.warning("%s has changed: restart this program to use it", path)
+        return told(replied, settings.call_output, with_time)
+
+    try:
+        return serve(settings, keys=keys, functions=functions, tell=tell, announce=announcement,
+                     find_call=call_finder(settings.call_log))
+    except (OSError, UnicodeError) as error:
+        raise CommandEnd(bind_advice(error, settings)) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -4376,20 +4334,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = run(options)
         sys.stdout.flush()
         return status
-    except SettingsError as error:
-        status, problems = 2, error.problems
-    except CommandEnd as error:
-        status, problems = error.status, (str(error),)
     except KeyboardInterrupt:
-        status, problems = 130, ()
+        return 130
     except BrokenPipeError:  # such as head, which has seen enough
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - nothing to flush
-        status, problems = 0, ()
-    except (sqlite3.Error, OSError) as error:
-        status, problems = 1, (printable(str(error)),)
-    for problem in problems:
-        print(wrapped(f"sipgate_callevents: {problem}", sys.stderr), file=sys.stderr)
-    return status
+        return 0
+    except (SettingsError, CommandEnd, sqlite3.Error, OSError) as error:
+        for line in str(error).splitlines():
+            print(wrapped(f"sipgate_callevents: {printable(line)}", sys.stderr), file=sys.stderr)
+        return {SettingsError: 2, NothingToShow: 0}.get(type(error), 1)
 
 
 if __name__ == "__main__":

@@ -2692,11 +2692,11 @@ class OutputTest(unittest.TestCase):
     def test_the_time_stands_first_unless_something_else_adds_it(self):
         answered = sc.Replied(DtmfEvent(dtmf="1"), sc.DISCARDED, 1e9, True, reject("busy"))
         said = "[unknown] pressed 1\nReplied with Reject busy\n"
-        self.assertEqual(sc.teller("text", False)(answered), said)
-        self.assertEqual(sc.teller("text", True)(answered),
+        self.assertEqual(sc.told(answered, "text", False), said)
+        self.assertEqual(sc.told(answered, "text", True),
                          re.sub("(?m)^(?=.)", sc.local_time(1e9) + " ", said))
-        self.assertEqual(json.loads(sc.teller("json", True)(answered))["reply"], "Reject busy")
-        self.assertEqual(sc.teller("off", True)(answered), "")
+        self.assertEqual(json.loads(sc.told(answered, "json", True))["reply"], "Reject busy")
+        self.assertEqual(sc.told(answered, "off", True), "")
         with tempfile.TemporaryFile("w") as stream:
             status = os.fstat(stream.fileno())
             with environment():
@@ -2877,8 +2877,7 @@ class SettingsFromTest(InFolder):
                                 VERIFY_SIGNATURE="")
         self.assertEqual((found.webhook_url, found.call_output, found.verify_signature,
                           found.call_log), ("https://flag.example/q", "off", "on", self.path))
-        self.assertEqual(said, f"Settings are read from {path}\nWARNING: VERIFY_SIGNATURE is empty "
-                               "in the environment, which switches off the one in .env\n")
+        self.assertEqual(said, f"Settings are read from {path}\n")
 
     def test_the_file_beside_the_script_comes_first_then_the_one_here(self):
         os.mkdir(os.path.join(self.folder, "elsewhere"))
@@ -2899,8 +2898,8 @@ class SettingsFromTest(InFolder):
 
     def test_a_name_that_is_no_setting_is_taken_for_a_slip(self):
         self.write(".env", "VERIFY_SIGNTURE=off\nwebhookurl=x\n")
-        said = self.read(WEBHOOK_PROT="1", CALL_CENTER="x")[1]
-        for name in ("VERIFY_SIGNTURE; is VERIFY_SIGNATURE meant?", "CALL_CENTER",
+        said = self.read(WEBHOOK_PROT="1")[1]
+        for name in ("VERIFY_SIGNTURE; is VERIFY_SIGNATURE meant?",
                      "webhookurl; is WEBHOOK_URL meant?", "WEBHOOK_PROT; is WEBHOOK_PORT meant?"):
             self.assertIn(f"there is no setting {name}\n", said)
 
@@ -2930,7 +2929,7 @@ class SettingsFromTest(InFolder):
                 ("CALL_LOG", "none/calls.db", "expected a file in a folder that this user may"),
                 ("WEBHOOK_HOST", "192.0.2.1", "set WEBHOOK_HOST to 127.0.0.1"),
                 ("WEBHOOK_HOST", "no.such.invalid", "set WEBHOOK_HOST to 127.0.0.1"),
-                ("--env-file", "utf16.env", "in UTF-16, as PowerShell's > writes it: save it"),
+                ("--env-file", "utf16.env", "is not in UTF-8 (PowerShell's > writes UTF-16): save it"),
                 ("--env-file", "latin.env", "is not in UTF-8"),
                 ("--env-file", "none.env", "cannot be read: No such file")]:
             with self.subTest(said):
@@ -2983,7 +2982,7 @@ class ProgramTest(InFolder):
             "New call from [unknown] to [unknown] is ringing..."])
         self.assertRegex(out, r"\A\d{4}-\d\d-\d\d \d\d:\d\d:\d\d New call")
         self.assertIn("ssh -R 80:127.0.0.1:", err)
-        self.assertIn(f"Numbers of the last 7 days are in\n  {self.path}\nCALL_LOG=off keeps", err)
+        self.assertIn(f"CALL_LOG is {self.path}\nIt keeps numbers for 7 days; CALL_LOG=off", err)
         self.assertLessEqual(max(map(len, err.replace(self.folder, "").splitlines())), 80)
 
     def test_a_signed_call_end_to_end_with_a_key_and_functions_of_ones_own(self):
@@ -3214,11 +3213,12 @@ class CommandTest(InFolder):
         for text, said in [
                 ("--prot 8081", "there is no --prot; is --port meant?"),
                 ("--prot=8081 calls", "unrecognized arguments: --prot=8081"),
-                ("call", "invalid choice: 'call' (choose from "),
+                ("call --missed", "invalid choice: 'call' (choose from "),
                 ("simulate mised", "invalid choice: 'mised'"),
                 ("calls --limt 3", "unrecognized arguments: --limt 3"),
                 ("calls --since yesterday", "expected a date such as 2026-11-01"),
-                ("calls --limit 0", "expected a whole number of 1 or more"),
+                ("calls --limit 0", "expected a whole number from 1 to 65535"),
+                ("page --port 65536", "expected a whole number from 1 to 65535"),
                 ("forget Alice", "expected a whole number"),
                 ("forget 12*", "expected a whole number")]:
             with self.subTest(text):
