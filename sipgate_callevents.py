@@ -3374,44 +3374,44 @@ GET_SECONDS = 10.0  # for one answer from the network, however slowly it drips
 
 
 class Health(NamedTuple):
-    """What a GET of some address gave; `instance` is that of a copy of this script, or ""."""
+    """What a GET gave: of which copy of this script ("": of none), and what is wrong with it."""
 
-    status: int
-    instance: str
-    refused: str
-    text: str
+    status: int = 0
+    instance: str = ""
+    trouble: str = ""
+    error: Exception | None = None  # why there is no answer
 
 
 def get_health(url: str, context: ssl.SSLContext | None = None) -> Health:
-    """GET `url`, for GET_SECONDS at most. Raises OSError, http.client.HTTPException."""
-    outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    """GET `url`, for GET_SECONDS at most. Raises nothing."""
+    outcome: queue.SimpleQueue[Health] = queue.SimpleQueue()
 
     def get() -> None:
+        parts = urllib.parse.urlsplit(url)
+        secure = {"context": context} if parts.scheme == "https" else {}
+        kind: Any = http.client.HTTPSConnection if secure else http.client.HTTPConnection
         try:
-            parts = urllib.parse.urlsplit(url)
-            secure = {"context": context} if parts.scheme == "https" else {}
-            kind: Any = http.client.HTTPSConnection if secure else http.client.HTTPConnection
             with contextlib.closing(kind(parts.netloc, timeout=GET_SECONDS, **secure)) as link:
                 link.request("GET", parts.path)
                 reply = link.getresponse()
-                text = printable(reply.read(200).decode("utf-8", "replace").strip())
-                outcome.put(Health(reply.status, reply.headers.get("X-Instance", ""),
-                                   printable(reply.headers.get("X-Refused", "0")[:9]), text))
-        except Exception as error:  # noqa: BLE001 - raised where it is waited for
-            outcome.put(error)
+                refused, trouble = reply.headers.get("X-Refused", "0"), ""
+                if reply.status == 503:
+                    trouble = reply.read(200).decode("utf-8", "replace").strip()
+                elif refused != "0":
+                    trouble = f"webhooks were refused ({refused}): its stderr says why"
+                outcome.put(Health(reply.status, reply.headers.get("X-Instance", ""), trouble))
+        except Exception as error:  # noqa: BLE001 - whatever the network makes of it
+            outcome.put(Health(error=error))
 
     threading.Thread(target=get, daemon=True).start()
     try:
-        found = outcome.get(timeout=GET_SECONDS)
+        return outcome.get(timeout=GET_SECONDS)
     except queue.Empty:
-        found = socket.timeout("timed out")  # noqa: UP041 - no TimeoutError before Python 3.10
-    if isinstance(found, Health):
-        return found
-    raise found
+        return Health(error=socket.timeout("timed out"))  # noqa: UP041 - before Python 3.10
 
 
 def local_health(settings: Settings) -> Health:
-    """The health of the copy of this script that runs here. Raises as get_health does."""
+    """The health of the copy of this script that runs here with these settings."""
     host = settings.webhook_host
     host = "127.0.0.1" if host in ("0.0.0.0", "::", "localhost") else host
     place = f"{f'[{host}]' if ':' in host else host}:{settings.webhook_port}"
@@ -3436,80 +3436,68 @@ def check_files(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "problem", str(error)
 
 
-def check_log(path: str) -> Iterator[tuple[str, str]]:
-    """Whether the call log can be written and is whole, and what its events tell."""
-    folder = os.path.dirname(path)
+def check_log(path: str) -> tuple[str, str]:
+    """Whether the call log can be written and is whole, and what its latest events tell."""
     if path == "off":
-        yield "ok", "call log: off, nothing is kept"
-        return
-    if os.path.lexists(path) and not os.path.isfile(path):
-        yield "problem", f"call log: {path} is no file: set CALL_LOG to one, or to off"
-        return
-    if not os.access(folder, os.W_OK | os.X_OK):  # SQLite keeps files beside it
-        yield "problem", (f"call log: {folder} is no folder in which this user may write: set "
-                          "CALL_LOG to a file elsewhere, or to off")
-        return
+        return "ok", "call log: off, nothing is kept"
+    # SQLite keeps files beside it.
+    is_writable = os.access(os.path.dirname(path), os.W_OK | os.X_OK)
+    if not is_writable or (os.path.lexists(path) and not os.path.isfile(path)):
+        return "problem", (f"call log: {path} is no file in a folder in which this user may write: "
+                           "set CALL_LOG to one, or to off")
     try:
         with contextlib.closing(open_log(path)) as database:
             fault = database.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if fault != "ok":
+                raise CommandEnd(fault)
             latest = database.execute("SELECT event, id FROM events WHERE event <> 'reply' "
                                       "ORDER BY id DESC LIMIT 1000").fetchall()
     except NothingToShow:
-        yield "ok", f"call log: {path} will be created"
-        return
+        return "ok", f"call log: {path} will be created"
     except (CommandEnd, sqlite3.Error) as error:
-        yield "problem", f"call log: {path}: {error}"
-        return
-    yield "ok" if fault == "ok" else "problem", f"call log: {path}: {fault}"
-    yield told_by([row[0] for row in latest], latest[0][1] / 1e6 if latest else 0.0)
+        return "problem", f"call log: {path}: {error}"
+    if not latest:
+        return "warning", (f"call log: {path} has no events yet; enter the URL in sipgate's "
+                           "console, choose the sources, and call")
+    kinds = [event for event, _ in latest]
+    if kinds.count("newCall") >= 5 and not {"answer", "hangup"}.intersection(kinds):
+        return "problem", (f"call log: {path} has no answer and no hangup after the newCalls; the "
+                           "URLs in the replies begin with WEBHOOK_URL: it must be reached from "
+                           "outside")
+    return "ok", f"call log: {path}, the last event came on {local_time(latest[0][1] / 1e6)}"
 
 
-def told_by(events: Sequence[str], last_at: float) -> tuple[str, str]:
-    """What the latest events tell of the way that they took."""
-    if not events:
-        return "warning", ("events: none yet; enter the URL in sipgate's console, choose the "
-                           "sources, and call")
-    if events.count("newCall") >= 5 and not {"answer", "hangup"} & set(events):
-        return "problem", ("events: no answer and no hangup follows the newCalls; the URLs in "
-                           "the replies begin with WEBHOOK_URL: it must be reached from outside")
-    return "ok", f"events: the last one came on {local_time(last_at)}"
-
-
-def check_port(settings: Settings) -> tuple[str, str, str]:
-    """Whether somebody listens; and the instance of the copy of this script that does, or ""."""
+def check_port(settings: Settings, health: Health) -> tuple[str, str]:
+    """Whether the server listens that these settings are for, and how it is."""
     place = f"port {settings.webhook_port} of {settings.webhook_host}"
-    try:
-        health = local_health(settings)
-    except ConnectionRefusedError:
+    if isinstance(health.error, ConnectionRefusedError):
         return "warning", (f"{place}: no server runs with these settings, so nothing can arrive: "
-                           "start it, or give check its settings (--env-file)"), ""
-    except (OSError, UnicodeError, http.client.HTTPException) as error:
-        return "problem", f"{place}: no answer ({printable(str(error))})", ""
+                           "start it, or give check its settings (--env-file)")
     if not health.instance:
         return "problem", (f"{place} is held by another program, or by a copy of this script with "
                            "other settings: give check the settings of that copy (--env-file, "
-                           "--url)"), ""
-    if health.status == 503:
-        return "problem", f"{place}: the running copy says: {health.text}", health.instance
-    if health.refused != "0":
-        return "warning", (f"{place}: the running copy has refused webhooks (so far: "
-                           f"{health.refused}); its stderr says why"), health.instance
-    return "ok", f"{place}: a copy of this script runs", health.instance
+                           f"--url); it gave {health.error or f'status {health.status}'}")
+    if health.trouble:
+        return ("problem" if health.status == 503 else "warning",
+                f"{place}: the running copy says: {health.trouble}")
+    return "ok", f"{place}: a copy of this script runs"
 
 
 def check_way_in(url: str, instance: str) -> tuple[str, str]:
     """Whether each path under `url` leads, through the internet, to the process `instance`."""
+    if not url:
+        return "warning", "no WEBHOOK_URL: trial mode, sipgate cannot reach this machine"
     for route in ROUTES:
-        try:
-            health = get_health(url + route)
-        except ssl.SSLCertVerificationError as error:
+        health = get_health(url + route)
+        if isinstance(health.error, ssl.SSLCertVerificationError):
             return "problem", (f"{url}: sipgate will not accept the certificate: "
-                               f"{error.verify_message}; get one from Let's Encrypt, for instance")
-        except (OSError, UnicodeError, http.client.HTTPException) as error:
+                               f"{health.error.verify_message}; get one from Let's Encrypt, for "
+                               "instance")
+        if health.error:
             # From inside, a router may not be able to reach its own public address.
-            return "warning" if isinstance(error, socket.timeout) else "problem", (
-                f"{url} cannot be reached from here ({printable(str(error))}): is the tunnel or "
-                "proxy running?")
+            return "warning" if isinstance(health.error, socket.timeout) else "problem", (
+                f"{url} cannot be reached from here ({health.error}): is the tunnel or proxy "
+                "running?")
         if not health.instance:
             return "problem", (f"{url}{route} does not get through (status {health.status}): the "
                                "proxy leads elsewhere, or changes the path on its way (nginx: no "
@@ -3521,24 +3509,22 @@ def check_way_in(url: str, instance: str) -> tuple[str, str]:
 
 
 def check(options: argparse.Namespace, settings: Settings) -> int:
-    """The command `check`."""
+    """The command `check`; the exit status is 1 if there is a problem."""
     def findings() -> Iterator[tuple[str, str]]:
         yield "ok", f"Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}"
         yield "ok", f"settings: {options.sources}"
         yield from check_files(settings)
-        yield from check_log(settings.call_log)
-        kind, text, instance = check_port(settings)
-        yield kind, text
-        if instance and settings.trial:
-            yield "warning", "no WEBHOOK_URL: trial mode, sipgate cannot reach this machine"
-        elif instance:
-            yield check_way_in(settings.webhook_url, instance)
+        yield check_log(settings.call_log)
+        health = local_health(settings)
+        yield check_port(settings, health)
+        if health.instance:
+            yield check_way_in(settings.webhook_url, health.instance)
 
-    worst = 0
+    status = 0
     for kind, text in findings():
-        print(wrapped(f"{kind:8} {text}", sys.stdout, 9), flush=True)
-        worst |= kind == "problem"
-    return worst
+        print(wrapped(f"{kind:8} {printable(text)}", sys.stdout, 9), flush=True)
+        status |= kind == "problem"
+    return status
 
 
 # ------------------------------------------------------------------------------------------
@@ -3633,7 +3619,6 @@ const words = { "Now": "Jetzt", "Nobody is calling.": "Gerade ruft niemand an.",
     "Calls": "Anrufe",
   "no server runs: calls that come now are not recorded":
     "kein Server läuft: was jetzt anruft, wird nicht aufgezeichnet",
-  "no server runs here with these settings": "hier läuft kein Server mit diesen Einstellungen",
   "the call log is behind": "das Anrufprotokoll hängt zurück" };
 const say = text => german && words[text] || text;
 const el = (tag, attributes, ...children) => {
@@ -3937,14 +3922,9 @@ class Overview:
         if time.monotonic() < self._health_at:
             return False
         self._health_at, before = time.monotonic() + 5, self._trouble
-        try:
-            health = local_health(self.settings)
-            self._trouble = "" if health.instance and health.status == 200 else (
-                health.text if health.instance else "no server runs here with these settings")
-            if health.refused != "0" and not self._trouble:
-                self._trouble = f"webhooks were refused ({health.refused}): its stderr says why"
-        except (OSError, UnicodeError, http.client.HTTPException):
-            self._trouble = "no server runs: calls that come now are not recorded"
+        health = local_health(self.settings)
+        self._trouble = health.trouble if health.instance else (
+            "no server runs: calls that come now are not recorded")
         return self._trouble != before
 
     def _publish(self, is_new: bool, nothing: str) -> None:
