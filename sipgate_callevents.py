@@ -3188,80 +3188,64 @@ SCENARIOS = {
 MENU_LIMIT = 20  # of <Gather> in a row
 
 
-def is_done(receiver: Receiver, seconds: float) -> bool:
-    """Wait up to `seconds` for all that follows a reply; whether that is done."""
-    until = time.monotonic() + seconds
-    while receiver.afterwards.waiting() or receiver.your_code.hooks.waiting():
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.005)
-    return True
-
-
 class Rehearsal:
     """Plays one scenario towards `receiver`, and prints what is said."""
 
     def __init__(self, receiver: Receiver, scenario: str, options: argparse.Namespace) -> None:
         self.receiver, self.scenario, self.options = receiver, scenario, options
+        self.base_url = receiver.settings.base_url
+        self.urls = {"newCall": self.base_url + "/new-call"}  # the others are what replies ask for
         self.pressed = options.digits.split(",")
         self.call_id, self.xcid = os.urandom(32).hex().upper()[1:], os.urandom(8).hex()
-        self.faults = 0
-        self.urls: dict[str, str] = {}  # that replies have asked for, by event
-        self.answering: dict[str, str] = {}  # who answers in place of the first one who rang
+        self.answering: dict[str, Any] = {}  # who answers in place of the first one who rang
         self.cause = ""  # why our reply has ended the call
 
     def play(self) -> None:
-        """Send the events of the scenario, as far as the replies ask for them."""
+        """Send the events of the scenario, as far as our replies let them happen."""
         print(f"\n{self.scenario}", flush=True)
-        for word in SCENARIOS[self.scenario].split():
-            leg, _, event = word.rpartition(".")
-            event, _, detail = event.partition(":")
-            if leg and self.cause:
-                continue  # a call that was refused is neither forwarded nor transferred
-            form = self._form(event, leg or "A", detail)
+        for step in SCENARIOS[self.scenario].split():
+            place, _, detail = step.partition(":")
+            if self.cause and place != "hangup":
+                continue  # a call that was refused is neither answered nor passed on
+            leg, _, event = place.rpartition(".")
+            form, words = self._form(event, leg or "A", detail)
+            action = self._post(self.urls[event], form, words)
             if event == "newCall":
-                base = self.receiver.settings.base_url
-                self._obey(self._post(base + "/new-call", form), form["callId"])
-            elif event in self.urls and not (event == "answer" and self.cause):
-                self._post(self.urls[event], form)
+                self._obey(action, form["callId"])
 
-    def _form(self, event: str, leg: str, detail: str) -> dict[str, Any]:
-        ends = [self.options.sender, self.options.to]
+    def _form(self, event: str, leg: str, detail: str) -> tuple[dict[str, Any], str]:
+        """The fields of an event, and what to print of it."""
+        ends, direction = [self.options.sender, self.options.to], "in"
         if self.scenario == "outgoing":
-            ends.reverse()
+            ends, direction = ends[::-1], "out"
         form: dict[str, Any] = {
-            "event": event, "direction": "out" if self.scenario == "outgoing" else "in",
-            "from": ends[0], "to": ends[1], "callId": self.call_id + leg,
-            "origCallId": self.call_id + "A", "xcid": self.xcid}
+            "event": event, "direction": direction, "from": ends[0], "to": ends[1],
+            "callId": self.call_id + leg, "origCallId": self.call_id + "A", "xcid": self.xcid}
         if leg != "A":
             form["diversion"] = self.options.to
         users = [detail] if detail else self.options.user or ["Alice", "Bob"]
         ids = [f"w{number}" for number in range(len(users)) if detail != "voicemail"]
+        full_ids = ["1234567" + name for name in ids]
         if event == "newCall":
-            form.update({"user[]": users, "userId[]": ids,
-                         "fullUserId[]": ["1234567" + name for name in ids]})
-        elif event == "answer":
-            form.update({"user": users[0], "answeringNumber": self.options.to,
-                         "userId": "".join(ids[:1]),
-                         "fullUserId": "".join("1234567" + name for name in ids[:1]),
-                         **self.answering})
-        else:
-            form["cause"] = self.cause or detail or "normalClearing"
-        return form
+            form.update({"user[]": users, "userId[]": ids, "fullUserId[]": full_ids})
+            return form, f"{ends[0]} to {ends[1]} ({', '.join(users)})"
+        if event == "answer":
+            form.update({"user": users[0], "userId": ids[:1], "fullUserId": full_ids[:1],
+                         "answeringNumber": self.options.to, **self.answering})
+            return form, form["user"] or form["answeringNumber"]
+        form["cause"] = self.cause or detail or "normalClearing"
+        return form, form["cause"]
 
     def _obey(self, action: ET.Element | None, call_id: str) -> None:
         """Press keys for each Gather that the replies ask for, and note what comes of the call."""
         asked, self.answering = 0, {}
-        while action is not None and action.tag == "Gather":
-            url, asked = action.get("onData", ""), asked + 1
-            if not url.startswith(self.receiver.settings.base_url + "/"):
-                print(f"    {printable(url)} is on another server: it is not followed")
-                break
+        while action is not None and action.get("onData", "").startswith(self.base_url + "/"):
+            digits, asked = self.pressed.pop(0) if self.pressed else "", asked + 1
             if asked > MENU_LIMIT:
-                self._complain(f"{MENU_LIMIT} times <Gather> in a row: the menu never ends")
+                logger.error("%d times <Gather> in a row: the menu never ends", MENU_LIMIT)
                 break
-            digits = self.pressed.pop(0) if self.pressed else ""
-            action = self._post(url, {"event": "dtmf", "dtmf": digits, "callId": call_id})
+            action = self._post(action.get("onData", ""), {
+                "event": "dtmf", "dtmf": digits, "callId": call_id}, digits or "(no key pressed)")
         if self.scenario == "menu" and any(self.pressed):
             print(f"    (your functions do not ask for {','.join(self.pressed)})")
         if action is not None and action.tag == "Dial":
@@ -3272,31 +3256,24 @@ class Rehearsal:
             rejected = "busy" if action.get("reason") else "noAnswer"
             self.cause = {"Reject": rejected, "Hangup": "normalClearing"}.get(action.tag, "")
 
-    def _complain(self, text: str) -> None:
-        self.faults += 1
-        print(f"!!! {text}", flush=True)
-
-    def _post(self, url: str, form: Mapping[str, Any]) -> ET.Element | None:
+    def _post(self, url: str, form: Mapping[str, Any], words: str) -> ET.Element | None:
         """Send an event as sipgate does; return the action that the reply asks for."""
-        if form["event"] == "newCall":
-            words = f"{form['from']} to {form['to']} ({', '.join(form['user[]'])})"
-        elif form["event"] == "dtmf":
-            words = form["dtmf"] or "(no key pressed)"
-        else:
-            words = form.get("cause") or form["user"] or form["answeringNumber"] or "(nobody named)"
         print(f"--> {form['event']:8} {printable(words)}", flush=True)
         body = urllib.parse.urlencode(form, doseq=True, errors="replace").encode()
         receiver, began = self.receiver, time.monotonic()
         try:
-            event = receiver.admit(url[len(receiver.settings.base_url):], body)
+            event = receiver.admit(url[len(self.base_url):], body)
         except WebhookError as error:
-            self._complain(f"{printable(url)}: {error.status} {error.reason}")
+            logger.error("%s: %d %s", url, error.status, error.reason)
             return None
         replied = receiver.reply_to(event, began + receiver.reply_seconds)
         took = f"<-- {replied.reply.status} in {(time.monotonic() - began) * 1000:.0f} ms"
         receiver.follow(replied)
-        if not is_done(receiver, 10):
-            self._complain("your on_answer or on_hangup has not returned after 10 s")
+        while receiver.afterwards.waiting() or receiver.your_code.hooks.waiting():
+            if receiver.your_code.stuck():
+                logger.error("%s", receiver.your_code.stuck())
+                break
+            time.sleep(0.005)
         if replied.reply is DISCARDED:
             print(took, flush=True)
             return None
@@ -3306,62 +3283,64 @@ class Rehearsal:
         action = printable(described(replied.action)) if replied.action else "no action"
         print(wrapped(f"{took}  {action}, asks for {' and '.join(asked) or 'nothing more'}",
                       sys.stdout, 4), flush=True)
-        is_idle = receiver.your_code.does_nothing("on_dtmf")
-        for element in response.iter("Gather"):
-            if is_idle and element.get("onData", "").startswith(receiver.settings.base_url):
+        self._remark(response)
+        return next(iter(response), None)
+
+    def _remark(self, response: ET.Element) -> None:
+        """Say what of a reply would come to nothing at sipgate."""
+        for gather in response.iter("Gather"):
+            url = gather.get("onData", "")
+            if not url.startswith(self.base_url + "/"):
+                print(f"    {printable(url)} is on another server: it is not followed")
+            elif self.receiver.your_code.does_nothing("on_dtmf"):
                 print("    (on_dtmf does nothing with the digits)")
         for sound in response.iter("Url"):
             if not (sound.text or "").partition("?")[0].lower().endswith(".wav"):
                 print(f"    is {printable(sound.text or '')} a WAV file? sipgate plays no other")
-        return next(iter(response), None)
 
 
 def check_sound(path: str) -> int:
-    """Say whether sipgate would play the file; return the exit status. Raises SettingsError."""
+    """Say whether sipgate would play the file; return the exit status. Raises OSError."""
     import wave
     try:
         with wave.open(path, "rb") as sound:
-            found = (sound.getnchannels(), sound.getsampwidth() * 8, sound.getframerate())
-        fault = "" if found == (1, 16, 8000) else "it has {} channels, {} bit, {} Hz".format(*found)
+            found = (f"{sound.getnchannels()} channels, {sound.getsampwidth() * 8} bit, "
+                     f"{sound.getframerate()} Hz")
     except (wave.Error, EOFError) as error:
-        fault = f"it is no PCM WAV file ({error or 'it is cut off'})"
-    except OSError as error:
-        raise SettingsError(f"{path} cannot be read: {error.strerror}") from None
-    print(wrapped(f"{path}: " + (f"sipgate skips it: {fault}; expected mono, 16 bit, 8000 Hz"
-                                 if fault else "sipgate plays it"), sys.stdout))
-    return 1 if fault else 0
+        found = f"no PCM WAV file ({error or 'it is cut off'})"
+    is_right = found == "1 channels, 16 bit, 8000 Hz"
+    print(wrapped(f"{path}: " + ("sipgate plays it" if is_right else
+                                 f"sipgate skips it: {found}; expected mono, 16 bit, 8000 Hz"),
+                  sys.stdout))
+    return 0 if is_right else 1
 
 
 def simulate(options: argparse.Namespace, settings: Settings) -> int:
-    """The command `simulate`."""
+    """The command `simulate`; the exit status is 1 if your functions failed."""
     if options.sound:
         return check_sound(options.sound)
     functions = load_functions(settings.call_handlers)
-    print("Rehearsal: nothing leaves this machine"
-          + (f", but your functions really run\n({settings.call_handlers})."
-             if settings.call_handlers else "; CALL_HANDLERS names no functions of yours."))
-    faults = 0
+    print("Rehearsal: nothing leaves this machine, but your functions really run\n"
+          f"({settings.call_handlers or 'those in this script: CALL_HANDLERS names none'}).")
+    levels = []
 
-    def count(record: logging.LogRecord) -> bool:
-        nonlocal faults
-        faults += record.levelno >= logging.ERROR
+    def note(record: logging.LogRecord) -> bool:
+        levels.append(record.levelno)
         return True
 
-    logger.addFilter(count)
+    logger.addFilter(note)
     with tempfile.TemporaryDirectory() as folder:
         log = CallLog(os.path.join(folder, "calls.db"), 1)
         receiver = Receiver(Settings(webhook_port=settings.webhook_port), [], functions,
                             call_log=log, find_call=call_finder(log.path))
         for scenario in SCENARIOS if options.all else [options.scenario]:
-            rehearsal = Rehearsal(receiver, scenario, options)
-            rehearsal.play()
-            faults += rehearsal.faults
+            Rehearsal(receiver, scenario, options).play()
             with contextlib.closing(open_log(log.path)) as database:
                 call, _ = next(listed_calls(database, time.time()))
             print(table([call]), flush=True)
         log.close(5)
-    logger.removeFilter(count)
-    return 1 if faults else 0
+    logger.removeFilter(note)
+    return 1 if logging.ERROR in levels else 0
 
 
 # ------------------------------------------------------------------------------------------
