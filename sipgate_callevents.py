@@ -71,14 +71,13 @@ import contextlib
 import csv
 import datetime
 import email.utils
-import errno
 import functools
 import glob
 import hashlib
 import hmac
 import http.client
 import http.server
-import importlib.util
+import importlib.machinery
 import inspect
 import io
 import ipaddress
@@ -103,6 +102,7 @@ import textwrap
 import threading
 import time
 import traceback
+import types
 import urllib.parse
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -2118,7 +2118,7 @@ SETTINGS = [known.name.upper() for known in fields(Settings)]
 PATHS = ("WEBHOOK_TLS_CERT", "WEBHOOK_TLS_KEY", "SIGNATURE_KEY_FILE", "CALL_HANDLERS", "CALL_LOG")
 CHOICES = {"VERIFY_SIGNATURE": ("on", "new-call", "off"), "CALL_OUTPUT": ("text", "json", "off")}
 NUMBERS = {"WEBHOOK_PORT": range(65536), "CALL_LOG_DAYS": range(1, 100_000)}  # port 0: any free one
-PUBLIC_URL = re.compile(r"(?i:https?)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+\])"
+PUBLIC_URL = re.compile(r"(?!.*(?:ADDRESS|SECRET-PATH))(?i:https?)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+\])"
                         r"(:[0-9]{1,5})?(/[A-Za-z0-9/._~!$&'()*+,;=:@%-]*)?")
 
 
@@ -2139,9 +2139,7 @@ def read_setting(name: str, text: str, folder: str) -> Any:
     if name == "WEBHOOK_URL":
         return read_url(text)
     if name == "WEBHOOK_HOST":
-        text = text.strip("[]")
-        if not re.fullmatch("[A-Za-z0-9._:%-]+", text) or text.count(":") == 1:
-            raise ValueError("expected an address such as 127.0.0.1 or ::1, without a port")
+        return text.strip("[]")
     if name == "CALL_PAGE_KEY" and not re.fullmatch("[A-Za-z0-9_-]{16,128}", text):
         raise ValueError("expected 16 to 128 letters and digits, such as " + os.urandom(8).hex())
     return os.path.abspath(os.path.join(folder, text)) if name in PATHS and text != "off" else text
@@ -2156,10 +2154,7 @@ def read_url(text: str) -> str:
         is_url = False
     if not is_url:
         raise ValueError("expected an address such as https://example.org/3f9c2a, without user, "
-                         "query or fragment")
-    if "ADDRESS" in text or "SECRET-PATH" in text:
-        raise ValueError("put the real address for ADDRESS, and a random path for SECRET-PATH, "
-                         "such as " + os.urandom(8).hex())
+                         "query or fragment; ADDRESS and SECRET-PATH stand for yours")
     for route in ROUTES:
         if base.endswith(route):
             raise ValueError(f"leave out {route}, it is added to {base[:-len(route)]}")
@@ -2236,12 +2231,10 @@ def load_functions(path: str) -> CallFunctions:
     if not path:
         return CallFunctions()
     wrong, names = f'CALL_HANDLERS is "{path}": ', CallFunctions._fields
-    spec = importlib.util.spec_from_file_location("call_handlers", path)
-    if spec is None or spec.loader is None:
-        raise SettingsError(wrong + "expected the name of a Python file, ending in .py")
-    module = sys.modules["call_handlers"] = importlib.util.module_from_spec(spec)
+    module = sys.modules["call_handlers"] = types.ModuleType("call_handlers")
+    module.__file__ = path
     try:
-        spec.loader.exec_module(module)
+        importlib.machinery.SourceFileLoader("call_handlers", path).exec_module(module)
     except BaseException as error:  # noqa: BLE001 - sys.exit() in the file included
         lines = [f"line {frame.lineno}: " for frame in traceback.extract_tb(error.__traceback__)
                  if frame.filename == path]
@@ -2306,14 +2299,10 @@ def load_keys(path: str) -> list[PublicKey]:
 def bind_advice(error: Exception, settings: Settings) -> str:
     """One line that says why nothing can listen there, and what to do."""
     port = settings.webhook_port
-    advice = {
-        errno.EADDRINUSE: "stop the program that has it, perhaps another copy of this one, or use "
-                          f"--port {port % 65535 + 1}",
-        errno.EACCES: "use --port 8080, and let a proxy listen on a port below 1024",
-    }.get(getattr(error, "errno", 0), "set WEBHOOK_HOST to 127.0.0.1, or to 0.0.0.0 for all "
-          "addresses of this machine")
     return (f"cannot listen on {settings.webhook_host} port {port}: "
-            f"{getattr(error, 'strerror', error)}: {advice}")
+            f"{getattr(error, 'strerror', error)}: stop the program that has the port, perhaps "
+            f"another copy, or use --port {port % 65535 + 1} (below 1024 it takes privileges); or "
+            "set WEBHOOK_HOST to 127.0.0.1, or to 0.0.0.0 for all addresses of this machine")
 
 
 TRIAL_TEXT = """\
@@ -2406,9 +2395,9 @@ def event_line(event: CallEvent, call: Any = None) -> str:
         return f"{who} answered call from {known(event.from_number)}"
     call = call or event.call
     if isinstance(event, HangupEvent):
-        remarks = [printable(event.cause)] if event.cause else []
-        remarks += [outcome_text(call)] if call and call.ended is not None else []
-        return "The call has been hung up" + (f" ({', '.join(remarks)})" if remarks else "")
+        outcome = outcome_text(call) if call and call.ended is not None else ""
+        remarks = ", ".join(filter(None, (printable(event.cause), outcome)))
+        return "The call has been hung up" + (f" ({remarks})" if remarks else "")
     if isinstance(event, DtmfEvent):
         return f"{known(call.from_number if call else '')} pressed {known(event.dtmf)}"
     return f"Unknown event {known(event.event)}"
@@ -2427,9 +2416,8 @@ def event_json(event: CallEvent, received_at: float, reply: str = "") -> dict[st
     if isinstance(event, NewCallEvent):
         entry.update((wire, list(getattr(event, name))) for wire, name in LIST_FIELDS.items())
     for key, values in event.fields.items():
-        is_list = isinstance(event, NewCallEvent) and LIST_KEY.fullmatch(key)
-        if not is_list and entry.get(key) in (None, []):
-            entry[key] = values[0] if len(values) == 1 else list(values)
+        if not LIST_KEY.fullmatch(key):
+            entry.setdefault(key, values[0] if len(values) == 1 else list(values))
     return {**entry, "reply": reply} if reply else entry
 
 
