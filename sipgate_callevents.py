@@ -2118,8 +2118,9 @@ SETTINGS = [known.name.upper() for known in fields(Settings)]
 PATHS = ("WEBHOOK_TLS_CERT", "WEBHOOK_TLS_KEY", "SIGNATURE_KEY_FILE", "CALL_HANDLERS", "CALL_LOG")
 CHOICES = {"VERIFY_SIGNATURE": ("on", "new-call", "off"), "CALL_OUTPUT": ("text", "json", "off")}
 NUMBERS = {"WEBHOOK_PORT": range(65536), "CALL_LOG_DAYS": range(1, 100_000)}  # port 0: any free one
-PUBLIC_URL = re.compile(r"(?!.*(?:ADDRESS|SECRET-PATH))(?i:https?)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+\])"
-                        r"(:[0-9]{1,5})?(/[A-Za-z0-9/._~!$&'()*+,;=:@%-]*)?")
+PUBLIC_URL = re.compile(
+    r"(?!.*(ADDRESS|SECRET-PATH))(?i:https?)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+\])"
+    r"(:[0-9]{1,5})?(/[A-Za-z0-9/._~!$&'()*+,;=:@%-]*)?")
 
 
 def read_setting(name: str, text: str, folder: str) -> Any:
@@ -2238,8 +2239,8 @@ def load_functions(path: str) -> CallFunctions:
     except BaseException as error:  # noqa: BLE001 - sys.exit() in the file included
         lines = [f"line {frame.lineno}: " for frame in traceback.extract_tb(error.__traceback__)
                  if frame.filename == path]
-        raise SettingsError(f"{wrong}{''.join(lines[-1:])}{type(error).__name__}: {error}"
-                            ) from None
+        why = f"{type(error).__name__}: {error}"
+        raise SettingsError(wrong + "".join(lines[-1:]) + why) from None
     for name in set(vars(module)).difference(names):
         meant = likely(name, names)
         if meant:
@@ -2296,15 +2297,6 @@ def load_keys(path: str) -> list[PublicKey]:
         raise SettingsError(f'SIGNATURE_KEY_FILE is "{path}": {reason}') from None
 
 
-def bind_advice(error: Exception, settings: Settings) -> str:
-    """One line that says why nothing can listen there, and what to do."""
-    port = settings.webhook_port
-    return (f"cannot listen on {settings.webhook_host} port {port}: "
-            f"{getattr(error, 'strerror', error)}: stop the program that has the port, perhaps "
-            f"another copy, or use --port {port % 65535 + 1} (below 1024 it takes privileges); or "
-            "set WEBHOOK_HOST to 127.0.0.1, or to 0.0.0.0 for all addresses of this machine")
-
-
 TRIAL_TEXT = """\
 Trial mode proves nothing: any program on this machine can invent calls.
 For a first real call, book sipgate.io, open a tunnel in a second terminal:
@@ -2317,25 +2309,22 @@ LIVE_TEXT = """\
 At https://console.sipgate.com, enter this under Webhooks > URLs, and choose
 the phone lines under Webhooks > Sources:
   {url}/new-call
-VERIFY_SIGNATURE={mode}: {unsigned} that sipgate did not sign is refused.
 """
 
 
 def announcement(settings: Settings) -> str:
     """What a person needs next, now that the server listens."""
-    host, mode = settings.webhook_host, settings.verify_signature
-    unsigned = {"on": "any event", "new-call": "a newCall", "off": "no event"}[mode]
-    text = (TRIAL_TEXT if settings.trial else LIVE_TEXT).format(
-        port=settings.webhook_port, secret=os.urandom(8).hex(), url=settings.webhook_url,
-        mode=mode, unsigned=unsigned)
-    for name in PATHS:
-        path = getattr(settings, name.lower())
-        text += f"{name} is {path}\n" if path else ""
+    host, port = settings.webhook_host, settings.webhook_port
+    host = f"[{host}]" if ":" in host else host
+    text = f"sipgate_callevents {__version__} listens on {host}:{port}\n"
+    text += (TRIAL_TEXT if settings.trial else LIVE_TEXT).format(
+        port=port, secret=os.urandom(8).hex(), url=settings.webhook_url)
+    for name in ("VERIFY_SIGNATURE", *PATHS):
+        value = getattr(settings, name.lower())
+        text += f"{name} is {value}\n" if value else ""
     if settings.call_log != "off":
-        text += (f"It keeps numbers for {plural(settings.call_log_days, 'day')}; CALL_LOG=off "
-                 "keeps none.\n")
-    return (f"sipgate_callevents {__version__} listens on {f'[{host}]' if ':' in host else host}:"
-            f"{settings.webhook_port}\n{text}Waiting for calls. Ctrl-C stops.\n")
+        text += f"It keeps numbers for {plural(settings.call_log_days, 'day')}; off keeps none.\n"
+    return text + "Waiting for calls. Ctrl-C stops.\n"
 
 
 def modified(path: str) -> float:
@@ -3196,7 +3185,7 @@ class Rehearsal:
             if self.cause and place != "hangup":
                 continue  # a call that was refused is neither answered nor passed on
             leg, _, event = place.rpartition(".")
-            form, words = self._form(event, leg or "A", detail)
+            form, words = self._form(event, leg, detail)
             action = self._post(self.urls[event], form, words)
             if event == "newCall":
                 self._obey(action, form["callId"])
@@ -3208,8 +3197,8 @@ class Rehearsal:
             ends, direction = ends[::-1], "out"
         form: dict[str, Any] = {
             "event": event, "direction": direction, "from": ends[0], "to": ends[1],
-            "callId": self.call_id + leg, "origCallId": self.call_id + "A", "xcid": self.xcid}
-        if leg != "A":
+            "callId": self.call_id + leg, "origCallId": self.call_id, "xcid": self.xcid}
+        if leg:
             form["diversion"] = self.options.to
         users = [detail] if detail else self.options.user or ["Alice", "Bob"]
         ids = [f"w{number}" for number in range(len(users)) if detail != "voicemail"]
@@ -3295,7 +3284,7 @@ def check_sound(path: str) -> int:
             found = (f"{sound.getnchannels()} channels, {sound.getsampwidth() * 8} bit, "
                      f"{sound.getframerate()} Hz")
     except (wave.Error, EOFError) as error:
-        found = f"no PCM WAV file ({error or 'it is cut off'})"
+        found = f"no PCM WAV file ({str(error) or 'it is cut off'})"
     is_right = found == "1 channels, 16 bit, 8000 Hz"
     print(wrapped(f"{path}: " + ("sipgate plays it" if is_right else
                                  f"sipgate skips it: {found}; expected mono, 16 bit, 8000 Hz"),
@@ -4267,7 +4256,12 @@ def run(options: argparse.Namespace) -> int:
         return serve(settings, keys=keys, functions=functions, tell=tell, announce=announcement,
                      find_call=call_finder(settings.call_log))
     except (OSError, UnicodeError) as error:
-        raise CommandEnd(bind_advice(error, settings)) from None
+        port, reason = settings.webhook_port, getattr(error, "strerror", error)
+        raise CommandEnd(
+            f"cannot listen on {settings.webhook_host} port {port}: {reason}: stop the program "
+            f"that has the port, perhaps another copy, or use --port {port % 65535 + 1} (below "
+            "1024 it takes privileges); or set WEBHOOK_HOST to 127.0.0.1, or to 0.0.0.0 for all "
+            "addresses of this machine") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -4287,8 +4281,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - nothing to flush
         return 0
     except (SettingsError, CommandEnd, sqlite3.Error, OSError) as error:
-        for line in str(error).splitlines():
-            print(wrapped(f"sipgate_callevents: {printable(line)}", sys.stderr), file=sys.stderr)
+        for problem in getattr(error, "problems", [str(error)]):
+            text = "sipgate_callevents: " + printable(problem)
+            print(wrapped(text, sys.stderr), file=sys.stderr)
         return {SettingsError: 2, NothingToShow: 0}.get(type(error), 1)
 
 

@@ -2983,7 +2983,7 @@ class ProgramTest(InFolder):
             "New call from [unknown] to [unknown] is ringing..."])
         self.assertRegex(out, r"\A\d{4}-\d\d-\d\d \d\d:\d\d:\d\d New call")
         self.assertIn("ssh -R 80:127.0.0.1:", err)
-        self.assertIn(f"CALL_LOG is {self.path}\nIt keeps numbers for 7 days; CALL_LOG=off", err)
+        self.assertIn(f"CALL_LOG is {self.path}\nIt keeps numbers for 7 days; off keeps none.", err)
         self.assertLessEqual(max(map(len, err.replace(self.folder, "").splitlines())), 80)
 
     def test_a_signed_call_end_to_end_with_a_key_and_functions_of_ones_own(self):
@@ -3010,7 +3010,7 @@ class ProgramTest(InFolder):
         self.assertEqual(signed("/p/on-hangup", HANGUP)[0], 200)
         out = self.assert_ended(
             program, "https://x.example/p/new-call\n", "deciding 492111234567", "it was missed",
-            "any event that sipgate did not sign is refused", "signature missing",
+            "VERIFY_SIGNATURE is on\n", "signature missing",
             "mine.py has changed: restart this program to use it",
             "mine.py: onAnswer is never called; is on_answer meant?")
         first, second = map(json.loads, out.splitlines())
