@@ -3330,7 +3330,7 @@ GET_SECONDS = 10.0  # for one answer from the network, however slowly it drips
 
 
 class Health(NamedTuple):
-    """What a GET gave: of which copy of this script ("": of none), and what is wrong with it."""
+    """What a GET gave; `instance` is that of a copy of this script, "" if there is none."""
 
     status: int = 0
     instance: str = ""
@@ -3399,8 +3399,8 @@ def check_log(path: str) -> tuple[str, str]:
     # SQLite keeps files beside it.
     is_writable = os.access(os.path.dirname(path), os.W_OK | os.X_OK)
     if not is_writable or (os.path.lexists(path) and not os.path.isfile(path)):
-        return "problem", (f"call log: {path} is no file in a folder in which this user may write: "
-                           "set CALL_LOG to one, or to off")
+        return "problem", (f"call log: {path} is no file in a folder that this user may write: set "
+                           "CALL_LOG to one, or to off")
     try:
         with contextlib.closing(open_log(path)) as database:
             fault = database.execute("PRAGMA quick_check(1)").fetchone()[0]
@@ -3417,9 +3417,8 @@ def check_log(path: str) -> tuple[str, str]:
                            "console, choose the sources, and call")
     kinds = [event for event, _ in latest]
     if kinds.count("newCall") >= 5 and not {"answer", "hangup"}.intersection(kinds):
-        return "problem", (f"call log: {path} has no answer and no hangup after the newCalls; the "
-                           "URLs in the replies begin with WEBHOOK_URL: it must be reached from "
-                           "outside")
+        return "problem", (f"call log: {path} has no answer and no hangup after the newCalls: "
+                           "sipgate sends these to WEBHOOK_URL, and does not reach it")
     return "ok", f"call log: {path}, the last event came on {local_time(latest[0][1] / 1e6)}"
 
 
@@ -3430,9 +3429,9 @@ def check_port(settings: Settings, health: Health) -> tuple[str, str]:
         return "warning", (f"{place}: no server runs with these settings, so nothing can arrive: "
                            "start it, or give check its settings (--env-file)")
     if not health.instance:
-        return "problem", (f"{place} is held by another program, or by a copy of this script with "
-                           "other settings: give check the settings of that copy (--env-file, "
-                           f"--url); it gave {health.error or f'status {health.status}'}")
+        found = health.error or f"status {health.status}"
+        return "problem", (f"{place} is held by another program, or by a copy with other settings "
+                           f"({found}): give check the settings of that copy (--env-file, --url)")
     if health.trouble:
         return ("problem" if health.status == 503 else "warning",
                 f"{place}: the running copy says: {health.trouble}")
@@ -3440,27 +3439,22 @@ def check_port(settings: Settings, health: Health) -> tuple[str, str]:
 
 
 def check_way_in(url: str, instance: str) -> tuple[str, str]:
-    """Whether each path under `url` leads, through the internet, to the process `instance`."""
+    """Whether each path under `url` leads, from outside, to the process `instance`."""
     if not url:
         return "warning", "no WEBHOOK_URL: trial mode, sipgate cannot reach this machine"
     for route in ROUTES:
         health = get_health(url + route)
+        if health.instance == instance:
+            continue
         if isinstance(health.error, ssl.SSLCertVerificationError):
             return "problem", (f"{url}: sipgate will not accept the certificate: "
-                               f"{health.error.verify_message}; get one from Let's Encrypt, for "
-                               "instance")
-        if health.error:
-            # From inside, a router may not be able to reach its own public address.
-            return "warning" if isinstance(health.error, socket.timeout) else "problem", (
-                f"{url} cannot be reached from here ({health.error}): is the tunnel or proxy "
-                "running?")
-        if not health.instance:
-            return "problem", (f"{url}{route} does not get through (status {health.status}): the "
-                               "proxy leads elsewhere, or changes the path on its way (nginx: no "
-                               "slash at the end of proxy_pass)")
-        if health.instance != instance:
-            return "problem", (f"{url}{route} leads to another copy of this script: check the port "
-                               "that the tunnel or proxy leads to")
+                               f"{health.error.verify_message}; Let's Encrypt gives a valid one")
+        # From inside, a router may not be able to reach its own public address.
+        kind = "warning" if isinstance(health.error, socket.timeout) else "problem"
+        found = "another copy of this script" if health.instance else f"status {health.status}"
+        return kind, (f"{url}{route} does not lead here ({health.error or found}): is the tunnel "
+                      "or proxy running, does it lead to this port, and leave the path as it is "
+                      "(nginx: no slash at the end of proxy_pass)?")
     return "ok", f"{url} leads to the running copy, with each of its paths"
 
 
@@ -4256,12 +4250,11 @@ def run(options: argparse.Namespace) -> int:
         return serve(settings, keys=keys, functions=functions, tell=tell, announce=announcement,
                      find_call=call_finder(settings.call_log))
     except (OSError, UnicodeError) as error:
-        port, reason = settings.webhook_port, getattr(error, "strerror", error)
         raise CommandEnd(
-            f"cannot listen on {settings.webhook_host} port {port}: {reason}: stop the program "
-            f"that has the port, perhaps another copy, or use --port {port % 65535 + 1} (below "
-            "1024 it takes privileges); or set WEBHOOK_HOST to 127.0.0.1, or to 0.0.0.0 for all "
-            "addresses of this machine") from None
+            f"cannot listen on {settings.webhook_host} port {settings.webhook_port}: "
+            f"{getattr(error, 'strerror', error)}: stop the program that has it, perhaps another "
+            "copy, or use --port with one above 1024; or set WEBHOOK_HOST to 127.0.0.1, or to "
+            "0.0.0.0 for all addresses") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2558,15 +2558,15 @@ class CheckTest(InFolder):
     def test_the_way_in_is_proven_for_each_path(self):
         server = run_server(self, Settings(webhook_url="https://x.example/p")).server
         here, other = f"127.0.0.1:{server.port}", f"localhost:{self.other_server()}"
-        unreached = "cannot be reached from here"
+        unreached = "/new-call does not lead here ("
         for base, asked, kind, said in [
                 (f"http://{here}/p", server.instance, "ok", "the running copy, with each of its"),
-                (f"http://{here}/p", "me", "problem", "/new-call leads to another copy of this"),
-                (f"http://{here}", server.instance, "problem", "does not get through (status 404)"),
-                (f"http://{other}", "me", "problem", "/on-hangup does not get through"),
-                (f"http://localhost:{free_port()}", "", "problem", unreached),
-                ("http://127.0.0.1..x:1", "", "problem", unreached),
-                (f"https://{other}", "", "problem", f"{unreached} ([SSL")]:
+                (f"http://{here}/p", "me", "problem", "/new-call does not lead here (another copy of this"),
+                (f"http://{here}", server.instance, "problem", "does not lead here (status 404)"),
+                (f"http://{other}", "me", "problem", "/on-hangup does not lead here"),
+                (f"http://localhost:{free_port()}", "me", "problem", unreached),
+                ("http://127.0.0.1..x:1", "me", "problem", unreached),
+                (f"https://{other}", "me", "problem", f"{unreached}[SSL")]:
             with self.subTest(said):
                 found, text = sc.check_way_in(base, asked)
                 self.assertEqual((found, said in text), (kind, True), text)
@@ -2623,9 +2623,9 @@ class CheckTest(InFolder):
         missing = os.path.join(self.folder, "none", "calls.db")
         for kind, said, path in [
                 ("ok", "^call log: off, nothing is kept$", "off"), ("ok", "will be created$", ""),
-                ("problem", f"{missing} is no file in a folder .* may write: set CALL", missing),
-                ("problem", "may write: set CALL_LOG to one, or to off", self.folder),
-                ("problem", "may write: set CALL_LOG to one, or to off", os.devnull)]:
+                ("problem", f"{missing} is no file in a folder that this user may write", missing),
+                ("problem", "is no file in .*: set CALL_LOG to one, or to off", self.folder),
+                ("problem", "is no file in .*: set CALL_LOG to one, or to off", os.devnull)]:
             self.assert_log(kind, said, path)
         self.assertEqual(os.listdir(self.folder), [])
         with database_at(self.path) as foreign:
