@@ -3173,7 +3173,7 @@ class Rehearsal:
         self.base_url = receiver.settings.base_url
         self.urls = {"newCall": self.base_url + "/new-call"}  # the others are what replies ask for
         self.pressed = options.digits.split(",")
-        self.call_id, self.xcid = os.urandom(32).hex().upper()[1:], os.urandom(8).hex()
+        self.call_id, self.xcid = os.urandom(32).hex().upper(), os.urandom(8).hex()
         self.answering: dict[str, Any] = {}  # who answers in place of the first one who rang
         self.cause = ""  # why our reply has ended the call
 
@@ -3217,12 +3217,13 @@ class Rehearsal:
         """Press keys for each Gather that the replies ask for, and note what comes of the call."""
         asked, self.answering = 0, {}
         while action is not None and action.get("onData", "").startswith(self.base_url + "/"):
-            digits, asked = self.pressed.pop(0) if self.pressed else "", asked + 1
+            asked += 1
             if asked > MENU_LIMIT:
                 logger.error("%d times <Gather> in a row: the menu never ends", MENU_LIMIT)
                 break
-            action = self._post(action.get("onData", ""), {
-                "event": "dtmf", "dtmf": digits, "callId": call_id}, digits or "(no key pressed)")
+            digits = self.pressed.pop(0) if self.pressed else ""
+            form = {"event": "dtmf", "dtmf": digits, "callId": call_id}
+            action = self._post(action.get("onData", ""), form, digits or "(no key pressed)")
         if self.scenario == "menu" and any(self.pressed):
             print(f"    (your functions do not ask for {','.join(self.pressed)})")
         if action is not None and action.tag == "Dial":
@@ -3344,18 +3345,13 @@ def get_health(url: str, context: ssl.SSLContext | None = None) -> Health:
 
     def get() -> None:
         parts = urllib.parse.urlsplit(url)
-        secure = {"context": context} if parts.scheme == "https" else {}
-        kind: Any = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        kind: Any = http.client.HTTPConnection
+        if parts.scheme == "https":
+            kind = functools.partial(http.client.HTTPSConnection, context=context)
         try:
-            with contextlib.closing(kind(parts.netloc, timeout=GET_SECONDS, **secure)) as link:
+            with contextlib.closing(kind(parts.netloc, timeout=GET_SECONDS)) as link:
                 link.request("GET", parts.path)
-                reply = link.getresponse()
-                refused, trouble = reply.headers.get("X-Refused", "0"), ""
-                if reply.status == 503:
-                    trouble = reply.read(200).decode("utf-8", "replace").strip()
-                elif refused != "0":
-                    trouble = f"webhooks were refused ({refused}): its stderr says why"
-                outcome.put(Health(reply.status, reply.headers.get("X-Instance", ""), trouble))
+                outcome.put(read_health(link.getresponse()))
         except Exception as error:  # noqa: BLE001 - whatever the network makes of it
             outcome.put(Health(error=error))
 
@@ -3364,6 +3360,16 @@ def get_health(url: str, context: ssl.SSLContext | None = None) -> Health:
         return outcome.get(timeout=GET_SECONDS)
     except queue.Empty:
         return Health(error=socket.timeout("timed out"))  # noqa: UP041 - before Python 3.10
+
+
+def read_health(reply: http.client.HTTPResponse) -> Health:
+    """What the reply to a GET tells. Raises OSError, http.client.HTTPException."""
+    refused, trouble = reply.headers.get("X-Refused", "0"), ""
+    if reply.status == 503:
+        trouble = reply.read(200).decode("utf-8", "replace").strip()
+    elif refused != "0":
+        trouble = f"webhooks were refused ({refused}): its stderr says why"
+    return Health(reply.status, reply.headers.get("X-Instance", ""), trouble)
 
 
 def local_health(settings: Settings) -> Health:
@@ -4130,13 +4136,16 @@ def read_settings(options: argparse.Namespace, environ: Mapping[str, str]) -> Se
     in_file, unread = parse_dotenv(read_env_file(path)) if path else ({}, {})
     if path:
         print(f"Settings are read from {path}", file=sys.stderr)
-    expected = "expected NAME=value, quotes closed, without ${...}, \\ or text behind them"
-    problems = [f"{path} line {number}: {name} cannot be read: {expected}"
-                for number, name in unread.items() if name in SETTINGS]
+    problems = []
+    for number, name in unread.items():
+        problem = (f"{path} line {number}: {name or 'it'} cannot be read: expected NAME=value, "
+                   "quotes closed, without ${...}, \\ or text behind them")
+        if name in SETTINGS:
+            problems.append(problem)
+        else:
+            logger.warning("%s; the line is skipped", problem)
     if problems:
         raise SettingsError(*problems)
-    for number in unread:
-        logger.warning("%s: line %d is skipped: %s", path, number, expected)
     typed = {name: text for name, text in vars(options).items() if name in SETTINGS}
     values = {**in_file, **environ, **typed}
     for name in sorted(set(values).difference(SETTINGS)):

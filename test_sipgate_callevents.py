@@ -2561,7 +2561,7 @@ class CheckTest(InFolder):
         unreached = "/new-call does not lead here ("
         for base, asked, kind, said in [
                 (f"http://{here}/p", server.instance, "ok", "the running copy, with each of its"),
-                (f"http://{here}/p", "me", "problem", "/new-call does not lead here (another copy of this"),
+                (f"http://{here}/p", "me", "problem", "/new-call does not lead here (another copy"),
                 (f"http://{here}", server.instance, "problem", "does not lead here (status 404)"),
                 (f"http://{other}", "me", "problem", "/on-hangup does not lead here"),
                 (f"http://localhost:{free_port()}", "me", "problem", unreached),
@@ -2892,9 +2892,9 @@ class SettingsFromTest(InFolder):
         text = 'A="b\nWEBHOOK_PORT=0\n'
         path = self.write("my.env", text + 'CALL_OUTPUT="off" x\nCALL_LOG="\n')
         for said in ("line 3: CALL_OUTPUT cannot be read", "line 4: CALL_LOG cannot be read"):
-            self.assert_refused(f"{path} {said}: expected", "--env-file", "my.env", lines=3)
+            self.assert_refused(f"{path} {said}: expected", "--env-file", "my.env", lines=4)
         self.write("my.env", text)
-        self.assertIn("line 1 is skipped: expected NAME=value",
+        self.assertIn("line 1: A cannot be read: expected NAME=value",
                       self.read("--env-file", "my.env")[1])
 
     def test_a_name_that_is_no_setting_is_taken_for_a_slip(self):
