@@ -3151,15 +3151,15 @@ def similar(database: sqlite3.Connection, digits: str) -> str:
 # URLs of its replies, obeys its actions, and leaves nothing behind.
 # ------------------------------------------------------------------------------------------
 
-# Events in their order; behind a colon who rings or answers, or why it ends. "B." is another leg.
+# Events in their order; behind a colon who rings, or why it ends. "B." is another leg.
 SCENARIOS = {
     "answered": "newCall answer hangup",
     "missed": "newCall hangup:cancel",
     "busy": "newCall hangup:busy",
     "declined": "newCall hangup:noAnswer",
     "outgoing": "newCall answer hangup",
-    "voicemail": "newCall hangup:forwarded B.newCall:voicemail B.answer:voicemail B.hangup",
-    "transfer": "newCall answer B.newCall:Carl B.answer:Carl hangup B.hangup",
+    "voicemail": "newCall hangup:forwarded B.newCall:voicemail B.answer B.hangup",
+    "transfer": "newCall answer B.newCall:Carl B.answer hangup B.hangup",
     "menu": "newCall answer hangup",
 }
 MENU_LIMIT = 20  # of <Gather> in a row
@@ -3174,7 +3174,7 @@ class Rehearsal:
         self.urls = {"newCall": self.base_url + "/new-call"}  # the others are what replies ask for
         self.pressed = options.digits.split(",")
         self.call_id, self.xcid = os.urandom(32).hex().upper(), os.urandom(8).hex()
-        self.answering: dict[str, Any] = {}  # who answers in place of the first one who rang
+        self.users, self.number = [""], ""  # who rings; the first one answers, with this number
         self.cause = ""  # why our reply has ended the call
 
     def play(self) -> None:
@@ -3192,30 +3192,31 @@ class Rehearsal:
 
     def _form(self, event: str, leg: str, detail: str) -> tuple[dict[str, Any], str]:
         """The fields of an event, and what to print of it."""
-        ends, direction = [self.options.sender, self.options.to], "in"
+        sender, to, direction = self.options.sender, self.options.to, "in"
         if self.scenario == "outgoing":
-            ends, direction = ends[::-1], "out"
-        form: dict[str, Any] = {
-            "event": event, "direction": direction, "from": ends[0], "to": ends[1],
-            "callId": self.call_id + leg, "origCallId": self.call_id, "xcid": self.xcid}
-        if leg:
-            form["diversion"] = self.options.to
-        users = [detail] if detail else self.options.user or ["Alice", "Bob"]
-        ids = [f"w{number}" for number in range(len(users)) if detail != "voicemail"]
+            sender, to, direction = to, sender, "out"
+        form = {"event": event, "direction": direction, "from": sender, "to": to,
+                "callId": self.call_id + leg, "origCallId": self.call_id, "xcid": self.xcid,
+                "diversion": to if leg else ""}
+        if event == "hangup":
+            form["cause"] = self.cause or detail or "normalClearing"
+            return form, form["cause"]
+        if event == "newCall":
+            self.users = [detail] if detail else self.options.user or ["Alice", "Bob"]
+            self.number = self.options.to
+        is_person = self.users[0] not in ("", "voicemail")
+        ids = [f"w{place}" for place in range(len(self.users)) if is_person]
         full_ids = ["1234567" + name for name in ids]
         if event == "newCall":
-            form.update({"user[]": users, "userId[]": ids, "fullUserId[]": full_ids})
-            return form, f"{ends[0]} to {ends[1]} ({', '.join(users)})"
-        if event == "answer":
-            form.update({"user": users[0], "userId": ids[:1], "fullUserId": full_ids[:1],
-                         "answeringNumber": self.options.to, **self.answering})
-            return form, form["user"] or form["answeringNumber"]
-        form["cause"] = self.cause or detail or "normalClearing"
-        return form, form["cause"]
+            form.update({"user[]": self.users, "userId[]": ids, "fullUserId[]": full_ids})
+            return form, f"{sender} to {to} ({', '.join(self.users)})"
+        form.update({"user": self.users[0], "userId": ids[:1], "fullUserId": full_ids[:1],
+                     "answeringNumber": self.number})
+        return form, self.users[0] or self.number
 
     def _obey(self, action: ET.Element | None, call_id: str) -> None:
         """Press keys for each Gather that the replies ask for, and note what comes of the call."""
-        asked, self.answering = 0, {}
+        asked = 0
         while action is not None and action.get("onData", "").startswith(self.base_url + "/"):
             asked += 1
             if asked > MENU_LIMIT:
@@ -3227,9 +3228,8 @@ class Rehearsal:
         if self.scenario == "menu" and any(self.pressed):
             print(f"    (your functions do not ask for {','.join(self.pressed)})")
         if action is not None and action.tag == "Dial":
-            number = action.findtext("Number") or ""
-            self.answering = {"user": "" if number else "voicemail", "answeringNumber": number,
-                              "userId": "", "fullUserId": ""}
+            self.number = action.findtext("Number") or ""
+            self.users = ["" if self.number else "voicemail"]
         elif action is not None:
             rejected = "busy" if action.get("reason") else "noAnswer"
             self.cause = {"Reject": rejected, "Hangup": "normalClearing"}.get(action.tag, "")
@@ -3412,20 +3412,20 @@ def check_log(path: str) -> tuple[str, str]:
             fault = database.execute("PRAGMA quick_check(1)").fetchone()[0]
             if fault != "ok":
                 raise CommandEnd(fault)
-            latest = database.execute("SELECT event, id FROM events WHERE event <> 'reply' "
-                                      "ORDER BY id DESC LIMIT 1000").fetchall()
+            count, follow_ups, last_id = database.execute(
+                "SELECT count(*), sum(event IN ('answer', 'hangup')), max(id) FROM (SELECT * FROM "
+                "events WHERE event <> 'reply' ORDER BY id DESC LIMIT 1000)").fetchone()
     except NothingToShow:
         return "ok", f"call log: {path} will be created"
     except (CommandEnd, sqlite3.Error) as error:
         return "problem", f"call log: {path}: {error}"
-    if not latest:
+    if not count:
         return "warning", (f"call log: {path} has no events yet; enter the URL in sipgate's "
                            "console, choose the sources, and call")
-    kinds = [event for event, _ in latest]
-    if kinds.count("newCall") >= 5 and not {"answer", "hangup"}.intersection(kinds):
+    if count >= 5 and not follow_ups:
         return "problem", (f"call log: {path} has no answer and no hangup after the newCalls: "
                            "sipgate sends these to WEBHOOK_URL, and does not reach it")
-    return "ok", f"call log: {path}, the last event came on {local_time(latest[0][1] / 1e6)}"
+    return "ok", f"call log: {path}, the last event came on {local_time(last_id / 1e6)}"
 
 
 def check_port(settings: Settings, health: Health) -> tuple[str, str]:
