@@ -2090,8 +2090,8 @@ def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
 
 ENV_NAME = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)")
 ENV_VALUE = re.compile(r"""
-    \s* = \s* (?: (?P<quote>['"]) (?P<quoted>(?:(?!(?P=quote))[^\\])*) (?P=quote) \s* (?:\#.*)?
-                | (?P<plain>(?![\s'"]).*) )""", re.VERBOSE)
+    \s* = \s* (?: (?P<quote>['"]) (?P<quoted>(?:(?!(?P=quote))[^\\\0])*) (?P=quote) \s* (?:\#.*)?
+                | (?P<plain>(?![\s'"])[^\0]*) )""", re.VERBOSE)
 
 
 def parse_dotenv(text: str) -> tuple[dict[str, str], dict[int, str]]:
@@ -3256,7 +3256,7 @@ class Rehearsal:
             print(took, flush=True)
             return None
         response = ET.fromstring(replied.reply.body)
-        asked = {name[2:].lower(): url for name, url in response.attrib.items()}
+        asked = {name[2:].lower(): target for name, target in response.attrib.items()}
         self.urls.update(asked)
         action = printable(described(replied.action)) if replied.action else "no action"
         print(wrapped(f"{took}  {action}, asks for {' and '.join(asked) or 'nothing more'}",
@@ -3266,8 +3266,8 @@ class Rehearsal:
 
     def _remark(self, response: ET.Element) -> None:
         """Say what of a reply would come to nothing at sipgate."""
-        for gather in response.iter("Gather"):
-            url = gather.get("onData", "")
+        for menu in response.iter("Gather"):
+            url = menu.get("onData", "")
             if not url.startswith(self.base_url + "/"):
                 print(f"    {printable(url)} is on another server: it is not followed")
             elif self.receiver.your_code.does_nothing("on_dtmf"):
@@ -3286,11 +3286,11 @@ def check_sound(path: str) -> int:
                      f"{sound.getframerate()} Hz")
     except (wave.Error, EOFError) as error:
         found = f"no PCM WAV file ({str(error) or 'it is cut off'})"
-    is_right = found == "1 channels, 16 bit, 8000 Hz"
-    print(wrapped(f"{path}: " + ("sipgate plays it" if is_right else
-                                 f"sipgate skips it: {found}; expected mono, 16 bit, 8000 Hz"),
-                  sys.stdout))
-    return 0 if is_right else 1
+    if found == "1 channels, 16 bit, 8000 Hz":
+        print(f"{path}: sipgate plays it")
+        return 0
+    print(wrapped(f"{path}: sipgate skips it: {found}; expected mono, 16 bit, 8000 Hz", sys.stdout))
+    return 1
 
 
 def simulate(options: argparse.Namespace, settings: Settings) -> int:
@@ -4152,7 +4152,7 @@ def read_settings(options: argparse.Namespace, environ: Mapping[str, str]) -> Se
         meant = likely(name.upper(), SETTINGS)
         if meant:
             logger.warning("there is no setting %s%s", name, meant)
-    flags = {name: "--" + name[8:].lower() for name in typed}
+    flags = {name: "--" + name.partition("_")[2].lower() for name in typed}
     sources = {**dict.fromkeys(in_file, path), **dict.fromkeys(environ, "environment"), **flags}
     said = [f"{name} ({sources[name]})" for name in SETTINGS if values.get(name)]
     options.sources = ", ".join(said) or "all are defaults"
@@ -4178,7 +4178,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_places(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that stand before a command or behind it; without defaults: one would win."""
+    """Add the flags that may stand before a command or behind it."""
+    # Without defaults: that of the command would undo what stands before it.
     add = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
     add("--url", dest="WEBHOOK_URL", metavar="URL", help="public base URL of the webhooks")
     add("--port", dest="WEBHOOK_PORT", metavar="PORT", help="port to listen on (8080)")
@@ -4197,11 +4198,11 @@ def command_line() -> argparse.ArgumentParser:
     add_places(parser)
     commands = parser.add_subparsers(metavar="COMMAND")
 
-    def command(run: Callable[[argparse.Namespace, Settings], int], name: str, words: str) -> Any:
-        # The page has a port of its own.
+    def command(function: Callable[..., int], name: str, words: str) -> Any:
+        # The page has a --port of its own, which takes the place of the other.
         each = commands.add_parser(name, help=words, description=words, allow_abbrev=False,
                                    conflict_handler="resolve")
-        each.set_defaults(run=run)
+        each.set_defaults(run=function)
         add_places(each)
         return each.add_argument
 

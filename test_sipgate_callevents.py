@@ -258,7 +258,7 @@ class DotenvTest(unittest.TestCase):
     def test_any_other_line_is_not_read_and_has_its_number_and_name(self):
         for line, name in [("a=${b}", "a"), ('a="b\\n"', "a"), ("a='b\\'", "a"), ('a="b', "a"),
                            ("export a='b' c", "a"), ('a="b" c', "a"), ('a = "b', "a"),
-                           ("a", "a"), ("'a'=b", ""),
+                           ("a=b\0", "a"), ("a", "a"), ("'a'=b", ""),
                            ("a b=c", "a"), ("=b", ""), ("a-b=c", "a")]:
             with self.subTest(line):
                 self.assertEqual(sc.parse_dotenv(f"x=1\r\n{line}\ny=2"),
