@@ -71,6 +71,7 @@ import contextlib
 import csv
 import datetime
 import email.utils
+import errno
 import functools
 import glob
 import hashlib
@@ -4260,11 +4261,11 @@ def run(options: argparse.Namespace) -> int:
         return serve(settings, keys=keys, functions=functions, tell=tell, announce=announcement,
                      find_call=call_finder(settings.call_log))
     except (OSError, UnicodeError) as error:
-        raise CommandEnd(
-            f"cannot listen on {settings.webhook_host} port {settings.webhook_port}: "
-            f"{getattr(error, 'strerror', error)}: stop the program that has it, perhaps another "
-            "copy, or use --port with one above 1024; or set WEBHOOK_HOST to 127.0.0.1, or to "
-            "0.0.0.0 for all addresses") from None
+        advice = "set WEBHOOK_HOST to 127.0.0.1, or to 0.0.0.0 for all addresses of this machine"
+        if getattr(error, "errno", 0) in (errno.EADDRINUSE, errno.EACCES):
+            advice = "stop what has it, perhaps another copy, or use --port with one above 1024"
+        raise CommandEnd(f"cannot listen on {settings.webhook_host} port {settings.webhook_port}: "
+                         f"{getattr(error, 'strerror', error)}: {advice}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
