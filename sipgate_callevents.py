@@ -3340,37 +3340,35 @@ class Health(NamedTuple):
     error: Exception | None = None  # why there is no answer
 
 
+def fetch(url: str, context: ssl.SSLContext | None) -> Health:
+    """GET `url`, however long that takes. Raises nothing."""
+    parts = urllib.parse.urlsplit(url)
+    kind: Any = http.client.HTTPConnection
+    if parts.scheme == "https":
+        kind = functools.partial(http.client.HTTPSConnection, context=context)
+    try:
+        with contextlib.closing(kind(parts.netloc, timeout=GET_SECONDS)) as link:
+            link.request("GET", parts.path)
+            reply = link.getresponse()
+            text = reply.read(200).decode("utf-8", "replace").strip()
+    except Exception as error:  # noqa: BLE001 - whatever the network makes of it
+        return Health(error=error)
+    refused, trouble = reply.headers.get("X-Refused", "0"), ""
+    if reply.status == 503:
+        trouble = text
+    elif refused != "0":
+        trouble = f"webhooks were refused ({refused}): its stderr says why"
+    return Health(reply.status, reply.headers.get("X-Instance", ""), trouble)
+
+
 def get_health(url: str, context: ssl.SSLContext | None = None) -> Health:
     """GET `url`, for GET_SECONDS at most. Raises nothing."""
     outcome: queue.SimpleQueue[Health] = queue.SimpleQueue()
-
-    def get() -> None:
-        parts = urllib.parse.urlsplit(url)
-        kind: Any = http.client.HTTPConnection
-        if parts.scheme == "https":
-            kind = functools.partial(http.client.HTTPSConnection, context=context)
-        try:
-            with contextlib.closing(kind(parts.netloc, timeout=GET_SECONDS)) as link:
-                link.request("GET", parts.path)
-                outcome.put(read_health(link.getresponse()))
-        except Exception as error:  # noqa: BLE001 - whatever the network makes of it
-            outcome.put(Health(error=error))
-
-    threading.Thread(target=get, daemon=True).start()
+    threading.Thread(target=lambda: outcome.put(fetch(url, context)), daemon=True).start()
     try:
         return outcome.get(timeout=GET_SECONDS)
     except queue.Empty:
         return Health(error=socket.timeout("timed out"))  # noqa: UP041 - before Python 3.10
-
-
-def read_health(reply: http.client.HTTPResponse) -> Health:
-    """What the reply to a GET tells. Raises OSError, http.client.HTTPException."""
-    refused, trouble = reply.headers.get("X-Refused", "0"), ""
-    if reply.status == 503:
-        trouble = reply.read(200).decode("utf-8", "replace").strip()
-    elif refused != "0":
-        trouble = f"webhooks were refused ({refused}): its stderr says why"
-    return Health(reply.status, reply.headers.get("X-Instance", ""), trouble)
 
 
 def local_health(settings: Settings) -> Health:
