@@ -2406,8 +2406,9 @@ def event_json(event: CallEvent, received_at: float, reply: str = "") -> dict[st
     if isinstance(event, NewCallEvent):
         entry.update((wire, list(getattr(event, name))) for wire, name in LIST_FIELDS.items())
     for key, values in event.fields.items():
-        if not LIST_KEY.fullmatch(key):
-            entry.setdefault(key, values[0] if len(values) == 1 else list(values))
+        is_list = isinstance(event, NewCallEvent) and LIST_KEY.fullmatch(key)
+        if not is_list and not entry.get(key):
+            entry[key] = values[0] if len(values) == 1 else list(values)
     return {**entry, "reply": reply} if reply else entry
 
 
