@@ -89,7 +89,7 @@ import hashlib
 import hmac
 import http.client
 import http.server
-import importlib.util
+import importlib.machinery
 import inspect
 import io
 import ipaddress
@@ -114,6 +114,7 @@ import textwrap
 import threading
 import time
 import traceback
+import types
 import urllib.parse
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -2079,31 +2080,29 @@ def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
 # no argument is read here.
 # ------------------------------------------------------------------------------------------
 
-ENV_LINE = re.compile(r"""
-    [^\S\n]* (?:export[^\S\n]+)? (?P<name>[A-Za-z_][A-Za-z0-9_]*) [^\S\n]* = [^\S\n]*
-    (?: '(?P<single>[^'\\]*)' [^\S\n]* (?:\#.*)?
-      | "(?P<double>[^"\\]*)" [^\S\n]* (?:\#.*)?
-      | (?P<plain>(?!['"]).*) )""", re.VERBOSE)
+ENV_NAME = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)")
+ENV_VALUE = re.compile(r"""
+    \s* = \s* (?: (?P<quote>['"]) (?P<quoted>(?:(?!(?P=quote))[^\\\0])*) (?P=quote) \s* (?:\#.*)?
+                | (?P<plain>(?![\s'"])[^\0]*) )""", re.VERBOSE)
 
 
 def parse_dotenv(text: str) -> tuple[dict[str, str], dict[int, str]]:
     """Return what the lines of a `.env` file set, and the numbers and names of those not read.
 
-    A line is read only where python-dotenv makes the same of it: NAME=value, perhaps with
-    `export`, one pair of quotes, a comment behind a blank. Total; nothing is guessed.
+    A line is read only where python-dotenv makes the same of it: nothing is guessed.
     """
     values, unread = {}, {}
     for number, line in enumerate(re.split("\r\n|\r|\n", text.lstrip("\ufeff")), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        match = ENV_LINE.fullmatch(line)
-        if match is None or "${" in line[match.end("name"):]:
-            name = re.match(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)", line)
+        name = ENV_NAME.match(line)
+        value = ENV_VALUE.fullmatch(line, name.end()) if name else None
+        if not name or not value or "${" in value[0]:
             unread[number] = name[1] if name else ""
-        elif match["plain"] is not None:
-            values[match["name"]] = re.sub(r"\s+#.*", "", match["plain"]).rstrip()
+        elif value["quote"]:
+            values[name[1]] = value["quoted"]
         else:
-            values[match["name"]] = match["single"] or match["double"] or ""
+            values[name[1]] = re.sub(r"\s+#.*", "", value["plain"]).rstrip()
     return values, unread
 
 
@@ -2111,8 +2110,9 @@ SETTINGS = [known.name.upper() for known in fields(Settings)]
 PATHS = ("WEBHOOK_TLS_CERT", "WEBHOOK_TLS_KEY", "SIGNATURE_KEY_FILE", "CALL_HANDLERS", "CALL_LOG")
 CHOICES = {"VERIFY_SIGNATURE": ("on", "new-call", "off"), "CALL_OUTPUT": ("text", "json", "off")}
 NUMBERS = {"WEBHOOK_PORT": range(65536), "CALL_LOG_DAYS": range(1, 100_000)}  # port 0: any free one
-PUBLIC_URL = re.compile(r"(?i:https?)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+\])"
-                        r"(:[0-9]{1,5})?(/[A-Za-z0-9._~!$&'()*+,;=:@%-]*)*")
+PUBLIC_URL = re.compile(
+    r"(?!.*(ADDRESS|SECRET-PATH))(?i:https?)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+\])"
+    r"(:[0-9]{1,5})?(/[A-Za-z0-9/._~!$&'()*+,;=:@%-]*)?")
 
 
 def read_setting(name: str, text: str, folder: str) -> Any:
@@ -2125,17 +2125,14 @@ def read_setting(name: str, text: str, folder: str) -> Any:
             raise ValueError("expected " + " or ".join(CHOICES[name]))
         return text.lower()
     if name in NUMBERS:
-        if not re.fullmatch("[0-9]{1,5}", text) or int(text) not in NUMBERS[name]:
-            numbers = NUMBERS[name]
+        numbers = NUMBERS[name]
+        if not re.fullmatch("[0-9]{1,5}", text) or int(text) not in numbers:
             raise ValueError(f"expected a whole number from {numbers[0]} to {numbers[-1]}")
         return int(text)
     if name == "WEBHOOK_URL":
         return read_url(text)
     if name == "WEBHOOK_HOST":
-        text = text.strip("[]")
-        if not re.fullmatch("[0-9A-Fa-f.]*:[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*(%[A-Za-z0-9._-]+)?|"
-                            "[A-Za-z0-9._-]+", text):
-            raise ValueError("expected an address such as 127.0.0.1 or ::1, without a port")
+        return text.strip("[]")
     if name == "CALL_PAGE_KEY" and not re.fullmatch("[A-Za-z0-9_-]{16,128}", text):
         raise ValueError("expected 16 to 128 letters and digits, such as " + os.urandom(8).hex())
     return os.path.abspath(os.path.join(folder, text)) if name in PATHS and text != "off" else text
@@ -2143,17 +2140,14 @@ def read_setting(name: str, text: str, folder: str) -> Any:
 
 def read_url(text: str) -> str:
     """Return the base URL `text` without a slash at its end; ValueError says what was expected."""
-    match, base = PUBLIC_URL.fullmatch(text), text.rstrip("/")
+    base = text.rstrip("/")
     try:
-        port = urllib.parse.urlsplit(text).port
+        is_url = PUBLIC_URL.fullmatch(text) and urllib.parse.urlsplit(text).port != 0
     except ValueError:  # a port above 65535, brackets that hold no IPv6 address
-        port = 0
-    if not match or port == 0:
+        is_url = False
+    if not is_url:
         raise ValueError("expected an address such as https://example.org/3f9c2a, without user, "
-                         "query or fragment")
-    if re.search("ADDRESS|SECRET-PATH", text):
-        raise ValueError("put the real address in the place of ADDRESS, and a random path in "
-                         f"that of SECRET-PATH, such as {os.urandom(8).hex()}")
+                         "query or fragment; ADDRESS and SECRET-PATH stand for yours")
     for route in ROUTES:
         if base.endswith(route):
             raise ValueError(f"leave out {route}, it is added to {base[:-len(route)]}")
@@ -2162,25 +2156,23 @@ def read_url(text: str) -> str:
 
 def checked(values: Mapping[str, str], folder: str = "",
             typed: Mapping[str, str] | None = None) -> Settings:
-    """Check `values` (setting name to text; empty means not set) and return the settings.
+    """Return the settings of `values` (name to text; empty means not set).
 
-    A relative path counts from `folder`; `typed` has the flag in whose place a setting
-    stands. Raises SettingsError with one sentence for each value that is wrong.
+    A relative path counts from `folder`; `typed` has the flags that settings were typed as.
+    Raises SettingsError with one sentence for each value that is wrong.
     """
-    found: dict[str, Any] = {"call_log": os.path.abspath(os.path.join(folder, Settings.call_log))}
-    problems = []
+    found, problems = {}, []
     for name in SETTINGS:
-        text = values.get(name, "").strip()
+        text = values.get(name, "").strip() or str(getattr(Settings, name.lower()))
         try:
             if text:
                 found[name.lower()] = read_setting(name, text, folder)
         except ValueError as error:
             problems.append(f'{(typed or {}).get(name, name)} is "{text}": {error}')
     settings = Settings(**found)
-    if not values.get("WEBHOOK_URL", "").strip() and not is_loopback(settings.webhook_host):
+    if not problems and settings.trial and not is_loopback(settings.webhook_host):
         problems.append(f'WEBHOOK_HOST is "{settings.webhook_host}" but WEBHOOK_URL is not set: '
-                        "without it only this machine may be listened to; set WEBHOOK_URL or "
-                        "leave WEBHOOK_HOST at 127.0.0.1")
+                        "set it too, or leave WEBHOOK_HOST at 127.0.0.1")
     if bool(settings.webhook_tls_cert) != bool(settings.webhook_tls_key):
         problems.append("WEBHOOK_TLS_CERT and WEBHOOK_TLS_KEY are set together or not at all")
     if problems:
@@ -2191,14 +2183,17 @@ def checked(values: Mapping[str, str], folder: str = "",
 def warnings_of(settings: Settings) -> Iterator[str]:
     """What is allowed but probably not meant, a sentence each."""
     url = urllib.parse.urlsplit(settings.webhook_url)
-    if url.scheme == "http" and not is_loopback(url.hostname or ""):
-        yield "WEBHOOK_URL begins with http: sipgate's newer accounts take https only"
-    if url.hostname and not url.path and not is_loopback(url.hostname):
-        yield ("WEBHOOK_URL has no path, and every sipgate customer's webhooks carry the same "
-               "signature: a long random path keeps theirs out, such as "
-               f"WEBHOOK_URL={settings.webhook_url}/{os.urandom(8).hex()}")
+    if url.hostname and not is_loopback(url.hostname):
+        if url.scheme == "http":
+            yield "WEBHOOK_URL begins with http: sipgate's newer accounts take https only"
+        if not url.path:
+            yield ("WEBHOOK_URL has no path, and every sipgate customer's webhooks carry the same "
+                   "signature: a long random path keeps theirs out, such as "
+                   f"WEBHOOK_URL={settings.webhook_url}/{os.urandom(8).hex()}")
     if url.hostname and settings.verify_signature == "off":
         yield "VERIFY_SIGNATURE=off: anyone who knows the address can invent calls"
+    if time.localtime().tm_year < 2020:
+        yield "the clock of this machine is wrong: set it, or calls get wrong times"
 
 
 # ------------------------------------------------------------------------------------------
@@ -2207,15 +2202,11 @@ def warnings_of(settings: Settings) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------
 
 class CommandEnd(Exception):
-    """The command ends here, with exit status `status`; the text says why, in a sentence."""
-
-    status = 1
+    """The command ends here, with exit status 1; the text says why, in a sentence."""
 
 
 class NothingToShow(CommandEnd):
-    """There is nothing to show, which is no failure."""
-
-    status = 0
+    """There is nothing to show, which is no failure: the exit status is 0."""
 
 
 def likely(name: str, names: Iterable[str]) -> str:
@@ -2233,16 +2224,14 @@ def load_functions(path: str) -> CallFunctions:
     if not path:
         return CallFunctions()
     wrong, names = f'CALL_HANDLERS is "{path}": ', CallFunctions._fields
-    spec = importlib.util.spec_from_file_location("call_handlers", path)
-    if spec is None or spec.loader is None:
-        raise SettingsError(wrong + "expected the name of a Python file, ending in .py")
-    module = sys.modules["call_handlers"] = importlib.util.module_from_spec(spec)
+    module = sys.modules["call_handlers"] = types.ModuleType("call_handlers")
+    module.__file__ = path
     try:
-        spec.loader.exec_module(module)
+        importlib.machinery.SourceFileLoader("call_handlers", path).exec_module(module)
     except BaseException as error:  # noqa: BLE001 - sys.exit() in the file included
         lines = [f"line {frame.lineno}: " for frame in traceback.extract_tb(error.__traceback__)
                  if frame.filename == path]
-        why = printable(f"{type(error).__name__}: {error}")
+        why = f"{type(error).__name__}: {error}"
         raise SettingsError(wrong + "".join(lines[-1:]) + why) from None
     for name in set(vars(module)).difference(names):
         meant = likely(name, names)
@@ -2252,22 +2241,27 @@ def load_functions(path: str) -> CallFunctions:
     if not found:
         raise SettingsError(wrong + f"expected one of {', '.join(names)} in it")
     for name, function in found.items():
-        try:
-            inspect.signature(function).bind(CallEvent())
-            is_plain = not inspect.iscoroutinefunction(function)
-        except (TypeError, ValueError):
-            is_plain = False
-        if not is_plain:
+        if not takes_an_event(function):
             raise SettingsError(wrong + f"{name} has to be a plain function of one argument, the "
                                 "event, without async")
     return CallFunctions(**found)
 
 
-# The DER form of an RSA key of 2048 to 65536 bits up to its modulus, whose length comes last: each
-# value has a tag and, as long as these are, 0x82 and two octets of length (RFC 3279 2.3.1).
+def takes_an_event(function: Any) -> bool:
+    """Whether this is a plain function that can be called with an event, and nothing else."""
+    try:
+        inspect.signature(function).bind(CallEvent())
+    except (TypeError, ValueError):
+        return False
+    return not inspect.iscoroutinefunction(function)
+
+
+# The DER form of an RSA key of 2048 bits or more, up to 65536, with the exponent 65537: each value
+# has a tag and, where it is that long, 0x82 and two octets of length (RFC 3279 2.3.1).
 RSA_KEY = re.compile(
     rb"\x30\x82..\x30\x0d\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01\x05\x00"
-    rb"\x03\x82..\x00\x30\x82..\x02\x82(..)", re.DOTALL)
+    rb"\x03\x82..\x00\x30\x82..\x02\x82..\x00([\x80-\xff].{255,8191})\x02\x03\x01\x00\x01",
+    re.DOTALL)
 
 
 def key_from_pem(text: str) -> PublicKey:
@@ -2275,22 +2269,15 @@ def key_from_pem(text: str) -> PublicKey:
 
     Raises ValueError that says what was expected.
     """
-    pem = re.search("-----BEGIN PUBLIC KEY-----([A-Za-z0-9+/=\\s]+)-----END PUBLIC KEY-----", text)
+    base64_text = text.partition("-----BEGIN PUBLIC KEY-----")[2].partition("-----END")[0]
     try:
-        der = base64.b64decode(pem[1]) if pem else b""
+        found = RSA_KEY.fullmatch(base64.b64decode(base64_text))
     except ValueError:
-        der = b""
-    head = RSA_KEY.match(der)
-    start = head.end() if head else 0
-    end = start + (int.from_bytes(head[1], "big") if head else 0)
-    modulus, rest = int.from_bytes(der[start:end], "big"), der[end:]
-    # The exponent with its tag and its length, in one octet each, is all that may follow.
-    is_whole = len(rest) > 2 and rest[0] == 2 and rest[1] == len(rest) - 2
-    exponent = int.from_bytes(rest[2:], "big") if is_whole else 0
-    if modulus.bit_length() < 2048 or exponent < 3 or not modulus & exponent & 1:
+        found = None
+    if not found:
         raise ValueError('expected a PEM file with "-----BEGIN PUBLIC KEY-----" and an RSA key of '
-                         "at least 2048 bits in it")
-    return PublicKey(modulus, exponent)
+                         "at least 2048 bits with the exponent 65537 in it")
+    return PublicKey(int.from_bytes(found[1], "big"), 65537)
 
 
 def load_keys(path: str) -> list[PublicKey]:
@@ -2298,73 +2285,38 @@ def load_keys(path: str) -> list[PublicKey]:
     try:
         return [key_from_pem(pathlib.Path(path).read_text("ascii", "replace"))] if path else []
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = getattr(error, "strerror", error)
         raise SettingsError(f'SIGNATURE_KEY_FILE is "{path}": {reason}') from None
 
 
-def bind_advice(error: Exception, settings: Settings) -> str:
-    """One line that says why nothing can listen there, and what to do."""
-    port, number = settings.webhook_port, getattr(error, "errno", 0)
-    advice = ("set WEBHOOK_HOST to 127.0.0.1, or to 0.0.0.0 for all addresses of this machine, "
-              "and WEBHOOK_PORT to a port that you may use")
-    if number == errno.EADDRINUSE:
-        advice = ("another program has this port, or another copy of this one; stop it or use "
-                  f"--port {port % 65535 + 1}")
-    elif number == errno.EACCES and port < 1024:
-        advice = ("ports below 1024 need privileges; use --port 8080, and let a proxy listen on "
-                  f"{port}")
-    return (f"cannot listen on {settings.webhook_host} port {port}: "
-            f"{getattr(error, 'strerror', error)}: {advice}")
-
-
-TRIAL_STEPS = """\
-sipgate_callevents {version} listens on {host}:{port}, for trials.
+TRIAL_TEXT = """\
 Trial mode proves nothing: any program on this machine can invent calls.
-Your first real call:
-  1. Book sipgate.io for your account (the smallest package will do).
-  2. In a second terminal, open a tunnel:
-       ssh -R 80:127.0.0.1:{port} nokey@localhost.run
-  3. Restart this program with the https address that the tunnel prints, and
-     a secret path:
-       {command}{flags} \\
-         --url https://ADDRESS/{secret}
-  4. At https://console.sipgate.com, Webhooks > URLs, enter as incoming URL:
-       https://ADDRESS/{secret}/new-call
-  5. There under Webhooks > Sources, choose the phone lines that send webhooks.
-  6. Call your number.
-{files}Waiting for calls. Ctrl-C stops.
+For a first real call, book sipgate.io, open a tunnel in a second terminal:
+  ssh -R 80:127.0.0.1:{port} nokey@localhost.run
+and restart this program with the address that it prints, and a secret path:
+  --url https://ADDRESS/{secret}
 """
 
-LIVE_LINES = """\
-sipgate_callevents {version} listens on {host}:{port}
-Enter this URL at https://console.sipgate.com, Webhooks > URLs:
+LIVE_TEXT = """\
+At https://console.sipgate.com, enter this under Webhooks > URLs, and choose
+the phone lines under Webhooks > Sources:
   {url}/new-call
-{signatures}
-{files}Waiting for calls. Ctrl-C stops.
 """
-
-SIGNATURES = {
-    "on": "Signatures are checked: any event that sipgate did not sign is refused.",
-    "new-call": "Signatures are checked: a newCall that sipgate did not sign is refused.",
-    "off": "Signatures are NOT checked (VERIFY_SIGNATURE=off)."}
 
 
 def announcement(settings: Settings) -> str:
     """What a person needs next, now that the server listens."""
-    is_kept = settings.call_log != "off"
-    files = "".join(f"{what}\n  {path}\n" for what, path in (
-        ("Calls are decided by", settings.call_handlers),
-        ("A further key is in", settings.signature_key_file),
-        ("The certificate is", settings.webhook_tls_cert),
-        (f"Numbers of the last {plural(settings.call_log_days, 'day')} are in",
-         settings.call_log if is_kept else "")) if path)
-    files += "CALL_LOG=off keeps nothing.\n" if is_kept else "No numbers are kept (CALL_LOG=off).\n"
     host, port = settings.webhook_host, settings.webhook_port
-    return (TRIAL_STEPS if settings.trial else LIVE_LINES).format(
-        version=__version__, host=f"[{host}]" if ":" in host else host, port=port, files=files,
-        command=f"{'python' if os.name == 'nt' else 'python3'} {shlex.quote(sys.argv[0])}",
-        flags="" if port == 8080 else f" --port {port}", url=settings.webhook_url,
-        secret=os.urandom(8).hex(), signatures=SIGNATURES[settings.verify_signature])
+    host = f"[{host}]" if ":" in host else host
+    text = f"sipgate_callevents {__version__} listens on {host}:{port}\n"
+    text += (TRIAL_TEXT if settings.trial else LIVE_TEXT).format(
+        port=port, secret=os.urandom(8).hex(), url=settings.webhook_url)
+    for name in ("VERIFY_SIGNATURE", *PATHS):
+        value = getattr(settings, name.lower())
+        text += f"{name} is {value}\n" if value else ""
+    if settings.call_log != "off":
+        text += f"It keeps numbers for {plural(settings.call_log_days, 'day')}; off keeps none.\n"
+    return text + "Waiting for calls. Ctrl-C stops.\n"
 
 
 def modified(path: str) -> float:
@@ -2424,9 +2376,9 @@ def event_line(event: CallEvent, call: Any = None) -> str:
         return f"{who} answered call from {known(event.from_number)}"
     call = call or event.call
     if isinstance(event, HangupEvent):
-        remarks = [printable(event.cause)] if event.cause else []
-        remarks += [outcome_text(call)] if call and call.ended is not None else []
-        return "The call has been hung up" + (f" ({', '.join(remarks)})" if remarks else "")
+        outcome = outcome_text(call) if call and call.ended is not None else ""
+        remarks = ", ".join(filter(None, (printable(event.cause), outcome)))
+        return "The call has been hung up" + (f" ({remarks})" if remarks else "")
     if isinstance(event, DtmfEvent):
         return f"{known(call.from_number if call else '')} pressed {known(event.dtmf)}"
     return f"Unknown event {known(event.event)}"
@@ -2446,22 +2398,22 @@ def event_json(event: CallEvent, received_at: float, reply: str = "") -> dict[st
         entry.update((wire, list(getattr(event, name))) for wire, name in LIST_FIELDS.items())
     for key, values in event.fields.items():
         is_list = isinstance(event, NewCallEvent) and LIST_KEY.fullmatch(key)
-        if not is_list and entry.get(key) in (None, []):
+        if not is_list and not entry.get(key):
             entry[key] = values[0] if len(values) == 1 else list(values)
     return {**entry, "reply": reply} if reply else entry
 
 
-def teller(form: str, with_time: bool) -> Callable[[Replied], str]:
-    """Return what makes the printed text of an event, in the form that CALL_OUTPUT names."""
-    def tell(replied: Replied) -> str:
-        event, received_at = replied.event, replied.received_at
-        reply = described(replied.action) if replied.action else ""
-        if form == "json":
-            return json.dumps(event_json(event, received_at, reply)) + "\n"
-        lines = [event_line(event)] + ([f"Replied with {reply}"] if reply else [])
-        moment = local_time(received_at) + " " if with_time else ""
-        return "".join(f"{moment}{line}\n" for line in lines)
-    return tell if form != "off" else lambda replied: ""
+def told(replied: Replied, form: str, with_time: bool) -> str:
+    """What is printed for an event, in the form that CALL_OUTPUT names."""
+    event, received_at = replied.event, replied.received_at
+    reply = described(replied.action) if replied.action else ""
+    if form == "off":
+        return ""
+    if form == "json":
+        return json.dumps(event_json(event, received_at, reply)) + "\n"
+    lines = [event_line(event)] + ([f"Replied with {reply}"] if reply else [])
+    moment = local_time(received_at) + " " if with_time else ""
+    return "".join(f"{moment}{line}\n" for line in lines)
 
 
 # ------------------------------------------------------------------------------------------
@@ -3192,28 +3144,18 @@ def similar(database: sqlite3.Connection, digits: str) -> str:
 # URLs of its replies, obeys its actions, and leaves nothing behind.
 # ------------------------------------------------------------------------------------------
 
-# Events in their order; behind a colon who rings or answers, or why it ends. "B." is another leg.
+# Events in their order; behind a colon who rings, or why it ends. "B." is another leg.
 SCENARIOS = {
     "answered": "newCall answer hangup",
     "missed": "newCall hangup:cancel",
     "busy": "newCall hangup:busy",
     "declined": "newCall hangup:noAnswer",
     "outgoing": "newCall answer hangup",
-    "voicemail": "newCall hangup:forwarded B.newCall:voicemail B.answer:voicemail B.hangup",
-    "transfer": "newCall answer B.newCall:Carl B.answer:Carl hangup B.hangup",
+    "voicemail": "newCall hangup:forwarded B.newCall:voicemail B.answer B.hangup",
+    "transfer": "newCall answer B.newCall:Carl B.answer hangup B.hangup",
     "menu": "newCall answer hangup",
 }
 MENU_LIMIT = 20  # of <Gather> in a row
-
-
-def is_done(receiver: Receiver, seconds: float) -> bool:
-    """Wait up to `seconds` for all that follows a reply; whether that is done."""
-    until = time.monotonic() + seconds
-    while receiver.your_code.hooks.waiting():
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.005)
-    return True
 
 
 class Rehearsal:
@@ -3221,165 +3163,155 @@ class Rehearsal:
 
     def __init__(self, receiver: Receiver, scenario: str, options: argparse.Namespace) -> None:
         self.receiver, self.scenario, self.options = receiver, scenario, options
+        self.base_url = receiver.settings.base_url
+        self.urls = {"newCall": self.base_url + "/new-call"}  # the others are what replies ask for
         self.pressed = options.digits.split(",")
-        self.call_id, self.xcid = os.urandom(32).hex().upper()[1:], os.urandom(8).hex()
-        self.faults = 0
-        self.urls: dict[str, str] = {}  # that replies have asked for, by event
-        self.answering: dict[str, str] = {}  # who answers in place of the first one who rang
+        self.call_id, self.xcid = os.urandom(32).hex().upper(), os.urandom(8).hex()
+        self.users, self.number = [""], ""  # who rings; the first one answers, with this number
         self.cause = ""  # why our reply has ended the call
 
     def play(self) -> None:
-        """Send the events of the scenario, as far as the replies ask for them."""
+        """Send the events of the scenario, as far as our replies let them happen."""
         print(f"\n{self.scenario}", flush=True)
-        for word in SCENARIOS[self.scenario].split():
-            leg, _, event = word.rpartition(".")
-            event, _, detail = event.partition(":")
-            if leg and self.cause:
-                continue  # a call that was refused is neither forwarded nor transferred
-            form = self._form(event, leg or "A", detail)
+        for step in SCENARIOS[self.scenario].split():
+            place, _, detail = step.partition(":")
+            if self.cause and place != "hangup":
+                continue  # a call that was refused is neither answered nor passed on
+            leg, _, event = place.rpartition(".")
+            form, words = self._form(event, leg, detail)
+            action = self._post(self.urls[event], form, words)
             if event == "newCall":
-                base = self.receiver.settings.base_url
-                self._obey(self._post(base + "/new-call", form), form["callId"])
-            elif event in self.urls and not (event == "answer" and self.cause):
-                self._post(self.urls[event], form)
+                self._obey(action, form["callId"])
 
-    def _form(self, event: str, leg: str, detail: str) -> dict[str, Any]:
-        ends = [self.options.sender, self.options.to]
+    def _form(self, event: str, leg: str, detail: str) -> tuple[dict[str, Any], str]:
+        """The fields of an event, and what to print of it."""
+        sender, to, direction = self.options.sender, self.options.to, "in"
         if self.scenario == "outgoing":
-            ends.reverse()
-        form: dict[str, Any] = {
-            "event": event, "direction": "out" if self.scenario == "outgoing" else "in",
-            "from": ends[0], "to": ends[1], "callId": self.call_id + leg,
-            "origCallId": self.call_id + "A", "xcid": self.xcid}
-        if leg != "A":
-            form["diversion"] = self.options.to
-        users = [detail] if detail else self.options.user or ["Alice", "Bob"]
-        ids = [f"w{number}" for number in range(len(users)) if detail != "voicemail"]
-        if event == "newCall":
-            form.update({"user[]": users, "userId[]": ids,
-                         "fullUserId[]": ["1234567" + name for name in ids]})
-        elif event == "answer":
-            form.update({"user": users[0], "answeringNumber": self.options.to,
-                         "userId": "".join(ids[:1]),
-                         "fullUserId": "".join("1234567" + name for name in ids[:1]),
-                         **self.answering})
-        else:
+            sender, to, direction = to, sender, "out"
+        form = {"event": event, "direction": direction, "from": sender, "to": to,
+                "callId": self.call_id + leg, "origCallId": self.call_id, "xcid": self.xcid,
+                "diversion": to if leg else ""}
+        if event == "hangup":
             form["cause"] = self.cause or detail or "normalClearing"
-        return form
+            return form, form["cause"]
+        if event == "newCall":
+            self.users = [detail] if detail else self.options.user or ["Alice", "Bob"]
+            self.number = self.options.to
+        is_person = self.users[0] not in ("", "voicemail")
+        ids = [f"w{place}" for place in range(len(self.users)) if is_person]
+        full_ids = ["1234567" + name for name in ids]
+        if event == "newCall":
+            form.update({"user[]": self.users, "userId[]": ids, "fullUserId[]": full_ids})
+            return form, f"{sender} to {to} ({', '.join(self.users)})"
+        form.update({"user": self.users[0], "userId": ids[:1], "fullUserId": full_ids[:1],
+                     "answeringNumber": self.number})
+        return form, self.users[0] or self.number
 
     def _obey(self, action: ET.Element | None, call_id: str) -> None:
         """Press keys for each Gather that the replies ask for, and note what comes of the call."""
-        asked, self.answering = 0, {}
-        while action is not None and action.tag == "Gather":
-            url, asked = action.get("onData", ""), asked + 1
-            if not url.startswith(self.receiver.settings.base_url + "/"):
-                print(f"    {printable(url)} is on another server: it is not followed")
-                break
+        asked = 0
+        while action is not None and action.get("onData", "").startswith(self.base_url + "/"):
+            asked += 1
             if asked > MENU_LIMIT:
-                self._complain(f"{MENU_LIMIT} times <Gather> in a row: the menu never ends")
+                logger.error("%d times <Gather> in a row: the menu never ends", MENU_LIMIT)
                 break
             digits = self.pressed.pop(0) if self.pressed else ""
-            action = self._post(url, {"event": "dtmf", "dtmf": digits, "callId": call_id})
+            form = {"event": "dtmf", "dtmf": digits, "callId": call_id}
+            action = self._post(action.get("onData", ""), form, digits or "(no key pressed)")
         if self.scenario == "menu" and any(self.pressed):
             print(f"    (your functions do not ask for {','.join(self.pressed)})")
         if action is not None and action.tag == "Dial":
-            number = action.findtext("Number") or ""
-            self.answering = {"user": "" if number else "voicemail", "answeringNumber": number,
-                              "userId": "", "fullUserId": ""}
+            self.number = action.findtext("Number") or ""
+            self.users = ["" if self.number else "voicemail"]
         elif action is not None:
             rejected = "busy" if action.get("reason") else "noAnswer"
             self.cause = {"Reject": rejected, "Hangup": "normalClearing"}.get(action.tag, "")
 
-    def _complain(self, text: str) -> None:
-        self.faults += 1
-        print(f"!!! {text}", flush=True)
-
-    def _post(self, url: str, form: Mapping[str, Any]) -> ET.Element | None:
+    def _post(self, url: str, form: Mapping[str, Any], words: str) -> ET.Element | None:
         """Send an event as sipgate does; return the action that the reply asks for."""
-        if form["event"] == "newCall":
-            words = f"{form['from']} to {form['to']} ({', '.join(form['user[]'])})"
-        elif form["event"] == "dtmf":
-            words = form["dtmf"] or "(no key pressed)"
-        else:
-            words = form.get("cause") or form["user"] or form["answeringNumber"] or "(nobody named)"
         print(f"--> {form['event']:8} {printable(words)}", flush=True)
         body = urllib.parse.urlencode(form, doseq=True, errors="replace").encode()
         receiver, began = self.receiver, time.monotonic()
         try:
-            event = receiver.admit(url[len(receiver.settings.base_url):], body)
+            event = receiver.admit(url[len(self.base_url):], body)
         except WebhookError as error:
-            self._complain(f"{printable(url)}: {error.status} {error.reason}")
+            logger.error("%s: %d %s", url, error.status, error.reason)
             return None
         replied = receiver.reply_to(event, began + receiver.reply_seconds)
         took = f"<-- {replied.reply.status} in {(time.monotonic() - began) * 1000:.0f} ms"
         receiver.follow(replied)
-        if not is_done(receiver, 10):
-            self._complain("your on_answer or on_hangup has not returned after 10 s")
+        while receiver.your_code.hooks.waiting():
+            if receiver.your_code.stuck():
+                logger.error("%s", receiver.your_code.stuck())
+                break
+            time.sleep(0.005)
         if replied.reply is DISCARDED:
             print(took, flush=True)
             return None
         response = ET.fromstring(replied.reply.body)
-        asked = {name[2:].lower(): url for name, url in response.attrib.items()}
+        asked = {name[2:].lower(): target for name, target in response.attrib.items()}
         self.urls.update(asked)
         action = printable(described(replied.action)) if replied.action else "no action"
         print(wrapped(f"{took}  {action}, asks for {' and '.join(asked) or 'nothing more'}",
                       sys.stdout, 4), flush=True)
-        is_idle = receiver.your_code.does_nothing("on_dtmf")
-        for element in response.iter("Gather"):
-            if is_idle and element.get("onData", "").startswith(receiver.settings.base_url):
+        self._remark(response)
+        return next(iter(response), None)
+
+    def _remark(self, response: ET.Element) -> None:
+        """Say what of a reply would come to nothing at sipgate."""
+        for menu in response.iter("Gather"):
+            url = menu.get("onData", "")
+            if not url.startswith(self.base_url + "/"):
+                print(f"    {printable(url)} is on another server: it is not followed")
+            elif self.receiver.your_code.does_nothing("on_dtmf"):
                 print("    (on_dtmf does nothing with the digits)")
         for sound in response.iter("Url"):
             if not (sound.text or "").partition("?")[0].lower().endswith(".wav"):
                 print(f"    is {printable(sound.text or '')} a WAV file? sipgate plays no other")
-        return next(iter(response), None)
 
 
 def check_sound(path: str) -> int:
-    """Say whether sipgate would play the file; return the exit status. Raises SettingsError."""
+    """Say whether sipgate would play the file; return the exit status. Raises OSError."""
     import wave
     try:
         with wave.open(path, "rb") as sound:
-            found = (sound.getnchannels(), sound.getsampwidth() * 8, sound.getframerate())
-        fault = "" if found == (1, 16, 8000) else "it has {} channels, {} bit, {} Hz".format(*found)
+            found = (f"{sound.getnchannels()} channels, {sound.getsampwidth() * 8} bit, "
+                     f"{sound.getframerate()} Hz")
     except (wave.Error, EOFError) as error:
-        fault = f"it is no PCM WAV file ({error or 'it is cut off'})"
-    except OSError as error:
-        raise SettingsError(f"{path} cannot be read: {error.strerror}") from None
-    print(wrapped(f"{path}: " + (f"sipgate skips it: {fault}; expected mono, 16 bit, 8000 Hz"
-                                 if fault else "sipgate plays it"), sys.stdout))
-    return 1 if fault else 0
+        found = f"no PCM WAV file ({str(error) or 'it is cut off'})"
+    if found == "1 channels, 16 bit, 8000 Hz":
+        print(f"{path}: sipgate plays it")
+        return 0
+    print(wrapped(f"{path}: sipgate skips it: {found}; expected mono, 16 bit, 8000 Hz", sys.stdout))
+    return 1
 
 
 def simulate(options: argparse.Namespace, settings: Settings) -> int:
-    """The command `simulate`."""
+    """The command `simulate`; the exit status is 1 if your functions failed."""
     if options.sound:
         return check_sound(options.sound)
     functions = load_functions(settings.call_handlers)
-    print("Rehearsal: nothing leaves this machine"
-          + (f", but your functions really run\n({settings.call_handlers})."
-             if settings.call_handlers else "; CALL_HANDLERS names no functions of yours."))
-    faults = 0
+    print("Rehearsal: nothing leaves this machine, but your functions really run\n"
+          f"({settings.call_handlers or 'those in this script: CALL_HANDLERS names none'}).")
+    levels = []
 
-    def count(record: logging.LogRecord) -> bool:
-        nonlocal faults
-        faults += record.levelno >= logging.ERROR
+    def note(record: logging.LogRecord) -> bool:
+        levels.append(record.levelno)
         return True
 
-    logger.addFilter(count)
+    logger.addFilter(note)
     with tempfile.TemporaryDirectory() as folder:
         log = CallLog(os.path.join(folder, "calls.db"), 1)
         receiver = Receiver(Settings(webhook_port=settings.webhook_port), [], functions,
                             call_log=log, find_call=call_finder(log.path))
         for scenario in SCENARIOS if options.all else [options.scenario]:
-            rehearsal = Rehearsal(receiver, scenario, options)
-            rehearsal.play()
-            faults += rehearsal.faults
+            Rehearsal(receiver, scenario, options).play()
             with contextlib.closing(open_log(log.path)) as database:
                 call, _ = next(listed_calls(database, time.time()))
             print(table([call]), flush=True)
         log.close(5)
-    logger.removeFilter(count)
-    return 1 if faults else 0
+    logger.removeFilter(note)
+    return 1 if logging.ERROR in levels else 0
 
 
 # ------------------------------------------------------------------------------------------
@@ -3392,44 +3324,47 @@ GET_SECONDS = 10.0  # for one answer from the network, however slowly it drips
 
 
 class Health(NamedTuple):
-    """What a GET of some address gave; `instance` is that of a copy of this script, or ""."""
+    """What a GET gave; `instance` is that of a copy of this script, "" if there is none."""
 
-    status: int
-    instance: str
-    refused: str
-    text: str
+    status: int = 0
+    instance: str = ""
+    trouble: str = ""
+    error: Exception | None = None  # why there is no answer
+
+
+def fetch(url: str, context: ssl.SSLContext | None) -> Health:
+    """GET `url`, however long that takes. Raises nothing."""
+    parts = urllib.parse.urlsplit(url)
+    kind: Any = http.client.HTTPConnection
+    if parts.scheme == "https":
+        kind = functools.partial(http.client.HTTPSConnection, context=context)
+    try:
+        with contextlib.closing(kind(parts.netloc, timeout=GET_SECONDS)) as link:
+            link.request("GET", parts.path)
+            reply = link.getresponse()
+            text = reply.read(200).decode("utf-8", "replace").strip()
+    except Exception as error:  # noqa: BLE001 - whatever the network makes of it
+        return Health(error=error)
+    refused, trouble = reply.headers.get("X-Refused", "0"), ""
+    if reply.status == 503:
+        trouble = text
+    elif refused != "0":
+        trouble = f"webhooks were refused ({refused}): its stderr says why"
+    return Health(reply.status, reply.headers.get("X-Instance", ""), trouble)
 
 
 def get_health(url: str, context: ssl.SSLContext | None = None) -> Health:
-    """GET `url`, for GET_SECONDS at most. Raises OSError, http.client.HTTPException."""
-    outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def get() -> None:
-        try:
-            parts = urllib.parse.urlsplit(url)
-            secure = {"context": context} if parts.scheme == "https" else {}
-            kind: Any = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-            with contextlib.closing(kind(parts.netloc, timeout=GET_SECONDS, **secure)) as link:
-                link.request("GET", parts.path)
-                reply = link.getresponse()
-                text = printable(reply.read(200).decode("utf-8", "replace").strip())
-                outcome.put(Health(reply.status, reply.headers.get("X-Instance", ""),
-                                   printable(reply.headers.get("X-Refused", "0")[:9]), text))
-        except Exception as error:  # noqa: BLE001 - raised where it is waited for
-            outcome.put(error)
-
-    threading.Thread(target=get, daemon=True).start()
+    """GET `url`, for GET_SECONDS at most. Raises nothing."""
+    outcome: queue.SimpleQueue[Health] = queue.SimpleQueue()
+    threading.Thread(target=lambda: outcome.put(fetch(url, context)), daemon=True).start()
     try:
-        found = outcome.get(timeout=GET_SECONDS)
+        return outcome.get(timeout=GET_SECONDS)
     except queue.Empty:
-        found = socket.timeout("timed out")  # noqa: UP041 - no TimeoutError before Python 3.10
-    if isinstance(found, Health):
-        return found
-    raise found
+        return Health(error=socket.timeout("timed out"))  # noqa: UP041 - before Python 3.10
 
 
 def local_health(settings: Settings) -> Health:
-    """The health of the copy of this script that runs here. Raises as get_health does."""
+    """The health of the copy of this script that runs here with these settings."""
     host = settings.webhook_host
     host = "127.0.0.1" if host in ("0.0.0.0", "::", "localhost") else host
     place = f"{f'[{host}]' if ':' in host else host}:{settings.webhook_port}"
@@ -3454,109 +3389,89 @@ def check_files(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "problem", str(error)
 
 
-def check_log(path: str) -> Iterator[tuple[str, str]]:
-    """Whether the call log can be written and is whole, and what its events tell."""
-    folder = os.path.dirname(path)
+def check_log(path: str) -> tuple[str, str]:
+    """Whether the call log can be written and is whole, and what its latest events tell."""
     if path == "off":
-        yield "ok", "call log: off, nothing is kept"
-        return
-    if os.path.lexists(path) and not os.path.isfile(path):
-        yield "problem", f"call log: {path} is no file: set CALL_LOG to one, or to off"
-        return
-    if not os.access(folder, os.W_OK | os.X_OK):  # SQLite keeps files beside it
-        yield "problem", (f"call log: {folder} is no folder in which this user may write: set "
-                          "CALL_LOG to a file elsewhere, or to off")
-        return
+        return "ok", "call log: off, nothing is kept"
+    # SQLite keeps files beside it.
+    is_writable = os.access(os.path.dirname(path), os.W_OK | os.X_OK)
+    if not is_writable or (os.path.lexists(path) and not os.path.isfile(path)):
+        return "problem", (f"call log: {path} is no file in a folder that this user may write: set "
+                           "CALL_LOG to one, or to off")
     try:
         with contextlib.closing(open_log(path)) as database:
             fault = database.execute("PRAGMA quick_check(1)").fetchone()[0]
-            latest = database.execute("SELECT event, id FROM events WHERE event <> 'reply' "
-                                      "ORDER BY id DESC LIMIT 1000").fetchall()
+            if fault != "ok":
+                raise CommandEnd(fault)
+            count, follow_ups, last_id = database.execute(
+                "SELECT count(*), sum(event IN ('answer', 'hangup')), max(id) FROM (SELECT * FROM "
+                "events WHERE event <> 'reply' ORDER BY id DESC LIMIT 1000)").fetchone()
     except NothingToShow:
-        yield "ok", f"call log: {path} will be created"
-        return
+        return "ok", f"call log: {path} will be created"
     except (CommandEnd, sqlite3.Error) as error:
-        yield "problem", f"call log: {path}: {error}"
-        return
-    yield "ok" if fault == "ok" else "problem", f"call log: {path}: {fault}"
-    yield told_by([row[0] for row in latest], latest[0][1] / 1e6 if latest else 0.0)
+        return "problem", f"call log: {path}: {error}"
+    if not count:
+        return "warning", (f"call log: {path} has no events yet; enter the URL in sipgate's "
+                           "console, choose the sources, and call")
+    if count >= 5 and not follow_ups:
+        return "problem", (f"call log: {path} has no answer and no hangup after the newCalls: "
+                           "sipgate sends these to WEBHOOK_URL, and does not reach it")
+    return "ok", f"call log: {path}, the last event came on {local_time(last_id / 1e6)}"
 
 
-def told_by(events: Sequence[str], last_at: float) -> tuple[str, str]:
-    """What the latest events tell of the way that they took."""
-    if not events:
-        return "warning", ("events: none yet; enter the URL in sipgate's console, choose the "
-                           "sources, and call")
-    if events.count("newCall") >= 5 and not {"answer", "hangup"} & set(events):
-        return "problem", ("events: no answer and no hangup follows the newCalls; the URLs in "
-                           "the replies begin with WEBHOOK_URL: it must be reached from outside")
-    return "ok", f"events: the last one came on {local_time(last_at)}"
-
-
-def check_port(settings: Settings) -> tuple[str, str, str]:
-    """Whether somebody listens; and the instance of the copy of this script that does, or ""."""
+def check_port(settings: Settings, health: Health) -> tuple[str, str]:
+    """Whether the server listens that these settings are for, and how it is."""
     place = f"port {settings.webhook_port} of {settings.webhook_host}"
-    try:
-        health = local_health(settings)
-    except ConnectionRefusedError:
+    if isinstance(health.error, ConnectionRefusedError):
         return "warning", (f"{place}: no server runs with these settings, so nothing can arrive: "
-                           "start it, or give check its settings (--env-file)"), ""
-    except (OSError, UnicodeError, http.client.HTTPException) as error:
-        return "problem", f"{place}: no answer ({printable(str(error))})", ""
+                           "start it, or give check its settings (--env-file)")
     if not health.instance:
-        return "problem", (f"{place} is held by another program, or by a copy of this script with "
-                           "other settings: give check the settings of that copy (--env-file, "
-                           "--url)"), ""
-    if health.status == 503:
-        return "problem", f"{place}: the running copy says: {health.text}", health.instance
-    if health.refused != "0":
-        return "warning", (f"{place}: the running copy has refused webhooks (so far: "
-                           f"{health.refused}); its stderr says why"), health.instance
-    return "ok", f"{place}: a copy of this script runs", health.instance
+        found = health.error or f"status {health.status}"
+        return "problem", (f"{place} is held by another program, or by a copy with other settings "
+                           f"({found}): give check the settings of that copy (--env-file, --url)")
+    if health.trouble:
+        return ("problem" if health.status == 503 else "warning",
+                f"{place}: the running copy says: {health.trouble}")
+    return "ok", f"{place}: a copy of this script runs"
 
 
 def check_way_in(url: str, instance: str) -> tuple[str, str]:
-    """Whether each path under `url` leads, through the internet, to the process `instance`."""
+    """Whether each path under `url` leads, from outside, to the process `instance`."""
+    if not url:
+        return "warning", "no WEBHOOK_URL: trial mode, sipgate cannot reach this machine"
     for route in ROUTES:
-        try:
-            health = get_health(url + route)
-        except ssl.SSLCertVerificationError as error:
+        health = get_health(url + route)
+        if health.instance == instance:
+            continue
+        if isinstance(health.error, ssl.SSLCertVerificationError):
             return "problem", (f"{url}: sipgate will not accept the certificate: "
-                               f"{error.verify_message}; get one from Let's Encrypt, for instance")
-        except (OSError, UnicodeError, http.client.HTTPException) as error:
-            # From inside, a router may not be able to reach its own public address.
-            return "warning" if isinstance(error, socket.timeout) else "problem", (
-                f"{url} cannot be reached from here ({printable(str(error))}): is the tunnel or "
-                "proxy running?")
-        if not health.instance:
-            return "problem", (f"{url}{route} does not get through (status {health.status}): the "
-                               "proxy leads elsewhere, or changes the path on its way (nginx: no "
-                               "slash at the end of proxy_pass)")
-        if health.instance != instance:
-            return "problem", (f"{url}{route} leads to another copy of this script: check the port "
-                               "that the tunnel or proxy leads to")
+                               f"{health.error.verify_message}; Let's Encrypt gives a valid one")
+        # From inside, a router may not be able to reach its own public address.
+        kind = "warning" if isinstance(health.error, socket.timeout) else "problem"
+        found = "another copy of this script" if health.instance else f"status {health.status}"
+        return kind, (f"{url}{route} does not lead here ({health.error or found}): is the tunnel "
+                      "or proxy running, does it lead to this port, and leave the path as it is "
+                      "(nginx: no slash at the end of proxy_pass)?")
     return "ok", f"{url} leads to the running copy, with each of its paths"
 
 
 def check(options: argparse.Namespace, settings: Settings) -> int:
-    """The command `check`."""
+    """The command `check`; the exit status is 1 if there is a problem."""
     def findings() -> Iterator[tuple[str, str]]:
         yield "ok", f"Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}"
         yield "ok", f"settings: {options.sources}"
         yield from check_files(settings)
-        yield from check_log(settings.call_log)
-        kind, text, instance = check_port(settings)
-        yield kind, text
-        if instance and settings.trial:
-            yield "warning", "no WEBHOOK_URL: trial mode, sipgate cannot reach this machine"
-        elif instance:
-            yield check_way_in(settings.webhook_url, instance)
+        yield check_log(settings.call_log)
+        health = local_health(settings)
+        yield check_port(settings, health)
+        if health.instance:
+            yield check_way_in(settings.webhook_url, health.instance)
 
-    worst = 0
+    status = 0
     for kind, text in findings():
-        print(wrapped(f"{kind:8} {text}", sys.stdout, 9), flush=True)
-        worst |= kind == "problem"
-    return worst
+        print(wrapped(f"{kind:8} {printable(text)}", sys.stdout, 9), flush=True)
+        status |= kind == "problem"
+    return status
 
 
 # ------------------------------------------------------------------------------------------
@@ -3675,7 +3590,6 @@ const words = {
     "keine Verbindung zu diesem Programm; neuer Versuch läuft",
   "no server runs: calls that come now are not recorded":
     "kein Server läuft: was jetzt anruft, wird nicht aufgezeichnet",
-  "no server runs here with these settings": "hier läuft kein Server mit diesen Einstellungen",
   "the call log is behind": "das Anrufprotokoll hängt zurück",
 };
 const say = text => german && words[text] || text;
@@ -3922,16 +3836,6 @@ def key_of(call: Call) -> str:
     return call.legs[0] if call.legs else f"#{call.started * 1e6:.0f}"
 
 
-def diagnosis(health: Health) -> str:
-    """What the bar on top of the page says of the running server; "" if all is well."""
-    if not health.instance:
-        return "no server runs here with these settings"
-    if health.status != 200:
-        return health.text
-    refused = f"webhooks were refused ({health.refused}): its stderr says why"
-    return refused if health.refused != "0" else ""
-
-
 class Overview:
     """What all open pages share: the calls of the last days, by the day on which they began.
 
@@ -4030,10 +3934,9 @@ class Overview:
         """What is wrong with the running server, which is asked every five seconds."""
         if time.monotonic() >= self._health_at:
             self._health_at = time.monotonic() + 5
-            try:
-                self._health_text = diagnosis(local_health(self.settings))
-            except (OSError, UnicodeError, http.client.HTTPException):
-                self._health_text = "no server runs: calls that come now are not recorded"
+            health = local_health(self.settings)
+            self._health_text = health.trouble if health.instance else (
+                "no server runs: calls that come now are not recorded")
         return self._health_text
 
     def _publish(self, is_new: bool, fault: str = "") -> None:
@@ -4265,15 +4168,12 @@ def page(options: argparse.Namespace, settings: Settings) -> int:
 def read_env_file(path: str) -> str:
     """Return the text of a .env file. Raises SettingsError."""
     try:
-        content = pathlib.Path(path).read_bytes()
-        if b"\0" in content or content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise SettingsError(f"{path} is in UTF-16, as PowerShell's > writes it: save it as "
-                                "UTF-8")
-        return str(content, "utf-8")
+        return pathlib.Path(path).read_text("utf-8")
     except OSError as error:
         raise SettingsError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise SettingsError(f"{path} is not in UTF-8: save it as UTF-8") from None
+        raise SettingsError(f"{path} is not in UTF-8 (PowerShell's > writes UTF-16): save it as "
+                            "UTF-8") from None
 
 
 def find_env_file() -> str:
@@ -4290,39 +4190,35 @@ def read_settings(options: argparse.Namespace, environ: Mapping[str, str]) -> Se
     """
     path = os.path.abspath(options.env_file) if options.env_file else find_env_file()
     in_file, unread = parse_dotenv(read_env_file(path)) if path else ({}, {})
-    if path and options.command != "check":
+    if path:
         print(f"Settings are read from {path}", file=sys.stderr)
-    expected = "expected NAME=value, quotes closed, without ${...}, \\ or text behind them"
-    problems = [f"{path} line {number}: {name} cannot be read: {expected}"
-                for number, name in unread.items() if name in SETTINGS]
+    problems = []
+    for number, name in unread.items():
+        problem = (f"{path} line {number}: {name or 'it'} cannot be read: expected NAME=value, "
+                   "quotes closed, without ${...}, \\ or text behind them")
+        if name in SETTINGS:
+            problems.append(problem)
+        else:
+            logger.warning("%s; the line is skipped", problem)
     if problems:
         raise SettingsError(*problems)
-    for number in unread:
-        logger.warning("%s: line %d is skipped: %s", path, number, expected)
-    flags = {"WEBHOOK_URL": options.url, "WEBHOOK_PORT": options.port}
-    typed = {name: value for name, value in flags.items() if value is not None}
+    typed = {name: text for name, text in vars(options).items() if name in SETTINGS}
     values = {**in_file, **environ, **typed}
-    for name in sorted(set(values) - set(SETTINGS)):
+    for name in sorted(set(values).difference(SETTINGS)):
         meant = likely(name.upper(), SETTINGS)
-        if meant or re.match("(WEBHOOK|CALL)_", name):
+        if meant:
             logger.warning("there is no setting %s%s", name, meant)
-    said = []
-    for name in filter(values.get, SETTINGS):
-        source = "typed" if name in typed else "environment" if name in environ else path
-        said.append(f"{name} ({source})")
-    for name in SETTINGS:
-        if in_file.get(name) and environ.get(name) == "" and name not in typed:
-            logger.warning("%s is empty in the environment, which switches off the one in .env",
-                           name)
+    flags = {name: "--" + name.partition("_")[2].lower() for name in typed}
+    sources = {**dict.fromkeys(in_file, path), **dict.fromkeys(environ, "environment"), **flags}
+    said = [f"{name} ({sources[name]})" for name in SETTINGS if values.get(name)]
     options.sources = ", ".join(said) or "all are defaults"
-    return checked(values, os.path.dirname(path or os.path.abspath(__file__)),
-                   {name: "--" + name[8:].lower() for name in typed})
+    return checked(values, os.path.dirname(path or os.path.abspath(__file__)), flags)
 
 
 def whole_number(text: str) -> int:
-    """For argparse: a count of 1 or more."""
-    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'"{text}": expected a whole number of 1 or more')
+    """For argparse: a port, or a count of 1 or more."""
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) not in range(1, 65536):
+        raise argparse.ArgumentTypeError(f'"{text}": expected a whole number from 1 to 65535')
     return int(text)
 
 
@@ -4330,38 +4226,43 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that takes an unknown flag for the fault, and not the word behind it."""
 
     def error(self, message: str) -> NoReturn:
-        flags = [word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
-        unknown = [flag for flag in flags if flag not in self._option_string_actions]
-        if "invalid choice" in message and unknown:
-            message = f"there is no {unknown[0]}{likely(unknown[0], self._option_string_actions)}"
+        for flag, word in zip(sys.argv, sys.argv[1:]):
+            is_unknown = flag.startswith("-") and flag not in self._option_string_actions
+            if is_unknown and f"invalid choice: {word!r}" in message:
+                message = f"there is no {flag}{likely(flag, self._option_string_actions)}"
         super().error(message)
 
 
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that may stand before a command or behind it."""
+    # Without defaults: that of the command would undo what stands before it.
+    add = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
+    add("--url", dest="WEBHOOK_URL", metavar="URL", help="public base URL of the webhooks")
+    add("--port", dest="WEBHOOK_PORT", metavar="PORT", help="port to listen on (8080)")
+    add("--env-file", metavar="FILE", help="read this file instead of .env")
+
+
 def command_line() -> argparse.ArgumentParser:
-    """The commands and their options."""
+    """The commands and their options; a command is a function, in `run`."""
     parser = Parser(
         prog=os.path.basename(__file__), allow_abbrev=False,
         description="Receive the call events of sipgate.io. Without a command: serve.",
         epilog="Further settings, in the environment or in a .env file: "
         + ", ".join(SETTINGS[2:]) + ". See the README.")
     parser.add_argument("--version", action="version", version=f"sipgate_callevents {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    parser.set_defaults(run=None, env_file="")
+    add_places(parser)
+    commands = parser.add_subparsers(metavar="COMMAND")
 
-    def add_shared(each: argparse.ArgumentParser, default: Any) -> Any:
-        add = functools.partial(each.add_argument, default=default)
-        add("--url", help="public base URL of the webhooks (WEBHOOK_URL)")
-        if not each.prog.endswith("page"):  # which has a port of its own
-            add("--port", help="port to listen on (WEBHOOK_PORT, default 8080)")
-        add("--env-file", metavar="FILE", help="read this file instead of .env")
+    def command(function: Callable[..., int], name: str, words: str) -> Any:
+        # The page has a --port of its own, which takes the place of the other.
+        each = commands.add_parser(name, help=words, description=words, allow_abbrev=False,
+                                   conflict_handler="resolve")
+        each.set_defaults(run=function)
+        add_places(each)
         return each.add_argument
 
-    def command(name: str, words: str) -> Any:
-        each = commands.add_parser(name, help=words, allow_abbrev=False,
-                                   description=f"{words[0].upper()}{words[1:]}.")
-        return add_shared(each, argparse.SUPPRESS)
-
-    add_shared(parser, None)
-    add = command("calls", "show the latest calls")
+    add = command(show_calls, "calls", "show the latest calls")
     add("--missed", action="store_true",
         help="whom to ring back: missed or on voicemail, not spoken to since")
     add("--all", action="store_true", help="with --missed: each call, not caller")
@@ -4371,10 +4272,10 @@ def command_line() -> argparse.ArgumentParser:
     add("--events", action="store_true", help="with their events (not in CSV)")
     add("--format", choices=("table", "csv", "excel", "json"), default="table",
         help="excel: CSV as a German Excel reads it")
-    add = command("forget", "remove every trace of a number")
+    add = command(forget_number, "forget", "remove every trace of a number")
     add("number", help="the number with its country code, written as you like")
     add("--yes", action="store_true", help="do not ask")
-    add = command("simulate", "rehearse calls without a phone")
+    add = command(simulate, "simulate", "rehearse calls without a phone")
     add("scenario", nargs="?", choices=list(SCENARIOS), default="answered", metavar="SCENARIO",
         help=f"{', '.join(SCENARIOS)} (default: answered)")
     add("--all", action="store_true", help="every scenario in turn")
@@ -4386,47 +4287,40 @@ def command_line() -> argparse.ArgumentParser:
     add("--digits", metavar="1,0042", default="1",
         help="what the caller presses, menu by menu; empty: nothing")
     add("--sound", metavar="FILE", help="only check whether sipgate would play this file")
-    command("check", "find out why nothing arrives")
-    add = command("page", "show calls in a browser")
+    command(check, "check", "find out why nothing arrives")
+    add = command(page, "page", "show calls in a browser")
     add("--port", dest="page_port", type=whole_number, default=8081,
         help="port of the page, on 127.0.0.1 (8081)")
     return parser
 
 
-def run_server(settings: Settings) -> int:
-    """Serve until a signal comes. Raises SettingsError, CommandEnd."""
-    path = settings.call_handlers
-    with diagnostics(sys.stderr):
-        for warning in warnings_of(settings):
-            logger.warning("%s", warning)
-        if time.time() < 1_577_836_800:  # 2020
-            logger.warning("the clock of this machine says %s: set it, or calls get wrong times",
-                           local_time(time.time()))
-        keys, functions = load_keys(settings.signature_key_file), load_functions(path)
-    loaded, tell = modified(path), teller(settings.call_output, not has_own_time(sys.stdout))
-
-    def tell_and_look(replied: Replied) -> str:
-        if path and modified(path) != loaded:
-            logger.warning("%s has changed: restart this program to use it", path)
-        return tell(replied)
-
-    try:
-        return serve(settings, keys=keys, functions=functions, tell=tell_and_look,
-                     announce=announcement, find_call=call_finder(settings.call_log))
-    except (OSError, UnicodeError) as error:
-        raise CommandEnd(bind_advice(error, settings)) from None
-
-
 def run(options: argparse.Namespace) -> int:
-    """Serve, or do what the command says; return the exit status."""
-    commands: dict[str, Callable[[argparse.Namespace, Settings], int]] = {
-        "calls": show_calls, "forget": forget_number, "simulate": simulate, "check": check,
-        "page": page}
+    """Do what the command says, or serve until a signal comes; return the exit status."""
     with diagnostics(sys.stderr):
         settings = read_settings(options, os.environ)
-        if options.command:
-            return commands[options.command](options, settings)
-    return run_server(settings)
+        if options.run:
+            return int(options.run(options, settings))
+        for warning in warnings_of(settings):
+            logger.warning("%s", warning)
+        keys = load_keys(settings.signature_key_file)
+        functions = load_functions(settings.call_handlers)
+    path, with_time = settings.call_handlers, not has_own_time(sys.stdout)
+    loaded = modified(path)
+
+    def tell(replied: Replied) -> str:
+        if path and modified(path) != loaded:
+            logger.warning("%s has changed: restart this program to use it", path)
+        return told(replied, settings.call_output, with_time)
+
+    try:
+        return serve(settings, keys=keys, functions=functions, tell=tell, announce=announcement,
+                     find_call=call_finder(settings.call_log))
+    except (OSError, UnicodeError) as error:
+        advice = "set WEBHOOK_HOST to 127.0.0.1, or to 0.0.0.0 for all addresses of this machine"
+        if getattr(error, "errno", 0) in (errno.EADDRINUSE, errno.EACCES):
+            advice = "stop what has it, perhaps another copy, or use --port with one above 1024"
+        raise CommandEnd(f"cannot listen on {settings.webhook_host} port {settings.webhook_port}: "
+                         f"{getattr(error, 'strerror', error)}: {advice}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -4440,20 +4334,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = run(options)
         sys.stdout.flush()
         return status
-    except SettingsError as error:
-        status, problems = 2, error.problems
-    except CommandEnd as error:
-        status, problems = error.status, (str(error),)
     except KeyboardInterrupt:
-        status, problems = 130, ()
+        return 130
     except BrokenPipeError:  # such as head, which has seen enough
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - nothing to flush
-        status, problems = 0, ()
-    except (sqlite3.Error, OSError) as error:
-        status, problems = 1, (printable(str(error)),)
-    for problem in problems:
-        print(wrapped(f"sipgate_callevents: {problem}", sys.stderr), file=sys.stderr)
-    return status
+        return 0
+    except (SettingsError, CommandEnd, sqlite3.Error, OSError) as error:
+        for problem in getattr(error, "problems", [str(error)]):
+            text = "sipgate_callevents: " + printable(problem)
+            print(wrapped(text, sys.stderr), file=sys.stderr)
+        return {SettingsError: 2, NothingToShow: 0}.get(type(error), 1)
 
 
 if __name__ == "__main__":
