@@ -2102,7 +2102,7 @@ class CallsTest(unittest.TestCase):
     def said(self, database, now):
         """What a person says of the calls, as the flows have it."""
         callers, _ = sc.to_ring_back(calls_of(database, now))
-        back = [call for caller in callers for call in caller.calls]
+        back = [call for calls in callers for call in calls]
         said = []
         for call in self.calls(database, now):
             wait, talk = ("-" if value is None else f"{round(value, 3):g}"
