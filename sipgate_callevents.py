@@ -2520,18 +2520,15 @@ class StoredEvent(NamedTuple):
     words: str = ""  # of a reply of ours: its action, such as "Reject busy"
 
 
-def stored_action(element: ET.Element) -> Action:
-    """The action that an element of a stored reply stands for."""
-    return Action(element.tag, tuple(element.attrib.items()), tuple(map(stored_action, element)),
-                  element.text or "")
-
-
 def stored_event(number: int, kind: str, body: bytes) -> StoredEvent:
     """What a row with this id, event and body holds."""
     if kind != "reply":
         return StoredEvent(number / 1e6, parse_event(body, kind))
-    actions = map(stored_action, ET.fromstring(body))
-    return StoredEvent(number / 1e6, UnknownEvent(event=kind), "".join(map(described, actions)))
+    words = ""
+    for element in ET.fromstring(body):  # one, if any
+        children = tuple(Action(child.tag, text=child.text or "") for child in element)
+        words = described(Action(element.tag, tuple(element.attrib.items()), children))
+    return StoredEvent(number / 1e6, UnknownEvent(event=kind), words)
 
 
 class Leg:
@@ -2550,6 +2547,7 @@ class Leg:
         for answer in of_kind(AnswerEvent, self.stored):
             (self.voicemails if self.is_voicemail(answer) else self.people).append(answer)
         self.hangup = next(iter(of_kind(HangupEvent, self.stored)), None)
+        self.direction = self.text("direction")
 
     def text(self, name: str) -> str:
         """The attribute `name` of the newCall, else of the first event that has it."""
@@ -2590,16 +2588,20 @@ def put_together(legs: Sequence[Leg], now: float) -> Call:
     causes = [hangup.event.cause for hangup in hangups]
     digits = [entry.event.dtmf for entry in of_kind(DtmfEvent, stored)]
     reply = next((entry.words for entry in reversed(stored) if entry.words), "")
+    if not spoken and voicemails:
+        outcome = "voicemail"
+    elif not spoken and reply.startswith(("Reject", "Hangup")):
+        outcome = "rejected"
+    else:
+        outcome = outcome_of(first, answered, ended, now - stored[-1].at)
     return Call(
-        direction=first.text("direction"), from_number=first.text("from_number"),
+        direction=first.direction, from_number=first.text("from_number"),
         to_number=first.text("to_number"),
         users=tuple(dict.fromkeys(
             name for leg in legs for name in leg.rang if name != "voicemail")),
         answered_by=tuple(dict.fromkeys(name for _, name in spoken if name)),
         started=legs[0].begun if begun is None else begun, answered=answered, ended=ended,
-        wait_s=between(begun, waited), talk_s=between(answered, talked),
-        outcome=outcome_of(first, bool(spoken), bool(voicemails), reply, ended,
-                           now - stored[-1].at),
+        wait_s=between(begun, waited), talk_s=between(answered, talked), outcome=outcome,
         cause=next((cause for cause in causes if cause != "forwarded"), "".join(causes[:1])),
         digits=",".join(pressed for pressed in digits if pressed not in ("", "-1")),
         reply=reply, legs=tuple(leg.name for leg in legs if not leg.name.startswith("#")))
@@ -2617,21 +2619,18 @@ def speakers(legs: Sequence[Leg], first: Leg) -> list[tuple[float, str]]:
     """
     names, numbers, nobody = [], [], []
     called = {first.text("to_number"), first.text("from_number"), first.text("diversion"), ""}
-    direction = first.text("direction")
+    is_outgoing, has_voicemail = first.direction == "out", any(leg.voicemails for leg in legs)
     for leg in legs:
-        is_out = leg.text("direction") == "out"
-        for answer in leg.people:
-            number = answer.event.answering_number or answer.event.to_number
-            if answer.event.user and not (is_out and leg is first):
-                names.append((answer.at, answer.event.user))
-            elif is_out and direction == "in":
-                names.append((answer.at, number))  # a colleague put the caller through to it
+        for at, event, _ in leg.people:
+            number = event.answering_number or event.to_number
+            if event.user and not (is_outgoing and leg is first):
+                names.append((at, event.user))
+            elif leg.direction == "out" and first.direction == "in":
+                names.append((at, number))  # a colleague put the caller through to it
             elif number not in called:
-                numbers.append((answer.at, "" if direction == "out" else number))
-            else:
-                nobody.append((answer.at, ""))
-    if direction != "out" and any(leg.voicemails for leg in legs):
-        nobody = []
+                numbers.append((at, "" if is_outgoing else number))
+            elif is_outgoing or not has_voicemail:
+                nobody.append((at, ""))
     return sorted(names or numbers or nobody)
 
 
@@ -2651,22 +2650,17 @@ def end_of(legs: Sequence[Leg], now: float) -> float | None:
     return last.at if last else None
 
 
-def outcome_of(first: Leg, is_answered: bool, is_voicemail: bool, reply: str,
-               ended: float | None, quiet: float) -> str:
+def outcome_of(first: Leg, answered: float | None, ended: float | None, quiet: float) -> str:
     """How a call went that began with `first`; its last event was `quiet` seconds ago."""
-    if is_voicemail and not is_answered:
-        return "voicemail"
-    if reply.startswith(("Reject", "Hangup")) and not is_answered:
-        return "rejected"
     if ended is None:
-        if quiet >= (TALKING_LOST_SECONDS if is_answered else RINGING_LOST_SECONDS):
+        if quiet >= (RINGING_LOST_SECONDS if answered is None else TALKING_LOST_SECONDS):
             return "lost"
-        return "talking" if is_answered else "ringing"
-    if is_answered:
+        return "ringing" if answered is None else "talking"
+    if answered is not None:
         return "answered"
     if not first.new_calls:
         return "lost"
-    return "unanswered" if first.text("direction") == "out" else "missed"
+    return "unanswered" if first.direction == "out" else "missed"
 
 
 def leg_named(database: sqlite3.Connection, name: str, most: int) -> Leg | None:
@@ -2692,7 +2686,7 @@ def linked(database: sqlite3.Connection, column: str, value: str) -> set[str]:
 def linked_legs(database: sqlite3.Connection, name: str) -> list[Leg]:
     """The leg, and all that links join with it, earliest first, whatever lies between them."""
     legs: list[Leg] = []
-    names, seen, room = [name], {name}, CALL_EVENTS
+    names, seen, room = [name] if name else [], {name, ""}, CALL_EVENTS
     for each in names:  # which become more
         leg = leg_named(database, each, room) if room else None
         if leg is None:
@@ -2738,13 +2732,6 @@ def call_with(database: sqlite3.Connection, name: str, until: float = math.inf) 
         calls = [call for call in calls if call not in same]
         calls.append(sorted(itertools.chain(*same, [leg]), key=lambda leg: leg.begun))
     return next((call for call in calls if any(leg.name == name for leg in call)), [])
-
-
-def call_of(database: sqlite3.Connection, event: CallEvent, now: float,
-            until: float = math.inf) -> Call | None:
-    """Return the call that an event belongs to, as it stands at `now`; None without a callId."""
-    legs = call_with(database, event.call_id, until) if event.call_id else []
-    return put_together(legs, now) if legs else None
 
 
 def latest_first(database: sqlite3.Connection, columns: str, since: float = 0.0) -> Iterator[Any]:
@@ -2855,7 +2842,8 @@ def call_finder(path: str) -> Callable[[CallEvent], Call | None]:
         try:
             with contextlib.closing(open_log(path, CALL_SECONDS)) as database:
                 database.set_progress_handler(lambda: time.monotonic() > until, 1000)
-                return call_of(database, event, time.time(), until)
+                legs = call_with(database, event.call_id, until)
+                return put_together(legs, time.time()) if legs else None
         except (sqlite3.Error, CommandEnd, TimeoutError):
             return None
     return find
@@ -3033,10 +3021,7 @@ def show_table(pairs: Iterator[tuple[Call, Sequence[Leg]]], limit: int, with_eve
 
 
 def digits_of(text: str) -> str:
-    """The digits of a number as people write it, without zeros before its country code.
-
-    Raises SettingsError for what is no number.
-    """
+    """The digits of a number as people write it. Raises SettingsError for what is no number."""
     digits = bare_number(text)
     if not re.fullmatch("[0-9]{3,32}", digits):
         raise SettingsError(f'"{text}": expected a whole number, such as +49 157 91234567')
@@ -3099,9 +3084,7 @@ def forget_number(options: argparse.Namespace, settings: Settings) -> int:
     if not said.startswith("y"):
         raise CommandEnd("nothing was changed")
     with contextlib.closing(open_log(settings.call_log)) as database:
-        blank_rows(database, number)
-        rewrite(database, os.path.dirname(path))
-        empty_wal(database)
+        blank(database, number, os.path.dirname(path))
     for name in damaged:
         if is_in(name, number):
             os.remove(name)
@@ -3115,8 +3098,8 @@ def forget_number(options: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
-def blank_rows(database: sqlite3.Connection, number: str) -> None:
-    """Rewrite the rows that hold the number, a few at a time."""
+def blank(database: sqlite3.Connection, number: str, folder: str) -> None:
+    """Blank the number in all rows, a few at a time, and then in what SQLite keeps of them."""
     # One word where it stands as an id, so that what it joins stays joined, and nothing else.
     found = rows_with(database, number, f"{FORGOTTEN[:-1]} {os.urandom(4).hex()}]")
     database.execute("PRAGMA secure_delete=ON")
@@ -3127,10 +3110,7 @@ def blank_rows(database: sqlite3.Connection, number: str) -> None:
                              "digest = NULL WHERE id = ?", [(*kept, row[0]) for row, kept in batch])
         database.execute("COMMIT")
         time.sleep(0.02)  # so that a running server gets its turn
-
-
-def empty_wal(database: sqlite3.Connection) -> None:
-    """Bring what -wal holds into the file, and cut it off."""
+    rewrite(database, folder)
     database.execute("PRAGMA busy_timeout=0")  # a running server is not to wait for a reader, too
     for _ in range(600):
         if not database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:

@@ -1998,6 +1998,12 @@ def database_at(path):
     return contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=10))
 
 
+def call_of(database, event, now):
+    """The call that an event belongs to; None if there is none."""
+    legs = sc.call_with(database, event.call_id)
+    return sc.put_together(legs, now) if legs else None
+
+
 def calls_of(database, now):
     """The calls, the latest first."""
     return [call for call, _ in sc.listed_calls(database, now)]
@@ -2114,7 +2120,7 @@ class CallsTest(unittest.TestCase):
     def assert_found(self, database, now):
         for call in calls_of(database, now):
             for leg in call.legs:
-                self.assertEqual(sc.call_of(database, HangupEvent(call_id=leg), now), call)
+                self.assertEqual(call_of(database, HangupEvent(call_id=leg), now), call)
 
     def test_each_flow_is_what_a_person_says_of_it(self):
         chance = random.Random(7)
@@ -2132,7 +2138,7 @@ class CallsTest(unittest.TestCase):
             fill(database, [(row[0] + 70, *row[1:]) for row in rows if row[1] != "dtmf"])
             self.assertEqual(self.said(database, now), expected, f"{name}, anything twice")
         for event in (HangupEvent(), HangupEvent(call_id="none")):
-            self.assertIsNone(sc.call_of(database, event, 1e9))
+            self.assertIsNone(call_of(database, event, 1e9))
 
     def test_received_in_another_order_it_has_the_same_legs_outcome_and_names(self):
         def found(rows, after):
@@ -2193,8 +2199,8 @@ class CallsTest(unittest.TestCase):
                            b"event=dtmf&callId=X&dtmf=1") for n in range(1, 10_000)]
         database = self.database(rows)
         began = time.monotonic()
-        self.assertEqual(sc.call_of(database, HangupEvent(call_id="L7"), 1e9 + DAY).legs, ("L7",))
-        call = sc.call_of(database, HangupEvent(call_id="X"), 1e9 + DAY)
+        self.assertEqual(call_of(database, HangupEvent(call_id="L7"), 1e9 + DAY).legs, ("L7",))
+        call = call_of(database, HangupEvent(call_id="X"), 1e9 + DAY)
         self.assertEqual((call.legs, call.outcome, call.digits[:3]), (("X",), "missed", "1,1"))
         self.assertLess(time.monotonic() - began, 1)
 
