@@ -2542,10 +2542,9 @@ class Leg:
         self.begun, self.last_at = self.stored[0].at, self.stored[-1].at
         self.new_calls = of_kind(NewCallEvent, self.stored)
         self.rang = [name for entry in self.new_calls for name in entry.event.users if name]
-        self.voicemails: list[StoredEvent] = []  # when it answered
-        self.people: list[StoredEvent] = []  # or queues
-        for answer in of_kind(AnswerEvent, self.stored):
-            (self.voicemails if self.is_voicemail(answer) else self.people).append(answer)
+        answers = of_kind(AnswerEvent, self.stored)
+        self.voicemails = [answer for answer in answers if self.is_voicemail(answer)]
+        self.people = [answer for answer in answers if answer not in self.voicemails]  # or queues
         self.hangup = next(iter(of_kind(HangupEvent, self.stored)), None)
         self.direction = self.text("direction")
 
@@ -2586,7 +2585,6 @@ def put_together(legs: Sequence[Leg], now: float) -> Call:
     talked = next((at for at in voicemails if answered and at > answered), ended)
     hangups = sorted((leg.hangup for leg in legs if leg.hangup), reverse=True)
     causes = [hangup.event.cause for hangup in hangups]
-    digits = [entry.event.dtmf for entry in of_kind(DtmfEvent, stored)]
     reply = next((entry.words for entry in reversed(stored) if entry.words), "")
     if not spoken and voicemails:
         outcome = "voicemail"
@@ -2603,7 +2601,8 @@ def put_together(legs: Sequence[Leg], now: float) -> Call:
         started=legs[0].begun if begun is None else begun, answered=answered, ended=ended,
         wait_s=between(begun, waited), talk_s=between(answered, talked), outcome=outcome,
         cause=next((cause for cause in causes if cause != "forwarded"), "".join(causes[:1])),
-        digits=",".join(pressed for pressed in digits if pressed not in ("", "-1")),
+        digits=",".join(entry.event.dtmf for entry in of_kind(DtmfEvent, stored)
+                        if entry.event.dtmf not in ("", "-1")),
         reply=reply, legs=tuple(leg.name for leg in legs if not leg.name.startswith("#")))
 
 
@@ -2663,19 +2662,6 @@ def outcome_of(first: Leg, answered: float | None, ended: float | None, quiet: f
     return "unanswered" if first.direction == "out" else "missed"
 
 
-def leg_named(database: sqlite3.Connection, name: str, most: int) -> Leg | None:
-    """The leg of that name; of over `most` events, those that tell most.
-
-    A repeat of an event changes nothing, but a digit that is pressed twice does.
-    """
-    where, value = ("id", name[1:]) if name.startswith("#") else ("call_id", name)
-    rows = database.execute(
-        f"SELECT min(id) AS first, event, body, orig_call_id, xcid FROM events WHERE {where} = ? "
-        "GROUP BY event, body, CASE WHEN event IN ('dtmf', 'reply') THEN id END "
-        "ORDER BY event = 'dtmf', first LIMIT ?", (value, most)).fetchall()
-    return Leg(name, rows) if rows else None
-
-
 def linked(database: sqlite3.Connection, column: str, value: str) -> set[str]:
     """The names of legs with `value` in `column`; none where it stands in too many events."""
     rows = database.execute(f"SELECT call_id FROM events WHERE {column} = ? "
@@ -2688,11 +2674,17 @@ def linked_legs(database: sqlite3.Connection, name: str) -> list[Leg]:
     legs: list[Leg] = []
     names, seen, room = [name] if name else [], {name, ""}, CALL_EVENTS
     for each in names:  # which become more
-        leg = leg_named(database, each, room) if room else None
-        if leg is None:
+        where, value = ("id", each[1:]) if each.startswith("#") else ("call_id", each)
+        # A repeat changes nothing, but a digit pressed twice does. What tells most comes first.
+        rows = database.execute(
+            f"SELECT min(id) AS at, event, body, orig_call_id, xcid FROM events WHERE {where} = ? "
+            "GROUP BY event, body, CASE WHEN event IN ('dtmf', 'reply') THEN id END "
+            "ORDER BY event = 'dtmf', at LIMIT ?", (value, room)).fetchall() if room else []
+        if not rows:
             continue
+        leg = Leg(each, rows)
         legs.append(leg)
-        room -= len(leg.stored)
+        room -= len(rows)
         links = linked(database, "orig_call_id", each)
         links |= {orig for orig in leg.origs if linked(database, "orig_call_id", orig)}
         links = links.union(*(linked(database, "xcid", xcid) for xcid in leg.xcids))
@@ -2828,8 +2820,9 @@ def open_log(path: str, timeout: float = 5.0) -> sqlite3.Connection:
                          + " ".join(map(shlex.quote, command + sys.argv[1:])))
     database = sqlite3.connect(pathlib.Path(path).as_uri() + "?mode=rw", uri=True, timeout=timeout,
                                isolation_level=None)
-    marks = database.execute("SELECT * FROM pragma_application_id, pragma_user_version").fetchone()
-    if marks != (APPLICATION_ID, SCHEMA_VERSION):
+    marks = [database.execute(f"PRAGMA {name}").fetchone()[0]
+             for name in ("application_id", "user_version")]
+    if marks != [APPLICATION_ID, SCHEMA_VERSION]:
         database.close()
         raise CommandEnd(f"{path} is not a call log of this version of the program")
     return database
@@ -2938,34 +2931,33 @@ def read_since(text: str) -> float:
         raise SettingsError(f'--since is "{text}": expected a date such as 2026-11-01') from None
 
 
-def has_number(call: Call, legs: Iterable[Leg], wanted: str) -> bool:
-    """Whether a call has the number `wanted`, in which * stands for digits; "" is any.
+def is_chosen(call: Call, legs: Iterable[Leg], since: float, wanted: str) -> bool:
+    """Whether a call began after `since` and has the number `wanted`; * stands for digits.
 
-    It is found wherever it stood in an event: dialled, dialled first, or answering.
+    A number is found wherever it stood in an event: dialled, dialled first, or answering.
     """
     pattern = re.escape(bare_number(wanted) or "*").replace(r"\*", ".*")
     found = [call.from_number, call.to_number]
     for stored in events_of(legs):
         found += [getattr(stored.event, name, "") for name in (
             "from_number", "to_number", "diversion", "answering_number")]
-    return any(re.fullmatch(pattern, without_prefix(number)) for number in found)
+    return call.started >= since and any(
+        re.fullmatch(pattern, without_prefix(number)) for number in found)
 
 
 def show_calls(options: argparse.Namespace, settings: Settings) -> int:
     """The command `calls`."""
-    since, form, limit, withheld = read_since(options.since), options.format, options.limit, 0
-
-    def is_chosen(call: Call, legs: Sequence[Leg]) -> bool:
-        return call.started >= since and has_number(call, legs, options.number)
-
+    chosen, form, limit = (read_since(options.since), options.number), options.format, options.limit
+    withheld = 0
     with contextlib.closing(open_log(settings.call_log)) as database:
-        found = listed_calls(database, time.time(), since)
+        found = listed_calls(database, time.time(), chosen[0])
         if options.missed:
             callers, withheld = to_ring_back(call for call, _ in found)
             found = iter([(call, []) for calls in callers for call in calls])
-        pairs = (pair for pair in found if is_chosen(*pair))
+        pairs = (pair for pair in found if is_chosen(*pair, *chosen))
         if options.missed and not options.all:
-            show_callers([calls for calls in callers if is_chosen(calls[0], [])][:limit], form)
+            callers = [calls for calls in callers if is_chosen(calls[0], [], *chosen)]
+            show_callers(callers[:limit], form)
         elif form == "table":
             show_table(pairs, limit or TABLE_LIMIT, options.events)
         else:
@@ -3020,62 +3012,58 @@ def show_table(pairs: Iterator[tuple[Call, Sequence[Leg]]], limit: int, with_eve
         print(f"These are the latest {limit}; --limit N shows more.")
 
 
-def digits_of(text: str) -> str:
-    """The digits of a number as people write it. Raises SettingsError for what is no number."""
+def number_of(text: str) -> tuple[str, str]:
+    """The digits of a number as people write it, and a regular expression that finds it.
+
+    However it is written, but not in a longer one. Raises SettingsError for what is no number.
+    """
     digits = bare_number(text)
     if not re.fullmatch("[0-9]{3,32}", digits):
         raise SettingsError(f'"{text}": expected a whole number, such as +49 157 91234567')
-    return digits
-
-
-def pattern_of(digits: str) -> str:
-    """The regular expression for a number however it is written, but not in a longer one."""
     # Before it is no digit; what looks like one behind a % is part of another character.
-    return (r"(?:(?<![0-9])|(?<=%[0-9A-Fa-f][0-9A-Fa-f]))(?:00)?"
-            + r"[\s()/.#*+-]*".join(digits) + "(?![0-9])")
-
-
-def blanked(row: Sequence[Any], number: str, token: str) -> tuple[Any, ...]:
-    """The ids and the body of a row, each value blanked that holds `number`.
-
-    `token` stands for an id, FORGOTTEN for anything else.
-    """
-    def blank(text: str, word: str = FORGOTTEN) -> str:
-        return word if re.search(number, text) else text
-
-    _, event, *ids, body = row
-    ids, text = [text and blank(text, token) for text in ids], body.decode("utf-8", "replace")
-    if event == "reply":  # XML: what stands between brackets or quotes is a value
-        return (*ids, re.sub("[^<>\"']+", lambda found: blank(found[0]), text).encode())
-    pairs = urllib.parse.parse_qsl(text, keep_blank_values=True)
-    words = {"callId": token, "origCallId": token, "xcid": token}
-    kept = [(blank(name), blank(value, words.get(name, FORGOTTEN))) for name, value in pairs]
-    return (*ids, body if kept == pairs else urllib.parse.urlencode(kept).encode())
+    return digits, (r"(?:(?<![0-9])|(?<=%[0-9A-Fa-f][0-9A-Fa-f]))(?:00)?"
+                    + r"[\s()/.#*+-]*".join(digits) + "(?![0-9])")
 
 
 def rows_with(database: sqlite3.Connection, number: str, token: str
               ) -> Iterator[tuple[Any, Any]]:
-    """Yield each stored row that holds the number, and what stays of it; the latest first."""
+    """Yield each stored row that holds the number, and its ids and body without it.
+
+    Each value that holds it is blanked: `token` stands for an id, FORGOTTEN for anything else.
+    """
+    def blank(text: str, word: str = FORGOTTEN) -> str:
+        return word if text and re.search(number, text) else text
+
+    tokens = {"callId": token, "origCallId": token, "xcid": token}
     for row in latest_first(database, "id, event, call_id, orig_call_id, xcid, body"):
-        kept = blanked(row, number, token)
-        if kept != row[2:]:
-            yield row, kept
+        _, event, *ids, body = row
+        text = body.decode("utf-8", "replace")
+        if event == "reply":  # XML: what stands between brackets or quotes is a value
+            body = re.sub("[^<>\"']+", lambda found: blank(found[0]), text).encode()
+        else:
+            pairs = urllib.parse.parse_qsl(text, keep_blank_values=True)
+            kept = [(blank(name), blank(value, tokens.get(name, FORGOTTEN)))
+                    for name, value in pairs]
+            body = body if kept == pairs else urllib.parse.urlencode(kept).encode()
+        after = (*(blank(text, token) for text in ids), body)
+        if after != row[2:]:
+            yield row, after
 
 
 def forget_number(options: argparse.Namespace, settings: Settings) -> int:
     """The command `forget`: every trace of a number leaves the files."""
-    digits, path = digits_of(options.number), os.path.realpath(settings.call_log)
-    number, shown = pattern_of(digits), with_plus(digits)
+    (digits, number), path = number_of(options.number), os.path.realpath(settings.call_log)
     files, damaged = (path, path + "-wal"), glob.glob(glob.escape(path) + ".damaged-*")
     with contextlib.closing(open_log(settings.call_log)) as database:
-        found = [row for row, _ in rows_with(database, number, FORGOTTEN)]
+        # When each event came, and the first leg of its call, as far as one event tells that.
+        found = [(row[0], row[3] or row[2] or row[0])
+                 for row, _ in rows_with(database, number, FORGOTTEN)]
         hint = "" if found else similar(database, digits)
     if found:
-        # By the first leg of each call, as far as one event tells that.
-        count = len({orig or call_id or key for key, _, call_id, orig, *_ in found})
+        count = len({leg for _, leg in found})
         first, last = (local_time(found[place][0] / 1e6)[:16] for place in (-1, 0))
-        print(f"{plural(count, 'call')}, from {first} to {last}, hold{'s' * (count == 1)} {shown}.",
-              flush=True)
+        print(f"{plural(count, 'call')}, from {first} to {last}, hold{'s' * (count == 1)} "
+              f"{with_plus(digits)}.", flush=True)
     elif not any(is_in(name, number) for name in (*files, *damaged)):
         raise CommandEnd(f"no call holds {options.number}; with the country code?{hint}")
     said = "yes" if options.yes else ""
@@ -3091,8 +3079,8 @@ def forget_number(options: argparse.Namespace, settings: Settings) -> int:
             print(f"{name} held it, and is removed.")
     left = [name for name in files if is_in(name, number)]
     if left:
-        raise CommandEnd(f"{shown} is still in {', '.join(left)}: end what else reads the file, "
-                         "and run this again")
+        raise CommandEnd(f"{with_plus(digits)} is still in {', '.join(left)}: end what else reads "
+                         "the file, and run this again")
     print(f"It is gone from {path}: no byte of it is left there.\nIt may still be in backups, in "
           "the journal or file that stdout goes to,\nand where your functions have put it.")
     return 0
@@ -3132,10 +3120,9 @@ def is_in(name: str, number: str) -> bool:
 def similar(database: sqlite3.Connection, digits: str) -> str:
     """The stored numbers that end like one that no call holds."""
     number = re.compile(f"[0-9]+{digits.lstrip('0')}\\b")
-    found: set[str] = set()
-    for (body,) in database.execute("SELECT body FROM events ORDER BY id DESC LIMIT 100000"):
-        text = urllib.parse.unquote(body.decode("ascii", "replace"))
-        found.update(with_plus(without_prefix(one)) for one in number.findall(text))
+    rows = database.execute("SELECT body FROM events ORDER BY id DESC LIMIT 100000")
+    texts = (urllib.parse.unquote(body.decode("ascii", "replace")) for body, in rows)
+    found = {with_plus(without_prefix(one)) for text in texts for one in number.findall(text)}
     return " " + ", ".join(sorted(found)[:5]) if found else ""
 
 
