@@ -2481,10 +2481,9 @@ def teller(form: str, with_time: bool) -> Callable[[Replied], str]:
 
 LINK_EVENTS = 300  # an xcid or origCallId in more events than that joins nothing
 CALL_EVENTS = 1500  # of one call
-APART_SECONDS = 12 * 3600  # that a leg and the one it names as its origin can lie apart
 FORWARD_SECONDS = 60  # after the end of a leg, in which the next one begins
 RINGING_LOST_SECONDS = 3600  # after its last event, a call whose end was not reported is lost
-TALKING_LOST_SECONDS = 12 * 3600  # people do talk for seven hours
+TALKING_LOST_SECONDS = 12 * 3600  # people do talk for seven hours; a leg joins no later, too
 
 
 @dataclass(frozen=True)
@@ -2521,7 +2520,7 @@ class StoredEvent(NamedTuple):
 
 
 def stored_event(number: int, kind: str, body: bytes) -> StoredEvent:
-    """What a row with this id, event and body holds."""
+    """Return what a row with this id, event and body holds."""
     if kind != "reply":
         return StoredEvent(number / 1e6, parse_event(body, kind))
     words = ""
@@ -2586,12 +2585,6 @@ def put_together(legs: Sequence[Leg], now: float) -> Call:
     hangups = sorted((leg.hangup for leg in legs if leg.hangup), reverse=True)
     causes = [hangup.event.cause for hangup in hangups]
     reply = next((entry.words for entry in reversed(stored) if entry.words), "")
-    if not spoken and voicemails:
-        outcome = "voicemail"
-    elif not spoken and reply.startswith(("Reject", "Hangup")):
-        outcome = "rejected"
-    else:
-        outcome = outcome_of(first, answered, ended, now - stored[-1].at)
     return Call(
         direction=first.direction, from_number=first.text("from_number"),
         to_number=first.text("to_number"),
@@ -2599,7 +2592,9 @@ def put_together(legs: Sequence[Leg], now: float) -> Call:
             name for leg in legs for name in leg.rang if name != "voicemail")),
         answered_by=tuple(dict.fromkeys(name for _, name in spoken if name)),
         started=legs[0].begun if begun is None else begun, answered=answered, ended=ended,
-        wait_s=between(begun, waited), talk_s=between(answered, talked), outcome=outcome,
+        wait_s=between(begun, waited), talk_s=between(answered, talked),
+        outcome=outcome_of(first, bool(spoken), bool(voicemails), reply, ended,
+                           now - stored[-1].at),
         cause=next((cause for cause in causes if cause != "forwarded"), "".join(causes[:1])),
         digits=",".join(entry.event.dtmf for entry in of_kind(DtmfEvent, stored)
                         if entry.event.dtmf not in ("", "-1")),
@@ -2649,13 +2644,18 @@ def end_of(legs: Sequence[Leg], now: float) -> float | None:
     return last.at if last else None
 
 
-def outcome_of(first: Leg, answered: float | None, ended: float | None, quiet: float) -> str:
+def outcome_of(first: Leg, is_answered: bool, has_voicemail: bool, reply: str,
+               ended: float | None, quiet: float) -> str:
     """How a call went that began with `first`; its last event was `quiet` seconds ago."""
+    if has_voicemail and not is_answered:
+        return "voicemail"
+    if reply.startswith(("Reject", "Hangup")) and not is_answered:
+        return "rejected"
     if ended is None:
-        if quiet >= (RINGING_LOST_SECONDS if answered is None else TALKING_LOST_SECONDS):
+        if quiet >= (TALKING_LOST_SECONDS if is_answered else RINGING_LOST_SECONDS):
             return "lost"
-        return "ringing" if answered is None else "talking"
-    if answered is not None:
+        return "talking" if is_answered else "ringing"
+    if is_answered:
         return "answered"
     if not first.new_calls:
         return "lost"
@@ -2675,11 +2675,12 @@ def linked_legs(database: sqlite3.Connection, name: str) -> list[Leg]:
     names, seen, room = [name] if name else [], {name, ""}, CALL_EVENTS
     for each in names:  # which become more
         where, value = ("id", each[1:]) if each.startswith("#") else ("call_id", each)
-        # A repeat changes nothing, but a digit pressed twice does. What tells most comes first.
+        # What tells most comes first. A repeat changes nothing, but a digit pressed twice does.
         rows = database.execute(
-            f"SELECT min(id) AS at, event, body, orig_call_id, xcid FROM events WHERE {where} = ? "
-            "GROUP BY event, body, CASE WHEN event IN ('dtmf', 'reply') THEN id END "
-            "ORDER BY event = 'dtmf', at LIMIT ?", (value, room)).fetchall() if room else []
+            "SELECT min(id), event, body, orig_call_id, xcid FROM (SELECT * FROM events "
+            f"WHERE {where} = ? ORDER BY event = 'dtmf', id LIMIT ?) "
+            "GROUP BY event, body, CASE WHEN event IN ('dtmf', 'reply') THEN id END",
+            (value, room)).fetchall() if room else []
         if not rows:
             continue
         leg = Leg(each, rows)
@@ -2699,7 +2700,7 @@ def is_of_same_call(leg: Leg, call: Sequence[Leg]) -> bool:
         return False  # or odd links would make one endless call
     for other in call:
         is_named = other.name in leg.origs or leg.name in other.origs
-        if is_named and leg.begun - other.last_at <= APART_SECONDS:
+        if is_named and leg.begun - other.last_at <= TALKING_LOST_SECONDS:
             return True
     if not any(leg.xcids & other.xcids for other in call):
         return False
@@ -2741,9 +2742,9 @@ def latest_first(database: sqlite3.Connection, columns: str, since: float = 0.0)
 
 def listed_calls(database: sqlite3.Connection, now: float, since: float = 0.0
                  ) -> Iterator[tuple[Call, list[Leg]]]:
-    """Yield the calls that had an event since the Unix time `since`, the latest first.
+    """Yield each call that had an event since the Unix time `since`, with its legs, latest first.
 
-    Each comes once, with its legs; whoever stops asking stops the reading.
+    Whoever stops asking stops the reading.
     """
     seen: set[str] = set()
     for number, call_id in latest_first(database, "id, call_id", since):
@@ -2754,27 +2755,23 @@ def listed_calls(database: sqlite3.Connection, now: float, since: float = 0.0
             yield put_together(legs, now), legs
 
 
-def without_prefix(number: str) -> str:
-    """A number without what is written before its country code."""
-    return re.sub(r"\A(\+|00)", "", number)
-
-
 def bare_number(text: str) -> str:
-    """A number as people write it, without all that is no part of it."""
-    return without_prefix(re.sub(r"\(\s*0\s*\)|[\s()/.-]|\A(sip|tel):", "", text.partition("@")[0]))
+    """A number without all that is no part of it, such as + or 00 before its country code."""
+    digits = re.sub(r"\(\s*0\s*\)|[\s()/.-]|\A(sip|tel):", "", text.partition("@")[0])
+    return re.sub(r"\A(\+|00)", "", digits)
 
 
 def to_ring_back(calls: Iterable[Call]) -> tuple[list[list[Call]], int]:
-    """Return the calls to ring back, of all `calls`, latest first: a list for each number.
+    """Return those of `calls` to ring back, a list for each number; and how many had none.
 
-    And how many calls had no number.
+    The latest come first, here and there.
     """
     spoken: set[str] = set()
     callers: dict[str, list[Call]] = {}
     withheld = 0
     for call in calls:
         is_out = call.direction == "out"
-        number = without_prefix(call.to_number if is_out else call.from_number)
+        number = bare_number(call.to_number if is_out else call.from_number)
         if call.answered is not None and (call.answered_by or is_out):
             spoken.add(number)
         # Without a direction it is the remains of one, without any newCall.
@@ -2881,23 +2878,26 @@ def totals(calls: Sequence[Call]) -> str:
             f"average talk {average(call.talk_s for call in calls)}")
 
 
-def call_row(call: Call, moment: Callable[[float], Any], seconds: Callable[[float], float]
-             ) -> dict[str, Any]:
+def call_row(call: Call) -> dict[str, Any]:
     """A call as names and values for JSON and CSV: None for what is not known."""
-    row: dict[str, Any] = {}
-    for known in fields(Call):
-        name, value = known.name.replace("_number", ""), getattr(call, known.name)
-        if isinstance(value, float):
-            value = seconds(value) if name in ("wait_s", "talk_s") else moment(value)
-        row[name] = None if value == "" else value
-    return row
+    return {name.replace("_number", ""): None if value == "" else value
+            for name, value in vars(call).items()}
 
 
-def caller_row(calls: Sequence[Call], moment: Callable[[float], Any]) -> dict[str, Any]:
+def caller_row(calls: Sequence[Call]) -> dict[str, Any]:
     """Somebody to ring back, whose calls these are, in the same way."""
     last = calls[0]
-    return {"from": last.from_number, "calls": len(calls), "last": moment(last.started),
+    return {"from": last.from_number, "calls": len(calls), "last": last.started,
             "outcome": last.outcome, "to": last.to_number}
+
+
+def readable(name: str, value: Any, form: str) -> Any:
+    """A value of such a row in which times can be read; `name` says whether it is seconds."""
+    if not isinstance(value, float):
+        return value
+    if name.endswith("_s"):
+        return round(value, 3) if form == "json" else int(value)
+    return rfc3339(value) if form == "json" else local_time(value)
 
 
 def csv_cell(value: Any) -> Any:
@@ -2914,13 +2914,14 @@ def write_rows(rows: Iterable[Mapping[str, Any]], form: str, stream: TextIO | No
     stream = stream or sys.stdout
     writer = csv.writer(stream, lineterminator="\n", delimiter=";" if form == "excel" else ",")
     for number, row in enumerate(rows):
+        values = {name: readable(name, value, form) for name, value in row.items()}
         if form == "json":
-            stream.write(json.dumps(row) + "\n")
+            stream.write(json.dumps(values) + "\n")
             continue
         if number == 0:
             stream.write("\ufeff" if form == "excel" else "")
-            writer.writerow(row)  # its names
-        writer.writerow(map(csv_cell, row.values()))
+            writer.writerow(values)  # the names
+        writer.writerow(map(csv_cell, values.values()))
 
 
 def read_since(text: str) -> float:
@@ -2942,7 +2943,7 @@ def is_chosen(call: Call, legs: Iterable[Leg], since: float, wanted: str) -> boo
         found += [getattr(stored.event, name, "") for name in (
             "from_number", "to_number", "diversion", "answering_number")]
     return call.started >= since and any(
-        re.fullmatch(pattern, without_prefix(number)) for number in found)
+        re.fullmatch(pattern, bare_number(number)) for number in found)
 
 
 def show_calls(options: argparse.Namespace, settings: Settings) -> int:
@@ -2961,20 +2962,18 @@ def show_calls(options: argparse.Namespace, settings: Settings) -> int:
         elif form == "table":
             show_table(pairs, limit or TABLE_LIMIT, options.events)
         else:
-            write_rows(call_rows(itertools.islice(pairs, limit), form, options.events), form)
+            with_events = options.events and form == "json"
+            write_rows(call_rows(itertools.islice(pairs, limit), with_events), form)
     if withheld and form == "table":
         print(f"and {withheld} with no number")
     return 0
 
 
-def call_rows(pairs: Iterable[tuple[Call, Sequence[Leg]]], form: str, with_events: bool
+def call_rows(pairs: Iterable[tuple[Call, Sequence[Leg]]], with_events: bool
               ) -> Iterator[dict[str, Any]]:
-    """Yield calls for CSV, or for JSON, there perhaps with what each was put together from."""
+    """Yield calls as rows, perhaps with what each was put together from."""
     for call, legs in pairs:
-        if form != "json":
-            yield call_row(call, local_time, int)
-            continue
-        row = call_row(call, rfc3339, lambda seconds: round(seconds, 3))
+        row = call_row(call)
         if with_events:
             row["events"] = [event_json(one.event, one.at, one.words) for one in events_of(legs)]
         yield row
@@ -2982,15 +2981,13 @@ def call_rows(pairs: Iterable[tuple[Call, Sequence[Leg]]], form: str, with_event
 
 def show_callers(callers: Sequence[Sequence[Call]], form: str) -> None:
     """Print whom to ring back, one line each."""
+    rows = [caller_row(calls) for calls in callers]
     if form != "table":
-        moment = rfc3339 if form == "json" else local_time
-        write_rows([caller_row(calls, moment) for calls in callers], form)
-    elif callers:
-        rows = [("LAST CALL", "FROM", "TIMES", "OUTCOME", "TO")]
-        for last, *earlier in callers:
-            rows.append((local_time(last.started)[:16], with_plus(last.from_number),
-                         str(1 + len(earlier)).rjust(5), last.outcome, with_plus(last.to_number)))
-        print(aligned(rows, (16, 20, 5, 10)))
+        write_rows(rows, form)
+    elif rows:
+        lines = [(local_time(row["last"])[:16], with_plus(row["from"]), f"{row['calls']:5}",
+                  row["outcome"], with_plus(row["to"])) for row in rows]
+        print(aligned([("LAST CALL", "FROM", "TIMES", "OUTCOME", "TO"), *lines], (16, 20, 5, 10)))
     else:
         print("Nobody is to be rung back.")
 
@@ -3013,9 +3010,9 @@ def show_table(pairs: Iterator[tuple[Call, Sequence[Leg]]], limit: int, with_eve
 
 
 def number_of(text: str) -> tuple[str, str]:
-    """The digits of a number as people write it, and a regular expression that finds it.
+    """Return the digits of a number, and what finds it however written, but in no longer one.
 
-    However it is written, but not in a longer one. Raises SettingsError for what is no number.
+    The latter is a regular expression. Raises SettingsError for what is no number.
     """
     digits = bare_number(text)
     if not re.fullmatch("[0-9]{3,32}", digits):
@@ -3122,7 +3119,7 @@ def similar(database: sqlite3.Connection, digits: str) -> str:
     number = re.compile(f"[0-9]+{digits.lstrip('0')}\\b")
     rows = database.execute("SELECT body FROM events ORDER BY id DESC LIMIT 100000")
     texts = (urllib.parse.unquote(body.decode("ascii", "replace")) for body, in rows)
-    found = {with_plus(without_prefix(one)) for text in texts for one in number.findall(text)}
+    found = {with_plus(bare_number(one)) for text in texts for one in number.findall(text)}
     return " " + ", ".join(sorted(found)[:5]) if found else ""
 
 
@@ -3926,7 +3923,7 @@ class Overview:
         return {
             "now": now, "url": "" if self.settings.trial else self.settings.webhook_url,
             "open": [page_row(call) for call in self._open_calls()],
-            "back": [{**caller_row(calls, float), "users": page_row(calls[0])["users"]}
+            "back": [{**caller_row(calls), "users": page_row(calls[0])["users"]}
                      for calls in callers[:100]],
             "withheld": withheld, "today": glance(today), "before": glance(before),
             "hours": bars[days[0]],
@@ -3973,7 +3970,7 @@ def page_row(call: Call) -> dict[str, Any]:
     """A call as the page gets it: Unix times, names that read as what they are, and a key."""
     names = {name: [printable(text) for text in getattr(call, name)]
              for name in ("users", "answered_by")}
-    return {**call_row(call, float, float), **names, "key": key_of(call)}
+    return {**call_row(call), **names, "key": key_of(call)}
 
 
 def glance(calls: Sequence[Call]) -> dict[str, Any]:
@@ -4053,8 +4050,7 @@ class PageHandler(http.server.BaseHTTPRequestHandler):
             with contextlib.closing(open_log(self.server.overview.settings.call_log)) as database:
                 if path == "/calls.csv":
                     text = io.StringIO()
-                    write_rows((call_row(call, local_time, int) for call, _ in
-                                listed_calls(database, time.time())), "csv", text)
+                    write_rows(call_rows(listed_calls(database, time.time()), False), "csv", text)
                     self._send(200, text.getvalue().encode(), "text/csv")
                     return
                 stored = events_of(call_with(database, query.get("key", "")))
