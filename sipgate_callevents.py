@@ -2539,12 +2539,12 @@ class Leg:
         self.name, self.origs, self.xcids = name, set(origs) - {None}, set(xcids) - {None}
         self.stored = list(map(stored_event, numbers, kinds, bodies))
         self.begun, self.last_at = self.stored[0].at, self.stored[-1].at
-        self.new_calls = of_kind(NewCallEvent, self.stored)
+        self.new_calls = events_of([self], NewCallEvent)
         self.rang = [name for entry in self.new_calls for name in entry.event.users if name]
-        answers = of_kind(AnswerEvent, self.stored)
+        answers = events_of([self], AnswerEvent)
         self.voicemails = [answer for answer in answers if self.is_voicemail(answer)]
         self.people = [answer for answer in answers if answer not in self.voicemails]  # or queues
-        self.hangup = next(iter(of_kind(HangupEvent, self.stored)), None)
+        self.hangup = next(iter(events_of([self], HangupEvent)), None)
         self.direction = self.text("direction")
 
     def text(self, name: str) -> str:
@@ -2560,14 +2560,10 @@ class Leg:
         return replies[-1:] == ["Dial voicemail"]
 
 
-def of_kind(kind: type[CallEvent], stored: Iterable[StoredEvent]) -> list[StoredEvent]:
-    """Those events that are of one kind."""
-    return [entry for entry in stored if isinstance(entry.event, kind)]
-
-
-def events_of(legs: Iterable[Leg]) -> list[StoredEvent]:
-    """The events of these legs, earliest first."""
-    return sorted((entry for leg in legs for entry in leg.stored), key=lambda entry: entry.at)
+def events_of(legs: Iterable[Leg], kind: type[CallEvent] = CallEvent) -> list[StoredEvent]:
+    """The events of these legs, earliest first; only those of that kind."""
+    found = (entry for leg in legs for entry in leg.stored if isinstance(entry.event, kind))
+    return sorted(found, key=lambda entry: entry.at)
 
 
 def put_together(legs: Sequence[Leg], now: float) -> Call:
@@ -2578,7 +2574,7 @@ def put_together(legs: Sequence[Leg], now: float) -> Call:
     spoken = speakers(legs, first)
     answered = spoken[0][0] if spoken else None
     voicemails = sorted(answer.at for leg in legs for answer in leg.voicemails)
-    begun = of_kind(NewCallEvent, stored)[0].at if first.new_calls else None
+    begun = events_of(legs, NewCallEvent)[0].at if first.new_calls else None
     ended = end_of(legs, now)
     waited = answered if spoken else voicemails[0] if voicemails else ended
     talked = next((at for at in voicemails if answered and at > answered), ended)
@@ -2596,7 +2592,7 @@ def put_together(legs: Sequence[Leg], now: float) -> Call:
         outcome=outcome_of(first, bool(spoken), bool(voicemails), reply, ended,
                            now - stored[-1].at),
         cause=next((cause for cause in causes if cause != "forwarded"), "".join(causes[:1])),
-        digits=",".join(entry.event.dtmf for entry in of_kind(DtmfEvent, stored)
+        digits=",".join(entry.event.dtmf for entry in events_of(legs, DtmfEvent)
                         if entry.event.dtmf not in ("", "-1")),
         reply=reply, legs=tuple(leg.name for leg in legs if not leg.name.startswith("#")))
 
@@ -2933,9 +2929,9 @@ def read_since(text: str) -> float:
 
 
 def is_chosen(call: Call, legs: Iterable[Leg], since: float, wanted: str) -> bool:
-    """Whether a call began after `since` and has the number `wanted`; * stands for digits.
+    """Whether a call began after `since` and has the number `wanted`, in which * is any digits.
 
-    A number is found wherever it stood in an event: dialled, dialled first, or answering.
+    It is looked for wherever one stands in an event: dialled, dialled first, or answering.
     """
     pattern = re.escape(bare_number(wanted) or "*").replace(r"\*", ".*")
     found = [call.from_number, call.to_number]
@@ -2948,16 +2944,16 @@ def is_chosen(call: Call, legs: Iterable[Leg], since: float, wanted: str) -> boo
 
 def show_calls(options: argparse.Namespace, settings: Settings) -> int:
     """The command `calls`."""
-    chosen, form, limit = (read_since(options.since), options.number), options.format, options.limit
-    withheld = 0
+    since, form, limit, withheld = read_since(options.since), options.format, options.limit, 0
+    is_wanted = functools.partial(is_chosen, since=since, wanted=options.number)
     with contextlib.closing(open_log(settings.call_log)) as database:
-        found = listed_calls(database, time.time(), chosen[0])
+        found = listed_calls(database, time.time(), since)
         if options.missed:
             callers, withheld = to_ring_back(call for call, _ in found)
             found = iter([(call, []) for calls in callers for call in calls])
-        pairs = (pair for pair in found if is_chosen(*pair, *chosen))
+        pairs = (pair for pair in found if is_wanted(*pair))
         if options.missed and not options.all:
-            callers = [calls for calls in callers if is_chosen(calls[0], [], *chosen)]
+            callers = [calls for calls in callers if is_wanted(calls[0], [])]
             show_callers(callers[:limit], form)
         elif form == "table":
             show_table(pairs, limit or TABLE_LIMIT, options.events)
@@ -3042,7 +3038,7 @@ def rows_with(database: sqlite3.Connection, number: str, token: str
             kept = [(blank(name), blank(value, tokens.get(name, FORGOTTEN)))
                     for name, value in pairs]
             body = body if kept == pairs else urllib.parse.urlencode(kept).encode()
-        after = (*(blank(text, token) for text in ids), body)
+        after = (*(blank(each, token) for each in ids), body)
         if after != row[2:]:
             yield row, after
 
@@ -3069,7 +3065,7 @@ def forget_number(options: argparse.Namespace, settings: Settings) -> int:
     if not said.startswith("y"):
         raise CommandEnd("nothing was changed")
     with contextlib.closing(open_log(settings.call_log)) as database:
-        blank(database, number, os.path.dirname(path))
+        erase(database, number, os.path.dirname(path))
     for name in damaged:
         if is_in(name, number):
             os.remove(name)
@@ -3083,8 +3079,8 @@ def forget_number(options: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
-def blank(database: sqlite3.Connection, number: str, folder: str) -> None:
-    """Blank the number in all rows, a few at a time, and then in what SQLite keeps of them."""
+def erase(database: sqlite3.Connection, number: str, folder: str) -> None:
+    """Blank the number in all rows, a few at a time, and remove what SQLite keeps of them."""
     # One word where it stands as an id, so that what it joins stays joined, and nothing else.
     found = rows_with(database, number, f"{FORGOTTEN[:-1]} {os.urandom(4).hex()}]")
     database.execute("PRAGMA secure_delete=ON")
