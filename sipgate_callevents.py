@@ -2668,7 +2668,7 @@ def linked(database: sqlite3.Connection, column: str, value: str) -> set[str]:
 def linked_legs(database: sqlite3.Connection, name: str) -> list[Leg]:
     """The leg, and all that links join with it, earliest first, whatever lies between them."""
     legs: list[Leg] = []
-    names, seen, room = [name] if name else [], {name, ""}, CALL_EVENTS
+    names, seen, room = [name] if name else [], {name}, CALL_EVENTS
     for each in names:  # which become more
         where, value = ("id", each[1:]) if each.startswith("#") else ("call_id", each)
         # What tells most comes first. A repeat changes nothing, but a digit pressed twice does.
