@@ -2423,12 +2423,10 @@ def told(replied: Replied, form: str, with_time: bool) -> str:
 # ------------------------------------------------------------------------------------------
 
 LINK_EVENTS = 300  # an xcid or origCallId in more events than that joins nothing
-CALL_EVENTS = 1500  # of one callId, and of one call
-APART_SECONDS = 12 * 3600  # that a leg and the one it names as its origin can lie apart
+CALL_EVENTS = 1500  # of one call
 FORWARD_SECONDS = 60  # after the end of a leg, in which the next one begins
 RINGING_LOST_SECONDS = 3600  # after its last event, a call whose end was not reported is lost
-TALKING_LOST_SECONDS = 12 * 3600  # people do talk for seven hours
-COLUMNS = "id, event, call_id, orig_call_id, xcid, body"
+TALKING_LOST_SECONDS = 12 * 3600  # people do talk for seven hours; a leg joins no later, too
 
 
 @dataclass(frozen=True)
@@ -2457,67 +2455,40 @@ class Call:
 
 
 class StoredEvent(NamedTuple):
-    """A row of the call log: its id (microseconds), its leg, what it names, and what it is."""
+    """A row of the call log: when it came (Unix time), and what it is."""
 
-    id: int
-    leg: str
-    orig: str
-    xcid: str
-    event: Any  # a CallEvent; of a reply, one that says so
-    reply: Action | None = None
-
-    @property
-    def at(self) -> float:
-        """Unix time of receipt."""
-        return self.id / 1e6
-
-    @property
-    def words(self) -> str:
-        """Of a reply, its action in words."""
-        return described(self.reply) if self.reply else ""
+    at: float
+    event: Any  # a CallEvent
+    words: str = ""  # of a reply of ours: its action, such as "Reject busy"
 
 
-def stored_event(row: Sequence[Any]) -> StoredEvent:
-    """Return what a row in the order of COLUMNS holds. Events without a callId are a leg each."""
-    number, kind, call_id, orig, xcid, body = row
-    leg = call_id or f"#{number}"
-    if kind == "reply":
-        return StoredEvent(number, leg, "", "", UnknownEvent(event=kind), read_reply(body))
-    return StoredEvent(number, leg, orig or "", xcid or "", parse_event(body, kind))
-
-
-def read_reply(document: bytes) -> Action | None:
-    """Return the action in a stored reply."""
-    def action(element: ET.Element) -> Action:
-        return Action(element.tag, tuple(element.attrib.items()), tuple(map(action, element)),
-                      element.text or "")
-
-    return next(map(action, ET.fromstring(document)), None)
+def stored_event(number: int, kind: str, body: bytes) -> StoredEvent:
+    """Return what a row with this id, event and body holds."""
+    if kind != "reply":
+        return StoredEvent(number / 1e6, parse_event(body, kind))
+    words = ""
+    for element in ET.fromstring(body):  # one, if any
+        children = tuple(Action(child.tag, text=child.text or "") for child in element)
+        words = described(Action(element.tag, tuple(element.attrib.items()), children))
+    return StoredEvent(number / 1e6, UnknownEvent(event=kind), words)
 
 
 class Leg:
-    """The events of one callId; a repeat changes nothing, but a digit pressed twice does."""
+    """The events of one callId, earliest first."""
 
-    def __init__(self, stored: Sequence[StoredEvent]) -> None:
-        once: dict[Any, StoredEvent] = {}
-        for entry in stored:
-            is_digit = isinstance(entry.event, DtmfEvent)
-            key = entry.id if is_digit or entry.reply else (entry.event.event, entry.event.body)
-            once.setdefault(key, entry)
-        self.stored, self.size = list(once.values()), len(stored)
-        self.name = self.stored[0].leg
-        self.origs = {entry.orig for entry in self.stored} - {""}
-        self.xcids = {entry.xcid for entry in self.stored} - {""}
-        self.new_calls, self.answers = self.of(NewCallEvent), self.of(AnswerEvent)
-        self.hangup = next(iter(self.of(HangupEvent)), None)
-        self.replies = [entry for entry in self.stored if entry.reply]
+    def __init__(self, name: str, rows: Iterable[Any]) -> None:
+        """Take rows of id, event, body, orig_call_id and xcid."""
+        numbers, kinds, bodies, origs, xcids = zip(*sorted(rows))
+        self.name, self.origs, self.xcids = name, set(origs) - {None}, set(xcids) - {None}
+        self.stored = list(map(stored_event, numbers, kinds, bodies))
         self.begun, self.last_at = self.stored[0].at, self.stored[-1].at
-        self.ended = self.hangup.at if self.hangup else None
+        self.new_calls = events_of([self], NewCallEvent)
         self.rang = [name for entry in self.new_calls for name in entry.event.users if name]
-
-    def of(self, kind: type[CallEvent]) -> list[StoredEvent]:
-        """Its events of one kind, earliest first."""
-        return [entry for entry in self.stored if isinstance(entry.event, kind)]
+        answers = events_of([self], AnswerEvent)
+        self.voicemails = [answer for answer in answers if self.is_voicemail(answer)]
+        self.people = [answer for answer in answers if answer not in self.voicemails]  # or queues
+        self.hangup = next(iter(events_of([self], HangupEvent)), None)
+        self.direction = self.text("direction")
 
     def text(self, name: str) -> str:
         """The attribute `name` of the newCall, else of the first event that has it."""
@@ -2528,58 +2499,45 @@ class Leg:
         """Whether voicemail answered: it says so, or nobody is named and nothing else rang."""
         if answer.event.user or set(self.rang) == {"voicemail"}:
             return answer.event.user in ("", "voicemail")
-        sent = [entry.reply for entry in self.replies if entry.reply and entry.at <= answer.at]
-        return bool(sent) and any(child.tag == "Voicemail" for child in sent[-1].children)
+        replies = [entry.words for entry in self.stored if entry.words and entry.at <= answer.at]
+        return replies[-1:] == ["Dial voicemail"]
 
 
-def in_order(legs: Iterable[Leg]) -> list[Leg]:
-    """`legs`, earliest first."""
-    return sorted(legs, key=lambda leg: (leg.begun, leg.name))
+def events_of(legs: Iterable[Leg], kind: type[CallEvent] = CallEvent) -> list[StoredEvent]:
+    """The events of these legs, earliest first; only those of that kind."""
+    found = (entry for leg in legs for entry in leg.stored if isinstance(entry.event, kind))
+    return sorted(found, key=lambda entry: entry.at)
 
 
-def put_together(stored: Iterable[StoredEvent], now: float) -> Call:
-    """Return the call that these events make up, in whatever order, as it stands at `now`."""
-    by_leg: dict[str, list[StoredEvent]] = {}
-    for entry in sorted(stored, key=lambda entry: entry.id):
-        by_leg.setdefault(entry.leg, []).append(entry)
-    legs = in_order(map(Leg, by_leg.values()))
+def put_together(legs: Sequence[Leg], now: float) -> Call:
+    """Return the call that these legs, earliest first, make up, as it stands at `now`."""
+    stored = events_of(legs)
     named = {orig for leg in legs for orig in leg.origs}
     first = next((leg for leg in legs if leg.name in named), legs[0])
-    direction = first.text("direction")
-    spoken, voicemails = speakers(legs, first)
-    begun = min((leg.new_calls[0].at for leg in legs if leg.new_calls and first.new_calls),
-                default=None)
-    replies = sorted(entry for leg in legs for entry in leg.replies)
-    reply = replies[-1].reply if replies else None
+    spoken = speakers(legs, first)
     answered = spoken[0][0] if spoken else None
-    ended, outcome = how_it_ended(legs, answered, now)
-    if spoken:
-        outcome = "answered" if outcome == "over" else outcome
-    elif voicemails:
-        outcome = "voicemail"
-    elif reply and reply.tag in ("Reject", "Hangup"):
-        outcome = "rejected"
-    elif outcome == "over":
-        outcome = "unanswered" if direction == "out" else "missed"
-        outcome = outcome if first.new_calls else "lost"
+    voicemails = sorted(answer.at for leg in legs for answer in leg.voicemails)
+    begun = events_of(legs, NewCallEvent)[0].at if first.new_calls else None
+    ended = end_of(legs, now)
     waited = answered if spoken else voicemails[0] if voicemails else ended
-    talked = min([at for at in voicemails if spoken and at > spoken[0][0]], default=ended)
-    hangups = sorted(leg.hangup for leg in legs if leg.hangup)
-    causes = [hangup.event.cause for hangup in reversed(hangups)]
-    digits = sorted((entry.id, entry.event.dtmf) for leg in legs for entry in leg.of(DtmfEvent)
-                    if entry.event.dtmf not in ("", "-1"))
+    talked = next((at for at in voicemails if answered and at > answered), ended)
+    hangups = sorted((leg.hangup for leg in legs if leg.hangup), reverse=True)
+    causes = [hangup.event.cause for hangup in hangups]
+    reply = next((entry.words for entry in reversed(stored) if entry.words), "")
     return Call(
-        direction=direction, from_number=first.text("from_number"),
+        direction=first.direction, from_number=first.text("from_number"),
         to_number=first.text("to_number"),
         users=tuple(dict.fromkeys(
             name for leg in legs for name in leg.rang if name != "voicemail")),
         answered_by=tuple(dict.fromkeys(name for _, name in spoken if name)),
         started=legs[0].begun if begun is None else begun, answered=answered, ended=ended,
-        wait_s=between(begun, waited), talk_s=between(answered, talked), outcome=outcome,
+        wait_s=between(begun, waited), talk_s=between(answered, talked),
+        outcome=outcome_of(first, bool(spoken), bool(voicemails), reply, ended,
+                           now - stored[-1].at),
         cause=next((cause for cause in causes if cause != "forwarded"), "".join(causes[:1])),
-        digits=",".join(pressed for _, pressed in digits),
-        reply=described(reply) if reply else "",
-        legs=tuple(leg.name for leg in legs if not leg.name.startswith("#")))
+        digits=",".join(entry.event.dtmf for entry in events_of(legs, DtmfEvent)
+                        if entry.event.dtmf not in ("", "-1")),
+        reply=reply, legs=tuple(leg.name for leg in legs if not leg.name.startswith("#")))
 
 
 def between(begun: float | None, ended: float | None) -> float | None:
@@ -2587,191 +2545,182 @@ def between(begun: float | None, ended: float | None) -> float | None:
     return None if begun is None or ended is None else max(ended - begun, 0.0)
 
 
-def speakers(legs: Sequence[Leg], first: Leg) -> tuple[list[tuple[float, str]], list[float]]:
-    """Who spoke with the other side, as (time, name), and when voicemail answered.
+def speakers(legs: Sequence[Leg], first: Leg) -> list[tuple[float, str]]:
+    """Who spoke with the other side, as (time, name).
 
     A name outranks a number; a queue, or whoever answered at the number called, is nobody.
     """
-    names, numbers, nobody, voicemails = [], [], [], []
+    names, numbers, nobody = [], [], []
     called = {first.text("to_number"), first.text("from_number"), first.text("diversion"), ""}
-    is_outgoing = first.text("direction") == "out"
+    is_outgoing, has_voicemail = first.direction == "out", any(leg.voicemails for leg in legs)
     for leg in legs:
-        is_out = leg.text("direction") == "out"
-        for answer in leg.answers:
-            number = answer.event.answering_number or answer.event.to_number
-            if leg.is_voicemail(answer):
-                voicemails.append(answer.at)
-            elif answer.event.user and not (is_out and leg is first):
-                names.append((answer.at, answer.event.user))
-            elif is_out and first.text("direction") == "in":
-                names.append((answer.at, number))  # a colleague put the caller through to it
+        for at, event, _ in leg.people:
+            number = event.answering_number or event.to_number
+            if event.user and not (is_outgoing and leg is first):
+                names.append((at, event.user))
+            elif leg.direction == "out" and first.direction == "in":
+                names.append((at, number))  # a colleague put the caller through to it
             elif number not in called:
-                numbers.append((answer.at, "" if is_outgoing else number))
-            else:
-                nobody.append((answer.at, ""))
-    is_nobody_left = is_outgoing or not voicemails
-    return sorted(names or numbers or (nobody if is_nobody_left else [])), sorted(voicemails)
+                numbers.append((at, "" if is_outgoing else number))
+            elif is_outgoing or not has_voicemail:
+                nobody.append((at, ""))
+    return sorted(names or numbers or nobody)
 
 
-def how_it_ended(legs: Sequence[Leg], answered: float | None, now: float
-                 ) -> tuple[float | None, str]:
-    """When the call ended, None if that is not known, and "over", or how it stands at `now`."""
-    ends = [leg.ended for leg in legs if leg.ended is not None]
-    is_over = bool(ends)
-    later_end = -math.inf  # of those that began later
+def end_of(legs: Sequence[Leg], now: float) -> float | None:
+    """When the call of these legs, earliest first, ended; None if it goes on, or is not known."""
+    last: StoredEvent | None = None
     for leg in reversed(legs):
         # The hangup of a leg that was passed on can be lost; voicemail's own is not waited for.
-        patience = RINGING_LOST_SECONDS if leg.answers else 0
-        if leg.ended is not None:
-            later_end = max(later_end, leg.ended)
-        elif not leg.answers or not all(map(leg.is_voicemail, leg.answers)):
-            is_over = is_over and later_end > 0 and now - later_end >= patience
-    hangups = sorted(leg.hangup for leg in legs if leg.hangup)
-    if is_over and hangups[-1].event.cause == "forwarded":
-        is_over = now - hangups[-1].at >= FORWARD_SECONDS
-    if is_over:
-        return max(ends), "over"
-    limit = RINGING_LOST_SECONDS if answered is None else TALKING_LOST_SECONDS
-    if now - max(leg.last_at for leg in legs) >= limit:
-        return None, "lost"
-    return None, "ringing" if answered is None else "talking"
+        patience = RINGING_LOST_SECONDS if leg.people else 0
+        is_open = not last or now - last.at < patience
+        if leg.hangup:
+            last = max(leg.hangup, last or leg.hangup)
+        elif is_open and (leg.people or not leg.voicemails):
+            return None
+    if last and last.event.cause == "forwarded" and now - last.at < FORWARD_SECONDS:
+        return None
+    return last.at if last else None
 
 
-def leg_named(database: sqlite3.Connection, name: str) -> Leg | None:
-    """The leg of that name; if it has very many events, those that tell most come first."""
-    where, value = ("id", name[1:]) if name.startswith("#") else ("call_id", name)
-    rows = database.execute(f"SELECT {COLUMNS} FROM events WHERE {where} = ? "
-                            f"ORDER BY event = 'dtmf', id LIMIT {CALL_EVENTS}", (value,)).fetchall()
-    return Leg(sorted(map(stored_event, rows))) if rows else None
+def outcome_of(first: Leg, is_answered: bool, has_voicemail: bool, reply: str,
+               ended: float | None, quiet: float) -> str:
+    """How a call went that began with `first`; its last event was `quiet` seconds ago."""
+    if has_voicemail and not is_answered:
+        return "voicemail"
+    if reply.startswith(("Reject", "Hangup")) and not is_answered:
+        return "rejected"
+    if ended is None:
+        if quiet >= (TALKING_LOST_SECONDS if is_answered else RINGING_LOST_SECONDS):
+            return "lost"
+        return "talking" if is_answered else "ringing"
+    if is_answered:
+        return "answered"
+    if not first.new_calls:
+        return "lost"
+    return "unanswered" if first.direction == "out" else "missed"
 
 
 def linked(database: sqlite3.Connection, column: str, value: str) -> set[str]:
-    """The legs with `value` in `column`; none where it stands in too many events."""
+    """The names of legs with `value` in `column`; none where it stands in too many events."""
     rows = database.execute(f"SELECT call_id FROM events WHERE {column} = ? "
                             f"LIMIT {LINK_EVENTS + 1}", (value,)).fetchall()
     return {row[0] for row in rows if row[0]} if len(rows) <= LINK_EVENTS else set()
 
 
-def linked_legs(database: sqlite3.Connection, name: str, until: float) -> list[Leg]:
-    """The leg, and all that links join with it, whatever lies between them in time.
-
-    Raises TimeoutError past `until` (time.monotonic()).
-    """
-    seen: set[str] = set()
-    found: list[Leg] = []
-    left = {name}
-    while left and sum(leg.size for leg in found) < CALL_EVENTS:
-        if time.monotonic() > until:
-            raise TimeoutError
-        name = min(left)
-        seen.add(name)
-        leg = leg_named(database, name)
-        if leg:
-            found.append(leg)
-            left |= linked(database, "orig_call_id", name)
-            left |= {orig for orig in leg.origs if linked(database, "orig_call_id", orig)}
-            for xcid in leg.xcids:
-                left |= linked(database, "xcid", xcid)
-        left -= seen
-    return found
+def linked_legs(database: sqlite3.Connection, name: str) -> list[Leg]:
+    """The leg, and all that links join with it, earliest first, whatever lies between them."""
+    legs: list[Leg] = []
+    names, seen, room = [name] if name else [], {name}, CALL_EVENTS
+    for each in names:  # which become more
+        where, value = ("id", each[1:]) if each.startswith("#") else ("call_id", each)
+        # What tells most comes first. A repeat changes nothing, but a digit pressed twice does.
+        rows = database.execute(
+            "SELECT min(id), event, body, orig_call_id, xcid FROM (SELECT * FROM events "
+            f"WHERE {where} = ? ORDER BY event = 'dtmf', id LIMIT ?) "
+            "GROUP BY event, body, CASE WHEN event IN ('dtmf', 'reply') THEN id END",
+            (value, room)).fetchall() if room else []
+        if not rows:
+            continue
+        leg = Leg(each, rows)
+        legs.append(leg)
+        room -= len(rows)
+        links = linked(database, "orig_call_id", each)
+        links |= {orig for orig in leg.origs if linked(database, "orig_call_id", orig)}
+        links = links.union(*(linked(database, "xcid", xcid) for xcid in leg.xcids))
+        names += sorted(links - seen)
+        seen |= links
+    return sorted(legs, key=lambda leg: leg.begun)
 
 
 def is_of_same_call(leg: Leg, call: Sequence[Leg]) -> bool:
     """Whether `leg`, which began later, is one of the same call as the legs in `call`."""
-    if leg.begun - min(other.begun for other in call) > DAY:
+    if leg.begun - call[0].begun > DAY:
         return False  # or odd links would make one endless call
     for other in call:
         is_named = other.name in leg.origs or leg.name in other.origs
-        if is_named and leg.begun - other.last_at <= APART_SECONDS:
+        if is_named and leg.begun - other.last_at <= TALKING_LOST_SECONDS:
             return True
     if not any(leg.xcids & other.xcids for other in call):
         return False
-    ends = [other.ended for other in call if other.ended is not None]
-    _, how = how_it_ended(in_order(call), None, leg.begun)
-    if ends and (len(ends) == len(call) or how == "over"):
-        return leg.begun <= max(ends) + FORWARD_SECONDS
-    is_answered = any(other.answers for other in call)
-    limit = TALKING_LOST_SECONDS if is_answered else RINGING_LOST_SECONDS
-    return leg.begun <= max(other.last_at for other in call) + limit + FORWARD_SECONDS
+    ended = end_of(call, leg.begun)
+    if ended is None:
+        is_answered = any(other.people or other.voicemails for other in call)
+        ended = max(other.last_at for other in call)
+        ended += TALKING_LOST_SECONDS if is_answered else RINGING_LOST_SECONDS
+    return leg.begun <= ended + FORWARD_SECONDS
 
 
-def call_with(database: sqlite3.Connection, leg: str, until: float = math.inf
-              ) -> list[StoredEvent]:
-    """The events of the call that the leg is part of. Raises TimeoutError past `until`."""
+def call_with(database: sqlite3.Connection, name: str, until: float = math.inf) -> list[Leg]:
+    """The legs, earliest first, of the call that the leg of that name is part of.
+
+    Raises TimeoutError past `until` (time.monotonic()).
+    """
     calls: list[list[Leg]] = []
-    for one in in_order(linked_legs(database, leg, until)):
+    for leg in linked_legs(database, name):
         if time.monotonic() > until:
             raise TimeoutError
-        mine = [call for call in calls if is_of_same_call(one, call)]
-        calls = [call for call in calls if call not in mine]
-        calls.append([*itertools.chain(*mine), one])
-    found = next((call for call in calls if any(one.name == leg for one in call)), [])
-    return [entry for one in found for entry in one.stored][:CALL_EVENTS]
+        same = [call for call in calls if is_of_same_call(leg, call)]
+        calls = [call for call in calls if call not in same]
+        calls.append(sorted(itertools.chain(*same, [leg]), key=lambda leg: leg.begun))
+    return next((call for call in calls if any(leg.name == name for leg in call)), [])
 
 
-def call_of(database: sqlite3.Connection, event: CallEvent, now: float,
-            until: float = math.inf) -> Call | None:
-    """Return the call that an event belongs to, as it stands at `now`; None without a callId."""
-    stored = call_with(database, event.call_id, until) if event.call_id else []
-    return put_together(stored, now) if stored else None
+def latest_first(database: sqlite3.Connection, columns: str, since: float = 0.0) -> Iterator[Any]:
+    """Yield the rows since a Unix time, the latest first; `columns` begin with id.
+
+    Read in pieces: a transaction that stays open would keep -wal from being emptied.
+    """
+    rows: list[Any] = [((1 << 63) - 1,)]
+    while rows:
+        rows = database.execute(f"SELECT {columns} FROM events WHERE id < ? AND id >= ? "
+                                "ORDER BY id DESC LIMIT 500",
+                                (rows[-1][0], int(since * 1e6))).fetchall()
+        yield from rows
 
 
 def listed_calls(database: sqlite3.Connection, now: float, since: float = 0.0
-                 ) -> Iterator[tuple[Call, list[StoredEvent]]]:
-    """Yield the calls that had an event since the Unix time `since`, the latest first.
+                 ) -> Iterator[tuple[Call, list[Leg]]]:
+    """Yield each call that had an event since the Unix time `since`, with its legs, latest first.
 
-    Each comes once, with its events; whoever stops asking stops the reading. Read in pieces:
-    a transaction that stays open would keep -wal from being emptied.
+    Whoever stops asking stops the reading.
     """
     seen: set[str] = set()
-    rows: list[Any] = [((1 << 63) - 1, "")]
-    while rows:
-        rows = database.execute("SELECT id, call_id FROM events WHERE id < ? AND id >= ? "
-                                "ORDER BY id DESC LIMIT 500",
-                                (rows[-1][0], int(since * 1e6))).fetchall()
-        for number, call_id in rows:
-            leg = call_id or f"#{number}"
-            stored = [] if leg in seen else sorted(call_with(database, leg))
-            seen.update(entry.leg for entry in stored)
-            if stored:
-                yield put_together(stored, now), stored
-
-
-class Caller(NamedTuple):
-    """Somebody to ring back: the number as it was sent, and the calls, latest first."""
-
-    number: str
-    calls: list[Call]
-
-
-def without_prefix(number: str) -> str:
-    """A number without what is written before its country code."""
-    return re.sub(r"\A(\+|00)", "", number)
+    for number, call_id in latest_first(database, "id, call_id", since):
+        name = call_id or f"#{number}"
+        legs = call_with(database, name) if name not in seen else []
+        seen.update(leg.name for leg in legs)
+        if legs:
+            yield put_together(legs, now), legs
 
 
 def bare_number(text: str) -> str:
-    """A number as people write it, without all that is no part of it."""
-    return without_prefix(re.sub(r"\(\s*0\s*\)|[\s()/.-]|\A(sip|tel):", "", text.partition("@")[0]))
+    """A number without all that is no part of it, such as + or 00 before its country code."""
+    digits = re.sub(r"\(\s*0\s*\)|[\s()/.-]|\A(sip|tel):", "", text.partition("@")[0])
+    return re.sub(r"\A(\+|00)", "", digits)
 
 
-def to_ring_back(calls: Iterable[Call]) -> tuple[list[Caller], int]:
-    """Return whom to ring back, of all `calls`, latest first; and how many calls had no number."""
+def to_ring_back(calls: Iterable[Call]) -> tuple[list[list[Call]], int]:
+    """Return those of `calls` to ring back, a list for each number; and how many had none.
+
+    The latest come first, here and there.
+    """
     spoken: set[str] = set()
-    callers: dict[str, Caller] = {}
+    callers: dict[str, list[Call]] = {}
     withheld = 0
     for call in calls:
         is_out = call.direction == "out"
-        number = call.to_number if is_out else call.from_number
+        number = bare_number(call.to_number if is_out else call.from_number)
         if call.answered is not None and (call.answered_by or is_out):
-            spoken.add(without_prefix(number))
+            spoken.add(number)
         # Without a direction it is the remains of one, without any newCall.
         is_lost = call.outcome == "lost" and call.direction and not (call.answered or call.ended)
         if is_out or not (is_lost or call.outcome in ("missed", "voicemail")):
             continue
         if number in ("", "anonymous"):
             withheld += 1
-        elif without_prefix(number) not in spoken:
-            callers.setdefault(without_prefix(number), Caller(number, [])).calls.append(call)
+        elif number not in spoken:
+            callers.setdefault(number, []).append(call)
     return list(callers.values()), withheld
 
 
@@ -2792,16 +2741,15 @@ def open_log(path: str, timeout: float = 5.0) -> sqlite3.Connection:
 
     Raises NothingToShow, CommandEnd, sqlite3.Error.
     """
+    if path == "off":
+        raise NothingToShow("no calls are kept (CALL_LOG=off)")
     # Never opened but by SQLite: closing a file drops the locks of the whole process on it.
     try:
-        is_empty = path == "off" or not os.stat(path).st_size
-    except FileNotFoundError:
-        is_empty = True
-    except OSError:  # in a folder that is closed to this user
-        is_empty = False
+        is_empty = not os.stat(path).st_size
+    except OSError as error:  # or its folder is closed to this user
+        is_empty = isinstance(error, FileNotFoundError)
     if is_empty:
-        raise NothingToShow("no calls are kept (CALL_LOG=off)" if path == "off" else
-                      f"no calls yet: there is nothing in {path}")
+        raise NothingToShow(f"no calls yet: there is nothing in {path}")
     if not os.access(path, os.R_OK | os.W_OK):
         command = ["sudo", "env", f"CALL_LOG={path}", sys.executable, os.path.abspath(sys.argv[0])]
         raise CommandEnd(f"this user may not open {path}; as root: "
@@ -2823,7 +2771,8 @@ def call_finder(path: str) -> Callable[[CallEvent], Call | None]:
         try:
             with contextlib.closing(open_log(path, CALL_SECONDS)) as database:
                 database.set_progress_handler(lambda: time.monotonic() > until, 1000)
-                return call_of(database, event, time.time(), until)
+                legs = call_with(database, event.call_id, until)
+                return put_together(legs, time.time()) if legs else None
         except (sqlite3.Error, CommandEnd, TimeoutError):
             return None
     return find
@@ -2837,8 +2786,7 @@ def with_plus(number: str) -> str:
 def aligned(rows: Sequence[Sequence[str]], most: Sequence[int]) -> str:
     """`rows` as lines as wide as the terminal, 80 at least; `most` for all columns but one."""
     shown = [list(map(printable, row)) for row in rows]
-    widths = [min(max(len(row[place]) for row in shown), limit)
-              for place, limit in enumerate(most)]
+    widths = [min(max(map(len, column)), limit) for column, limit in zip(zip(*shown), most)]
     widths.append(max(shutil.get_terminal_size().columns, 80) - sum(widths) - len(widths))
     lines = [[text[:width].ljust(width) for text, width in zip(row, widths)] for row in shown]
     return "\n".join(" ".join(line).rstrip() for line in lines)
@@ -2869,23 +2817,26 @@ def totals(calls: Sequence[Call]) -> str:
             f"average talk {average(call.talk_s for call in calls)}")
 
 
-def call_row(call: Call, moment: Callable[[float], Any], seconds: Callable[[float], float]
-             ) -> dict[str, Any]:
+def call_row(call: Call) -> dict[str, Any]:
     """A call as names and values for JSON and CSV: None for what is not known."""
-    row: dict[str, Any] = {}
-    for known in fields(Call):
-        name, value = known.name.replace("_number", ""), getattr(call, known.name)
-        if isinstance(value, float):
-            value = seconds(value) if name in ("wait_s", "talk_s") else moment(value)
-        row[name] = None if value == "" else value
-    return row
+    return {name.replace("_number", ""): None if value == "" else value
+            for name, value in vars(call).items()}
 
 
-def caller_row(caller: Caller, moment: Callable[[float], Any]) -> dict[str, Any]:
-    """Somebody to ring back, in the same way."""
-    last = caller.calls[0]
-    return {"from": caller.number, "calls": len(caller.calls), "last": moment(last.started),
+def caller_row(calls: Sequence[Call]) -> dict[str, Any]:
+    """Somebody to ring back, whose calls these are, in the same way."""
+    last = calls[0]
+    return {"from": last.from_number, "calls": len(calls), "last": last.started,
             "outcome": last.outcome, "to": last.to_number}
+
+
+def readable(name: str, value: Any, form: str) -> Any:
+    """A value of such a row in which times can be read; `name` says whether it is seconds."""
+    if not isinstance(value, float):
+        return value
+    if name.endswith("_s"):
+        return round(value, 3) if form == "json" else int(value)
+    return rfc3339(value) if form == "json" else local_time(value)
 
 
 def csv_cell(value: Any) -> Any:
@@ -2899,17 +2850,17 @@ def csv_cell(value: Any) -> Any:
 
 def write_rows(rows: Iterable[Mapping[str, Any]], form: str, stream: TextIO | None = None) -> None:
     """Write `rows` as json, csv, or excel (CSV as a German Excel reads it), as they come."""
-    writer, stream = None, stream or sys.stdout
-    for row in rows:
+    stream = stream or sys.stdout
+    writer = csv.writer(stream, lineterminator="\n", delimiter=";" if form == "excel" else ",")
+    for number, row in enumerate(rows):
+        values = {name: readable(name, value, form) for name, value in row.items()}
         if form == "json":
-            stream.write(json.dumps(row) + "\n")
+            stream.write(json.dumps(values) + "\n")
             continue
-        if writer is None:
+        if number == 0:
             stream.write("\ufeff" if form == "excel" else "")
-            writer = csv.DictWriter(stream, list(row), lineterminator="\n",
-                                    delimiter=";" if form == "excel" else ",")
-            writer.writeheader()
-        writer.writerow({name: csv_cell(value) for name, value in row.items()})
+            writer.writerow(values)  # the names
+        writer.writerow(map(csv_cell, values.values()))
 
 
 def read_since(text: str) -> float:
@@ -2920,85 +2871,76 @@ def read_since(text: str) -> float:
         raise SettingsError(f'--since is "{text}": expected a date such as 2026-11-01') from None
 
 
-def call_filter(number: str, since: float) -> Callable[[Call, Sequence[StoredEvent]], bool]:
-    """Return whether a call began after `since` and has `number`, in which * stands for digits.
+def is_chosen(call: Call, legs: Iterable[Leg], since: float, wanted: str) -> bool:
+    """Whether a call began after `since` and has the number `wanted`, in which * is any digits.
 
-    A number is found wherever it stood in an event: dialled, dialled first, or answering.
+    It is looked for wherever one stands in an event: dialled, dialled first, or answering.
     """
-    pattern = bare_number(number) or "*"
-    match = re.compile(re.escape(pattern).replace(r"\*", ".*")).fullmatch
-
-    def is_chosen(call: Call, events: Sequence[StoredEvent]) -> bool:
-        found = [call.from_number, call.to_number]
-        for name in ("from_number", "to_number", "diversion", "answering_number"):
-            found += [getattr(stored.event, name, "") for stored in events]
-        return call.started >= since and any(map(match, map(without_prefix, found)))
-    return is_chosen
+    pattern = re.escape(bare_number(wanted) or "*").replace(r"\*", ".*")
+    found = [call.from_number, call.to_number]
+    for stored in events_of(legs):
+        found += [getattr(stored.event, name, "") for name in (
+            "from_number", "to_number", "diversion", "answering_number")]
+    return call.started >= since and any(
+        re.fullmatch(pattern, bare_number(number)) for number in found)
 
 
 def show_calls(options: argparse.Namespace, settings: Settings) -> int:
     """The command `calls`."""
-    since, form, limit = read_since(options.since), options.format, options.limit
-    is_chosen, withheld = call_filter(options.number, since), 0
-    callers: list[Caller] = []
+    since, form, limit, withheld = read_since(options.since), options.format, options.limit, 0
+    is_wanted = functools.partial(is_chosen, since=since, wanted=options.number)
     with contextlib.closing(open_log(settings.call_log)) as database:
         found = listed_calls(database, time.time(), since)
         if options.missed:
             callers, withheld = to_ring_back(call for call, _ in found)
-            found = iter([(call, []) for caller in callers for call in caller.calls])
-            callers = [caller for caller in callers if is_chosen(caller.calls[0], [])]
-        pairs = (pair for pair in found if is_chosen(*pair))
+            found = iter([(call, []) for calls in callers for call in calls])
+        pairs = (pair for pair in found if is_wanted(*pair))
         if options.missed and not options.all:
+            callers = [calls for calls in callers if is_wanted(calls[0], [])]
             show_callers(callers[:limit], form)
         elif form == "table":
             show_table(pairs, limit or TABLE_LIMIT, options.events)
         else:
-            write_rows(call_rows(itertools.islice(pairs, limit), form, options.events), form)
+            with_events = options.events and form == "json"
+            write_rows(call_rows(itertools.islice(pairs, limit), with_events), form)
     if withheld and form == "table":
         print(f"and {withheld} with no number")
     return 0
 
 
-def call_rows(pairs: Iterable[tuple[Call, Sequence[StoredEvent]]], form: str, with_events: bool
+def call_rows(pairs: Iterable[tuple[Call, Sequence[Leg]]], with_events: bool
               ) -> Iterator[dict[str, Any]]:
-    """Yield calls for CSV, or for JSON, there perhaps with what each was put together from."""
-    for call, events in pairs:
-        if form != "json":
-            yield call_row(call, local_time, int)
-            continue
-        row = call_row(call, rfc3339, lambda seconds: round(seconds, 3))
+    """Yield calls as rows, perhaps with what each was put together from."""
+    for call, legs in pairs:
+        row = call_row(call)
         if with_events:
-            row["events"] = [event_json(one.event, one.at, one.words) for one in events]
+            row["events"] = [event_json(one.event, one.at, one.words) for one in events_of(legs)]
         yield row
 
 
-def show_callers(callers: Sequence[Caller], form: str) -> None:
+def show_callers(callers: Sequence[Sequence[Call]], form: str) -> None:
     """Print whom to ring back, one line each."""
+    rows = [caller_row(calls) for calls in callers]
     if form != "table":
-        moment = rfc3339 if form == "json" else local_time
-        write_rows([caller_row(caller, moment) for caller in callers], form)
-    elif callers:
-        rows = [("LAST CALL", "FROM", "TIMES", "OUTCOME", "TO")]
-        for caller in callers:
-            last, times = caller.calls[0], len(caller.calls)
-            rows.append((local_time(last.started)[:16], with_plus(caller.number),
-                         str(times).rjust(5), last.outcome, with_plus(last.to_number)))
-        print(aligned(rows, (16, 20, 5, 10)))
+        write_rows(rows, form)
+    elif rows:
+        lines = [(local_time(row["last"])[:16], with_plus(row["from"]), f"{row['calls']:5}",
+                  row["outcome"], with_plus(row["to"])) for row in rows]
+        print(aligned([("LAST CALL", "FROM", "TIMES", "OUTCOME", "TO"), *lines], (16, 20, 5, 10)))
     else:
         print("Nobody is to be rung back.")
 
 
-def show_table(pairs: Iterator[tuple[Call, Sequence[StoredEvent]]], limit: int, with_events: bool
-               ) -> None:
+def show_table(pairs: Iterator[tuple[Call, Sequence[Leg]]], limit: int, with_events: bool) -> None:
     """Print the latest calls as a table, oldest first. Raises NothingToShow."""
     shown = sorted(itertools.islice(pairs, limit), key=lambda pair: pair[0].started)
     if not shown:
         raise NothingToShow("no call matches")
     head, *lines = table([call for call, _ in shown]).splitlines()
     print(head)
-    for line, (call, events) in zip(lines, shown):
+    for line, (call, legs) in zip(lines, shown):
         print(line)
-        for stored in events if with_events else ():
+        for stored in events_of(legs) if with_events else ():
             print(f"  {local_time(stored.at)[11:]} {printable(stored.event.event):7} "
                   + printable(stored.words or event_line(stored.event, call)))
     print(totals([call for call, _ in shown]))
@@ -3006,108 +2948,93 @@ def show_table(pairs: Iterator[tuple[Call, Sequence[StoredEvent]]], limit: int, 
         print(f"These are the latest {limit}; --limit N shows more.")
 
 
-def digits_of(text: str) -> str:
-    """The digits of a number as people write it, without zeros before its country code.
+def number_of(text: str) -> tuple[str, str]:
+    """Return the digits of a number, and what finds it however written, but in no longer one.
 
-    Raises SettingsError for what is no number.
+    The latter is a regular expression. Raises SettingsError for what is no number.
     """
     digits = bare_number(text)
     if not re.fullmatch("[0-9]{3,32}", digits):
         raise SettingsError(f'"{text}": expected a whole number, such as +49 157 91234567')
-    return digits
+    # Before it is no digit; what looks like one behind a % is part of another character.
+    return digits, (r"(?:(?<![0-9])|(?<=%[0-9A-Fa-f][0-9A-Fa-f]))(?:00)?"
+                    + r"[\s()/.#*+-]*".join(digits) + "(?![0-9])")
 
 
-# No digit; what looks like one behind a % is part of another character.
-BEFORE_NUMBER = "(?:(?<![0-9])|(?<=%[0-9A-Fa-f][0-9A-Fa-f]))(?:00)?"
+def rows_with(database: sqlite3.Connection, number: str, token: str
+              ) -> Iterator[tuple[Any, Any]]:
+    """Yield each stored row that holds the number, and its ids and body without it.
 
+    Each value that holds it is blanked: `token` stands for an id, FORGOTTEN for anything else.
+    """
+    def blank(text: str, word: str = FORGOTTEN) -> str:
+        return word if text and re.search(number, text) else text
 
-def pattern_of(digits: str) -> re.Pattern[str]:
-    """What finds a number however it is written, but not in a longer one."""
-    return re.compile(BEFORE_NUMBER + r"[\s()/.#*+-]*".join(digits) + "(?![0-9])")
-
-
-def blanked(row: Sequence[Any], number: re.Pattern[str], token: str) -> tuple[Any, ...]:
-    """A stored row with each value blanked that holds `number`; `token` stands for an id."""
-    key, event, *ids, body = row
-    ids = [token if text and number.search(text) else text for text in ids]
-    text = body.decode("utf-8", "replace")
-    if event == "reply":  # XML: what stands between brackets or quotes is a value
-        text = re.sub(r"""[^<>"']+""", lambda found: FORGOTTEN if number.search(found[0])
-                      else found[0], text)
-        return (key, event, *ids, text.encode() if FORGOTTEN in text else body)
-    pairs = urllib.parse.parse_qsl(text, keep_blank_values=True)
-    kept = []
-    for name, value in pairs:
-        word = token if name in ("callId", "origCallId", "xcid") else FORGOTTEN
-        kept.append((FORGOTTEN if number.search(name) else name,
-                     word if number.search(value) else value))
-    return (key, event, *ids, body if kept == pairs else urllib.parse.urlencode(kept).encode())
-
-
-def rows_with(database: sqlite3.Connection, number: re.Pattern[str]) -> Iterator[Any]:
-    """The stored rows that hold the number, in the order of COLUMNS; read in pieces."""
-    rows: list[Any] = [(0,)]
-    while rows:
-        rows = database.execute(f"SELECT {COLUMNS} FROM events WHERE id > ? ORDER BY id LIMIT 1000",
-                                (rows[-1][0],)).fetchall()
-        yield from (row for row in rows if blanked(row, number, FORGOTTEN) != row)
+    tokens = {"callId": token, "origCallId": token, "xcid": token}
+    for row in latest_first(database, "id, event, call_id, orig_call_id, xcid, body"):
+        _, event, *ids, body = row
+        text = body.decode("utf-8", "replace")
+        if event == "reply":  # XML: what stands between brackets or quotes is a value
+            body = re.sub("[^<>\"']+", lambda found: blank(found[0]), text).encode()
+        else:
+            pairs = urllib.parse.parse_qsl(text, keep_blank_values=True)
+            kept = [(blank(name), blank(value, tokens.get(name, FORGOTTEN)))
+                    for name, value in pairs]
+            body = body if kept == pairs else urllib.parse.urlencode(kept).encode()
+        after = (*(blank(each, token) for each in ids), body)
+        if after != row[2:]:
+            yield row, after
 
 
 def forget_number(options: argparse.Namespace, settings: Settings) -> int:
     """The command `forget`: every trace of a number leaves the files."""
-    digits, path = digits_of(options.number), os.path.realpath(settings.call_log)
-    number, shown = pattern_of(digits), with_plus(digits)
+    (digits, number), path = number_of(options.number), os.path.realpath(settings.call_log)
+    files, damaged = (path, path + "-wal"), glob.glob(glob.escape(path) + ".damaged-*")
     with contextlib.closing(open_log(settings.call_log)) as database:
         # When each event came, and the first leg of its call, as far as one event tells that.
-        found = [(row[0] / 1e6, row[3] or row[2] or row[0]) for row in rows_with(database, number)]
+        found = [(row[0], row[3] or row[2] or row[0])
+                 for row, _ in rows_with(database, number, FORGOTTEN)]
         hint = "" if found else similar(database, digits)
-    if not found and not remains(path, digits):
-        raise CommandEnd(f"no call holds {options.number}; with the country code?{hint}")
     if found:
         count = len({leg for _, leg in found})
-        print(f"{plural(count, 'call')}, from {local_time(found[0][0])[:16]} to "
-              f"{local_time(found[-1][0])[:16]}, hold{'s' * (count == 1)} {shown}.", flush=True)
+        first, last = (local_time(found[place][0] / 1e6)[:16] for place in (-1, 0))
+        print(f"{plural(count, 'call')}, from {first} to {last}, hold{'s' * (count == 1)} "
+              f"{with_plus(digits)}.", flush=True)
+    elif not any(is_in(name, number) for name in (*files, *damaged)):
+        raise CommandEnd(f"no call holds {options.number}; with the country code?{hint}")
     said = "yes" if options.yes else ""
     with contextlib.suppress(EOFError):
         said = said or input("Forget it? The calls stay. (yes/no) ")
     if not said.startswith("y"):
         raise CommandEnd("nothing was changed")
     with contextlib.closing(open_log(settings.call_log)) as database:
-        blank_rows(database, number)
-        rewrite(database, os.path.dirname(path))
-        empty_wal(database)
-    for name in remains(path, digits):
-        if ".damaged-" in name:
+        erase(database, number, os.path.dirname(path))
+    for name in damaged:
+        if is_in(name, number):
             os.remove(name)
             print(f"{name} held it, and is removed.")
-    left = remains(path, digits)
+    left = [name for name in files if is_in(name, number)]
     if left:
-        raise CommandEnd(f"{shown} is still in {', '.join(left)}: end what else reads the file, "
-                         "and run this again")
+        raise CommandEnd(f"{with_plus(digits)} is still in {', '.join(left)}: end what else reads "
+                         "the file, and run this again")
     print(f"It is gone from {path}: no byte of it is left there.\nIt may still be in backups, in "
           "the journal or file that stdout goes to,\nand where your functions have put it.")
     return 0
 
 
-def blank_rows(database: sqlite3.Connection, number: re.Pattern[str]) -> None:
-    """Rewrite the rows that hold the number, a few at a time."""
+def erase(database: sqlite3.Connection, number: str, folder: str) -> None:
+    """Blank the number in all rows, a few at a time, and remove what SQLite keeps of them."""
     # One word where it stands as an id, so that what it joins stays joined, and nothing else.
-    token = f"{FORGOTTEN[:-1]} {os.urandom(4).hex()}]"
+    found = rows_with(database, number, f"{FORGOTTEN[:-1]} {os.urandom(4).hex()}]")
     database.execute("PRAGMA secure_delete=ON")
-    found = rows_with(database, number)
     for batch in iter(lambda: list(itertools.islice(found, FORGET_ROWS)), []):
         database.execute("BEGIN IMMEDIATE")
-        for row in batch:
-            key, _, *values = blanked(row, number, token)
-            # The digest told repeats of these very bytes, and whether a guess at them is right.
-            database.execute("UPDATE events SET call_id = ?, orig_call_id = ?, xcid = ?, body = ?, "
-                             "digest = NULL WHERE id = ?", (*values, key))
+        # The digest told repeats of these very bytes, and whether a guess at them is right.
+        database.executemany("UPDATE events SET call_id = ?, orig_call_id = ?, xcid = ?, body = ?, "
+                             "digest = NULL WHERE id = ?", [(*kept, row[0]) for row, kept in batch])
         database.execute("COMMIT")
         time.sleep(0.02)  # so that a running server gets its turn
-
-
-def empty_wal(database: sqlite3.Connection) -> None:
-    """Bring what -wal holds into the file, and cut it off."""
+    rewrite(database, folder)
     database.execute("PRAGMA busy_timeout=0")  # a running server is not to wait for a reader, too
     for _ in range(600):
         if not database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
@@ -3115,26 +3042,23 @@ def empty_wal(database: sqlite3.Connection) -> None:
         time.sleep(0.1)  # what is left after a minute is found, and named
 
 
-def remains(path: str, digits: str) -> list[str]:
-    """Those of the call log's files whose bytes hold the number."""
-    number = re.compile((BEFORE_NUMBER + digits + "(?![0-9])").encode())
-    found = []
-    for name in [path, path + "-wal", *glob.glob(glob.escape(path) + ".damaged-*")]:
-        with contextlib.suppress(FileNotFoundError), open(name, "rb") as file:
-            piece, before = file.read(1 << 20), b""
-            while piece and not number.search(before + piece):
-                piece, before = file.read(1 << 20), piece[-2 * len(digits):]
-            found += [name] if piece else []
-    return found
+def is_in(name: str, number: str) -> bool:
+    """Whether the bytes of the file hold the number."""
+    before = b""
+    with contextlib.suppress(FileNotFoundError), open(name, "rb") as file:
+        for piece in iter(lambda: file.read(1 << 20), b""):
+            if re.search(number.encode(), before + piece):
+                return True
+            before = piece[-200:]  # longer than a number
+    return False
 
 
 def similar(database: sqlite3.Connection, digits: str) -> str:
     """The stored numbers that end like one that no call holds."""
     number = re.compile(f"[0-9]+{digits.lstrip('0')}\\b")
-    found: set[str] = set()
-    for (body,) in database.execute("SELECT body FROM events ORDER BY id DESC LIMIT 100000"):
-        text = urllib.parse.unquote(body.decode("ascii", "replace"))
-        found.update(with_plus(without_prefix(one)) for one in number.findall(text))
+    rows = database.execute("SELECT body FROM events ORDER BY id DESC LIMIT 100000")
+    texts = (urllib.parse.unquote(body.decode("ascii", "replace")) for body, in rows)
+    found = {with_plus(bare_number(one)) for text in texts for one in number.findall(text)}
     return " " + ", ".join(sorted(found)[:5]) if found else ""
 
 
@@ -3903,17 +3827,17 @@ class Overview:
     def _read_all(self, database: sqlite3.Connection, now: float) -> None:
         """Read all days, and publish what is known so far now and then."""
         published = time.monotonic()
-        for _, stored in listed_calls(database, now, now - SHOWN_DAYS * DAY):
-            self._keep(stored, now)
+        for _, legs in listed_calls(database, now, now - SHOWN_DAYS * DAY):
+            self._keep(legs, now)
             if time.monotonic() - published > 2 or len(self._day_of) == 50:
                 self._publish(True)
                 published = time.monotonic()
 
-    def _keep(self, stored: Sequence[StoredEvent], now: float) -> Call | None:
-        """Keep the call of these events, in place of what its legs were before."""
-        if not stored:
+    def _keep(self, legs: Sequence[Leg], now: float) -> Call | None:
+        """Keep the call of these legs, in place of what they were before."""
+        if not legs:
             return None
-        call = put_together(stored, now)
+        call = put_together(legs, now)
         with self.lock:
             for leg in (key_of(call), *call.legs):
                 day = self._day_of.pop(leg, "")
@@ -3960,8 +3884,8 @@ class Overview:
         return {
             "now": now, "url": "" if self.settings.trial else self.settings.webhook_url,
             "open": [page_row(call) for call in self._open_calls()],
-            "back": [{**caller_row(caller, float), "last": caller.calls[0].started,
-                      "users": page_row(caller.calls[0])["users"]} for caller in callers[:100]],
+            "back": [{**caller_row(calls), "users": page_row(calls[0])["users"]}
+                     for calls in callers[:100]],
             "withheld": withheld, "today": glance(today), "before": glance(before),
             "hours": bars[days[0]],
             "heat": [[
@@ -4007,7 +3931,7 @@ def page_row(call: Call) -> dict[str, Any]:
     """A call as the page gets it: Unix times, names that read as what they are, and a key."""
     names = {name: [printable(text) for text in getattr(call, name)]
              for name in ("users", "answered_by")}
-    return {**call_row(call, float, float), **names, "key": key_of(call)}
+    return {**call_row(call), **names, "key": key_of(call)}
 
 
 def glance(calls: Sequence[Call]) -> dict[str, Any]:
@@ -4087,15 +4011,13 @@ class PageHandler(http.server.BaseHTTPRequestHandler):
             with contextlib.closing(open_log(self.server.overview.settings.call_log)) as database:
                 if path == "/calls.csv":
                     text = io.StringIO()
-                    write_rows((call_row(call, local_time, int) for call, _ in
-                                listed_calls(database, time.time())), "csv", text)
+                    write_rows(call_rows(listed_calls(database, time.time()), False), "csv", text)
                     self._send(200, text.getvalue().encode(), "text/csv")
                     return
-                stored = sorted(call_with(database, query.get("key", "")))
+                stored = events_of(call_with(database, query.get("key", "")))
         except (NothingToShow, CommandEnd, sqlite3.Error):
             stored = []
-        lines = [[one.at, one.event.event, one.words or event_line(one.event), one.leg]
-                 for one in stored]
+        lines = [[one.at, one.event.event, one.words or event_line(one.event)] for one in stored]
         self._send(200, json.dumps(lines).encode(), "application/json")
 
     def _send(self, status: int, body: bytes, content_type: str) -> None:
