@@ -2337,7 +2337,8 @@ def described(action: Action) -> str:
     words = [action.tag, *(value for name, value in action.attributes if name == "reason")]
     words += [child.text or child.tag.lower() for child in action.children if child.tag != "Play"]
     if action.tag == "Gather":
-        words += ["up to", plural(int(dict(action.attributes).get("maxDigits", "1")), "digit")]
+        most = dict(action.attributes).get("maxDigits", "1")  # `forget` may have taken it
+        words += ["up to", most, "digit" if most == "1" else "digits"]
     return " ".join(words)
 
 

@@ -577,7 +577,9 @@ class ActionTest(unittest.TestCase):
         for action, words in [(dial("49211", "49222"), "Dial 49211 49222"), (hang_up(), "Hangup"),
                               (voicemail(), "Dial voicemail"), (reject("busy"), "Reject busy"),
                               (play("http://x/a.wav"), "Play http://x/a.wav"),
-                              (gather(max_digits=4), "Gather up to 4 digits")]:
+                              (gather(max_digits=4), "Gather up to 4 digits"),
+                             (sc.Action("Gather", (("maxDigits", "[forgotten]"),)),
+                              "Gather up to [forgotten] digits")]:
             self.assertEqual(sc.described(action), words)
 
 
