@@ -1486,13 +1486,17 @@ class Connection:
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.deadline = math.inf  # past it, the server cuts the connection
-        self.spared_until = time.monotonic() + self.BEGUN_SPARED  # not told to leave before that
         self.is_leaving = False
         self.in_flight = False  # a complete request is being replied to
+        self.spare(self.BEGUN_SPARED)
 
     def allow(self, seconds: float) -> None:
         """Put the deadline so many seconds from now."""
         self.deadline = time.monotonic() + seconds
+
+    def spare(self, seconds: float) -> None:
+        """Have it not leave for so many seconds from now."""
+        self.spared_until = time.monotonic() + seconds
 
     def may_leave(self) -> bool:
         """Whether it only waits for more of a request, and that has not come."""
@@ -1543,6 +1547,7 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
             self.request = self.tracked.sock = self.server.tls.context().wrap_socket(
                 self.request, True, do_handshake_on_connect=False)
             self.request.do_handshake()
+            self.tracked.spare(Connection.BEGUN_SPARED)
         super().setup()
 
     def handle_one_request(self) -> None:
@@ -1570,7 +1575,7 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
     def _await_request(self) -> bool:
         """Wait for the first byte of a request; False if the client closes, or speaks TLS."""
         first = self.rfile.peek(1)[:1]  # type: ignore[attr-defined]
-        self.tracked.spared_until = time.monotonic() + Connection.BEGUN_SPARED
+        self.tracked.spare(Connection.BEGUN_SPARED)
         self.tracked.allow(self.request_seconds)
         if first == b"\x16":
             logger.warning("https on the http port: a TLS handshake came in; the tunnel or proxy "
@@ -1817,7 +1822,7 @@ class WebhookServer(socketserver.ThreadingTCPServer):
         """The request is done with."""
         with self._changed:
             connection.in_flight = False
-            connection.spared_until = time.monotonic() + Connection.IDLE_SPARED
+            connection.spare(Connection.IDLE_SPARED)
             if self.is_stopping:
                 self._changed.notify_all()
 
