@@ -10,6 +10,7 @@ Copy this one file to a server and start it; Python 3.8 or newer is all it needs
     python3 sipgate_callevents.py check         find out why nothing arrives
     python3 sipgate_callevents.py calls         the latest calls, with their outcome
     python3 sipgate_callevents.py page          the same to look at, in a browser
+    python3 sipgate_callevents.py forget N      remove a number from them
 
 sipgate POSTs a newCall when a call starts. The XML reply decides about the call and asks
 for the later events: answer, hangup, and dtmf (the digits of a <Gather>).
@@ -21,24 +22,45 @@ has stored; no reply waits for it, unless a function of yours asks for event.cal
     socket bytes
       |  WebhookRequestHandler    a complete, strictly framed request, in time, within limits
       |  Receiver.admit           is_signed on the raw body, before the form in it is read;
-      |                           then parse_event. What is refused is stored and run nowhere
+      |                           then parse_event
       |  Receiver.reply_to        CallLog.record: on disk, or stderr says that it is not yet;
       |                           on_new_call, on_dtmf: your decision; response_xml
       |  one sendall
       +  Receiver.follow          afterwards: the printed line, on_answer and on_hangup
 
-A signature proves that sipgate sent this body to one of its customers: not to which, not when,
-and not on which path. Numbers are in the call log (mode 0600, CALL_LOG_DAYS days), in what
-stdout prints (CALL_OUTPUT), and where your functions put them; stderr has none but what errors
-of your functions say.
-
 Threads: the main one accepts connections, makes room, and closes what is past its deadline.
 One for each connection, which replies. One for each run of on_new_call or on_dtmf of yours.
 Four Workers: call log, stdout, stderr, and one for on_answer and on_hangup.
 
-With over 256 connections, the one that has waited longest for more of a request is closed for
-each new one. With over 5,000 lines that wait to be printed, a new one is only counted.
-Every time limit, and what happens then:
+What an administrator asks, and where it is decided:
+
+    who can invent events   Nobody who cannot sign them: 403, stored and run nowhere. But
+                            VERIFY_SIGNATURE=new-call takes answer, hangup and dtmf unsigned, and
+                            off takes anything, as trial mode does from this machine.
+                            Receiver._verify, Receiver.admit
+    what a signature        That sipgate sent this body to one of its customers: not to which,
+    proves                  not when, and not on which path, with which query. So the path of
+                            WEBHOOK_URL is to be a secret. is_signed
+    who sees numbers        Who reads the call log (mode 0600, CALL_LOG_DAYS days), stdout
+                            (CALL_OUTPUT), or what your functions do with them. stderr has none
+                            but what your functions print or raise. CallLog._open, CallLog._remove
+    the disk is full,       The call goes on. Its event waits in memory, as up to 10,000 do, and
+    slow, or hangs          is tried again by the Worker call-log; stderr and /healthz say so, and
+                            what was lost at the end. CallLog.record, CallLog._work
+    how long a caller       3 s for the reply, set in WebhookRequestHandler._receive; each wait
+    waits                   within it has its own limit. YourCode.decide, CallLog.record
+    a client that sends     It holds a connection and a thread for 10 s. With over 256 connections
+    a byte a second         the one that has waited longest for more of a request is closed for a
+                            new one, which waits where all are being replied to.
+                            WebhookServer._sweep, WebhookServer._make_room
+    SIGTERM                 No new connection; what is in flight gets its reply; then your
+                            functions, lines and the call log are finished, as far as time allows.
+                            serve, WebhookServer.stop
+    blocking a caller       return reject("busy") in on_new_call; numbers have no +
+    a further action        a function beside dial
+    a further event         a class, and what the comment above EVENTS says
+
+Time limits, and what happens then:
 
     a request, from its first byte to its last    10 s    closed, without a word
     its first byte, on a new connection           10 s    closed, without a word
@@ -50,21 +72,12 @@ Every time limit, and what happens then:
     between two requests of a connection          75 s    closed
     reading on after a refusal                     1 s    closed
     ending, to make room for another               1 s    closed
-    stopping, for what is in flight                4 s    closed; the call log has 1 s more
+    stopping: replies, on_answer, on_hangup        4 s    given up; the call log has 1 s more
     on_answer, on_hangup                        no end    after 60 s stderr and /healthz say so
 
 The 3 s hold while Python runs: code of yours that never lets go of the interpreter (a regular
-expression that takes minutes) stops every thread, and so every caller.
-
-Where it is decided:
-
-    the disk is full, slow, or hangs                     CallLog.record, CallLog._work
-    a caller waits: how long, and who ends it            YourCode.decide, CallLog.record
-    an event that sipgate did not sign                   Receiver._verify
-    a client that sends a byte a second                  WebhookServer._sweep and _make_room
-    SIGTERM                                              serve, WebhookServer.stop
-    a caller to be blocked                               on_new_call
-    a further action, a further event                    beside dial, above EVENTS
+expression that takes minutes) stops every thread, and so every caller. With over 5,000 lines
+that wait to be printed, or 1,000 events for on_answer and on_hangup, a new one is dropped.
 
 Words: an *event* is one of sipgate's; the *response* is its XML document, the *reply* the
 HTTP answer that carries it; a *handler* is http.server's class. A *call* is what a person
@@ -303,8 +316,8 @@ def is_signed(body: bytes, header: str | None, keys: Sequence[PublicKey]) -> boo
 
 # ------------------------------------------------------------------------------------------
 # Call events
-# From the bytes of a webhook's body to a value. Knows no clock, no database, no header, no
-# socket. Wire names are turned into Python names here and nowhere else.
+# From the bytes of a webhook's body to a value. Knows no clock, no database and no socket.
+# Wire names are turned into Python names here and nowhere else.
 # ------------------------------------------------------------------------------------------
 
 MAX_FIELDS = 1000  # of a form: a group of 200 users has 600. parse_qs takes long for 20,000
@@ -330,6 +343,8 @@ class CallEvent:
     """
 
     event: ClassVar[str]
+    function: ClassVar[str] = ""  # the one of yours that gets it
+    is_decided: ClassVar[bool] = True  # by what that function returns; else it runs later
     call_id: str = ""
     fields: Mapping[str, Sequence[str]] = field(default_factory=dict, repr=False, hash=False)
     body: bytes = field(default=b"", repr=False, compare=False)
@@ -366,6 +381,7 @@ class NewCallEvent(LegEvent):
     """A leg starts to ring. `users`: those whose phones ring, or the one who calls out."""
 
     event: ClassVar[str] = "newCall"
+    function: ClassVar[str] = "on_new_call"
     users: tuple[str, ...] = ()
     user_ids: tuple[str, ...] = ()  # such as "w0"
     full_user_ids: tuple[str, ...] = ()  # such as "1234567w0"
@@ -381,6 +397,8 @@ class AnswerEvent(LegEvent):
     """Somebody or something answered: voicemail and queues do too, without a user."""
 
     event: ClassVar[str] = "answer"
+    function: ClassVar[str] = "on_answer"
+    is_decided: ClassVar[bool] = False
     user: str = ""
     user_id: str = ""
     full_user_id: str = ""
@@ -392,6 +410,8 @@ class HangupEvent(LegEvent):
     """A leg ended. `cause`: normalClearing, busy, cancel, noAnswer, congestion, forwarded, ..."""
 
     event: ClassVar[str] = "hangup"
+    function: ClassVar[str] = "on_hangup"
+    is_decided: ClassVar[bool] = False
     cause: str = ""
     answering_number: str = ""
 
@@ -404,6 +424,7 @@ class DtmfEvent(CallEvent):
     """
 
     event: ClassVar[str] = "dtmf"
+    function: ClassVar[str] = "on_dtmf"
     dtmf: str = ""
     state: str = ""
 
@@ -415,9 +436,9 @@ class UnknownEvent(CallEvent):
     event: str = ""  # type: ignore[misc]
 
 
-# A further event: a class above, named here; new fields below; a line in ROUTES, what event_line
-# prints, and perhaps a function in CallFunctions. If a reply has to ask for it, so that sipgate
-# sends it: its URL in Receiver.urls and its attribute in response_xml.
+# A further event: a class above, named here; its fields below; a line in ROUTES; its function in
+# CallFunctions; what event_line prints. If a reply has to ask for it, so that sipgate sends it:
+# its URL in Receiver.urls, and its attribute in response_xml.
 EVENTS: dict[str, type[CallEvent]] = {
     kind.event: kind for kind in (NewCallEvent, AnswerEvent, HangupEvent, DtmfEvent)}
 TEXT_FIELDS = {
@@ -681,7 +702,7 @@ class Worker:
 
 # ------------------------------------------------------------------------------------------
 # Call log
-# Puts events on disk, in one SQLite file. Knows no HTTP, no XML, and prints nothing.
+# Puts events on disk, in one SQLite file. Knows no HTTP and no XML.
 #
 # One worker writes, with the server's only connection that does; whatever has queued up goes
 # into one transaction, so that many webhooks share one fsync. A webhook waits for its commit,
@@ -732,7 +753,8 @@ class Entry:
         self.event, self.call_id, self.body, self.digest = event, call_id, body, digest
         self.orig_call_id, self.xcid = orig_call_id, xcid
         self.is_new = True  # no repeat of a stored one
-        self.outcome: queue.SimpleQueue[bool | None] = queue.SimpleQueue()  # is_new, once stored
+        # Gets is_new once it is stored, None once that has failed.
+        self.outcome: queue.SimpleQueue[bool | None] = queue.SimpleQueue()
 
 
 class CallLog:
@@ -1071,9 +1093,10 @@ class YourCode:
         try:
             action = outcome.get(timeout=max(deadline - time.monotonic(), 0))
         except queue.Empty:
+            running = sys._current_frames().get(thread)
             # Without the source lines, whose file could be on a disk that hangs.
             where = [f'File "{frame.f_code.co_filename}", line {line}, in {frame.f_code.co_name}\n'
-                     for frame, line in traceback.walk_stack(sys._current_frames().get(thread))]
+                     for frame, line in traceback.walk_stack(running)] if running else []
             logger.error("%s has not returned in time; the call goes through undecided. It is at",
                          name, extra={"below": "".join(where[:-2])})
             return None
@@ -1229,7 +1252,11 @@ class Receiver:
         return self.settings.verify_signature == "off" or (self.settings.trial and not outside)
 
     def _verify(self, expected: str, body: bytes, signature: str | None, outside: str) -> None:
-        """Refuse what sipgate did not sign, before the form in the body is read."""
+        """Refuse what sipgate did not sign, before the form in the body is read.
+
+        With VERIFY_SIGNATURE=new-call, what is not signed is left to admit(): it depends on which
+        event it is.
+        """
         mode = self.settings.verify_signature
         if signature is not None:
             if mode != "off" and not is_signed(body, signature, self.keys):
@@ -1252,13 +1279,11 @@ class Receiver:
         received_at, is_new, action = self.clock(), True, None
         try:
             is_new = self._record(event, received_at)
-            if isinstance(event, (AnswerEvent, HangupEvent)):
+            if not event.is_decided:
                 return Replied(event, DISCARDED, received_at, is_new)
-            if isinstance(event, UnknownEvent):
-                document = response_xml()
-            else:
-                name = "on_new_call" if isinstance(event, NewCallEvent) else "on_dtmf"
-                action = self.your_code.decide(name, event, deadline)
+            document = response_xml()
+            if event.function:
+                action = self.your_code.decide(event.function, event, deadline)
                 action, document = self._document(action, outside)
         except Exception:
             logger.exception("an error in this program; the call goes through undecided")
@@ -1291,12 +1316,12 @@ class Receiver:
             return None, undecided
 
     def follow(self, replied: Replied) -> None:
-        """Have done what follows a reply that has been sent; never waits."""
+        """Have done what follows a reply; never waits."""
         if self.call_log and replied.action and replied.is_new:
             self.call_log.record_reply(replied.event, replied.reply.body)
         self.show(replied)
-        if replied.is_new and isinstance(replied.event, (AnswerEvent, HangupEvent)):
-            self.your_code.run_later("on_" + replied.event.event, replied.event)
+        if replied.is_new and not replied.event.is_decided:
+            self.your_code.run_later(replied.event.function, replied.event)
 
 
 # ------------------------------------------------------------------------------------------
