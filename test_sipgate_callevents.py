@@ -222,9 +222,7 @@ def free_port():
         return closed.getsockname()[1]
 
 
-# ------------------------------------------------------------------------------------------
-# Settings
-# ------------------------------------------------------------------------------------------
+# ---- Settings ----
 
 class DotenvTest(unittest.TestCase):
     ROWS = (  # text, what it sets: as python-dotenv 1.2 reads it
@@ -348,9 +346,7 @@ class SettingsTest(unittest.TestCase):
             self.assertEqual(sc.checked({"CALL_LOG": text}, folder).call_log, path)
 
 
-# ------------------------------------------------------------------------------------------
-# Signatures
-# ------------------------------------------------------------------------------------------
+# ---- Signatures ----
 
 class SignatureTest(unittest.TestCase):
     KEYS = (sc.SIPGATE_KEY,)
@@ -419,9 +415,7 @@ class SignatureTest(unittest.TestCase):
                 self.assertIs(is_signed(VECTOR_BODY, "".join(signature), self.KEYS), False)
 
 
-# ------------------------------------------------------------------------------------------
-# Call events
-# ------------------------------------------------------------------------------------------
+# ---- Call events ----
 
 class EventTest(unittest.TestCase):
     def test_each_event_has_all_its_fields(self):
@@ -499,9 +493,7 @@ class EventTest(unittest.TestCase):
                 self.assertEqual(refusal(parse_event, body, default), (status, reason))
 
 
-# ------------------------------------------------------------------------------------------
-# Actions and XML
-# ------------------------------------------------------------------------------------------
+# ---- Actions and XML ----
 
 class ActionTest(unittest.TestCase):
     NUMBER = "<Number>4915799912345</Number>"
@@ -583,9 +575,7 @@ class ActionTest(unittest.TestCase):
             self.assertEqual(sc.described(action), words)
 
 
-# ------------------------------------------------------------------------------------------
-# Worker
-# ------------------------------------------------------------------------------------------
+# ---- Worker ----
 
 class WorkerTest(unittest.TestCase):
     def test_what_queues_up_is_worked_on_together_in_order_and_again_if_not_done(self):
@@ -615,9 +605,7 @@ class WorkerTest(unittest.TestCase):
         self.assertIn("an error in this program", said[0])
 
 
-# ------------------------------------------------------------------------------------------
-# Call log
-# ------------------------------------------------------------------------------------------
+# ---- Call log ----
 
 def new_call(call_id, body=b"a=b"):
     return NewCallEvent(call_id=call_id, body=body)
@@ -943,9 +931,7 @@ class CallLogTest(unittest.TestCase):
         self.assertEqual([os.path.exists(path) for path in (old, young)], [False, True])
 
 
-# ------------------------------------------------------------------------------------------
-# Receiving
-# ------------------------------------------------------------------------------------------
+# ---- Receiving ----
 
 NO_FUNCTIONS = CallFunctions()
 TRIAL = Settings()
@@ -1265,9 +1251,7 @@ class YourCodeTest(unittest.TestCase):
 
 
 
-# ------------------------------------------------------------------------------------------
-# HTTP
-# ------------------------------------------------------------------------------------------
+# ---- HTTP ----
 
 HOST_LINE = b"Host: localhost\r\n"
 POST = b"POST /new-call HTTP/1.1\r\n" + HOST_LINE
@@ -1882,9 +1866,7 @@ class YourCodeOverHttpTest(unittest.TestCase):
             stopping.join()
 
 
-# ------------------------------------------------------------------------------------------
-# Calls
-# ------------------------------------------------------------------------------------------
+# ---- Calls ----
 
 P, FIRM, MOBILE = "49157111", "4930200", "49171999"
 DAY = 86400
@@ -2255,9 +2237,7 @@ class CallFinderTest(InFolder):
         self.assertIn(b"locked", other.stderr)
 
 
-# ------------------------------------------------------------------------------------------
-# Page
-# ------------------------------------------------------------------------------------------
+# ---- Page ----
 
 class PageTest(InFolder):
     def setUp(self):
@@ -2406,9 +2386,7 @@ class PageTest(InFolder):
         self.assertEqual((status, err), (0, ""))
 
 
-# ------------------------------------------------------------------------------------------
-# Rehearsal
-# ------------------------------------------------------------------------------------------
+# ---- Rehearsal ----
 
 class RehearsalTest(unittest.TestCase):
     def rehearse(self, name="answered", functions=NO_FUNCTIONS, **changed):
@@ -2527,9 +2505,7 @@ class RehearsalTest(unittest.TestCase):
             self.assertEqual(faults, [said != "sipgate plays it"])
 
 
-# ------------------------------------------------------------------------------------------
-# Check
-# ------------------------------------------------------------------------------------------
+# ---- Check ----
 
 class OtherServer(http.server.BaseHTTPRequestHandler):
     """Another program, which says on two paths that it is "me"."""
@@ -2655,9 +2631,7 @@ class CheckTest(InFolder):
             self.assertEqual([kind for kind, _ in found], kinds)
 
 
-# ------------------------------------------------------------------------------------------
-# Serving and the command line: whole programs
-# ------------------------------------------------------------------------------------------
+# ---- Serving and the command line: whole programs ----
 
 class OutputTest(unittest.TestCase):
     CALL = sc.Call("in", "492111234567", "4915791234567", ("Alice", "Bob"), ("Alice",), 1e9,
@@ -3296,9 +3270,7 @@ class ForgetTest(InFolder):
         self.assertEqual(self.run_command("forget", number)[0], 1)
 
 
-# ------------------------------------------------------------------------------------------
-# The README and the other files
-# ------------------------------------------------------------------------------------------
+# ---- The README and the other files ----
 
 def text_of(name):
     path = pathlib.Path(HERE, name)
