@@ -313,10 +313,6 @@ class SettingsTest(unittest.TestCase):
         many = self.problems(WEBHOOK_PORT="x", WEBHOOK_URL="x", CALL_OUTPUT="x")
         self.assertEqual(len(many), 3, "all at once")
 
-    def test_a_flag_is_named_as_it_was_typed(self):
-        with self.assertRaisesRegex(SettingsError, '^--port is "x": '):
-            sc.checked({"WEBHOOK_PORT": "x"}, "", {"WEBHOOK_PORT": "--port"})
-
     def test_a_certificate_needs_its_key(self):
         for name in ("WEBHOOK_TLS_CERT", "WEBHOOK_TLS_KEY"):
             self.assertEqual(self.problems(**{name: "x.pem"}), [
@@ -519,21 +515,10 @@ class ActionTest(unittest.TestCase):
         (reject, "reason", ("later",), "expected 'rejected' or 'busy'"),
     )
 
-    def assert_xml(self, document, expected):
-        self.assertEqual(ET.canonicalize(document.decode("ascii")), ET.canonicalize(expected))
-
     def test_each_action_reads_as_in_the_reference(self):
         for expected, action in self.ROWS:
-            with self.subTest(expected):
-                self.assert_xml(response_xml(action, on_data="http://x/on-data"),
-                                f"<Response>{expected}</Response>")
-
-    def test_follow_ups_read_as_in_the_reference(self):
-        self.assert_xml(response_xml(), "<Response />")
-        for name in ("answer", "hangup"):
-            url = f"http://localhost:3000/{name}"
-            self.assert_xml(response_xml(**{"on_" + name: url}),
-                            f'<Response on{name.title()}="{url}" />')
+            self.assertEqual(response_xml(action, on_data="http://x/on-data").decode(),
+                             f"<Response>{expected}</Response>\n")
 
     def test_what_sipgate_would_not_understand_is_refused_when_it_is_built(self):
         for build, name, values, expected in self.WRONG:
@@ -546,13 +531,6 @@ class ActionTest(unittest.TestCase):
                 dial(*"1" * count)
         with self.assertRaises(ValueError):
             response_xml(gather())
-
-    def test_actions_are_described_in_a_few_words(self):
-        for action, words in [(dial("49211", "49222"), "Dial 49211 49222"), (hang_up(), "Hangup"),
-                              (voicemail(), "Dial voicemail"), (reject("busy"), "Reject busy"),
-                              (play("http://x/a.wav"), "Play http://x/a.wav"),
-                              (gather(max_digits=4), "Gather up to 4 digits")]:
-            self.assertEqual(sc.described(action), words)
 
 
 # ---- Worker ----
@@ -2436,6 +2414,7 @@ class RehearsalTest(unittest.TestCase):
         self.assertEqual((call.digits, call.outcome, call.answered_by),
                          ("1,0042", "answered", ("4921100",)))
         self.assertIn("--> dtmf     0042", said)
+        self.assertIn("  Gather up to 4 digits, asks for", said[5])
         for functions, digits, line in [
                 (menu, "", "--> dtmf     (no key pressed)"),
                 (menu, "1,2,7,8", "    (your functions do not ask for 7,8)"),
@@ -3154,6 +3133,7 @@ class CommandTest(InFolder):
         self.fill_log()
         for text, said in [
                 ("--prot 8081", "there is no --prot; is --port meant?"),
+                ("--port x", '--port is "x": expected a whole number from 0'),
                 ("--prot=8081 calls", "unrecognized arguments: --prot=8081"),
                 ("call", "invalid choice: 'call' (choose from "),
                 ("simulate mised", "invalid choice: 'mised'"),
