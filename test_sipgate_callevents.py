@@ -24,6 +24,7 @@ import random
 import re
 import shutil
 import signal
+import smtplib
 import socket
 import sqlite3
 import ssl
@@ -211,6 +212,37 @@ def mutations(good, pieces, count):
         for _ in range(chance.randrange(1, 5)):
             parts[chance.randrange(len(parts))] = chance.choice(pieces)
         yield bytes(parts) if isinstance(good, bytes) else "".join(parts)
+
+
+def change(test, owner, name, value):
+    """Have an attribute so until the test is over."""
+    test.addCleanup(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, value)
+
+
+def new_log(test, path=""):
+    """An open call log, in a new folder if no path is given."""
+    log = CallLog(path or os.path.join(temporary_folder(test), "calls.db"), 30)
+    test.addCleanup(log.close, 5)
+    return log
+
+
+def database_at(path):
+    """A connection to a call log, as another program has it."""
+    return contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=10))
+
+
+def stored(path, what="call_id"):
+    """The rows of a call log, earliest first; of a single column, its values."""
+    with database_at(path) as database:
+        return [row if row[1:] else row[0]
+                for row in database.execute(f"SELECT {what} FROM events ORDER BY id")]
+
+
+def damage(path):
+    with open(path, "r+b") as file:
+        file.seek(100)
+        file.write(b"\xff" * 9000)
 
 
 def free_port():
@@ -609,20 +641,14 @@ class CallLogTest(unittest.TestCase):
     def record(self, log, call_id, digest=None, body=b"a=b"):
         return log.record(new_call(call_id, body), self.now, digest)
 
-    def rows(self, what="call_id", path=None):
-        with contextlib.closing(sqlite3.connect(path or self.path)) as database:
-            return [row[0] for row in database.execute(f"SELECT {what} FROM events ORDER BY id")]
+    def rows(self, what="call_id"):
+        return stored(self.path, what)
 
     def other(self, path=None):
         """Another connection to the file."""
         database = sqlite3.connect(path or self.path, isolation_level=None, timeout=10)
         self.addCleanup(database.close)
         return database
-
-    def damage(self):
-        with open(self.path, "r+b") as file:
-            file.seek(100)
-            file.write(b"\xff" * 9000)
 
     def test_what_is_recorded_is_on_disk_when_record_returns(self):
         log = self.open()
@@ -702,7 +728,7 @@ class CallLogTest(unittest.TestCase):
         log = self.open(link)
         self.record(log, "1")
         log.close(5)
-        self.damage()
+        damage(self.path)
         with diagnostics() as said:
             log = self.open(link)
             wait_until(lambda: not log.behind)
@@ -715,7 +741,7 @@ class CallLogTest(unittest.TestCase):
         log = self.open()
         self.record(log, "1")
         self.other().execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        self.damage()
+        damage(self.path)
         for call_id in "23":
             self.record(log, call_id)
         wait_until(lambda: not log.behind)
@@ -770,7 +796,7 @@ class CallLogTest(unittest.TestCase):
                 wait_until(lambda log=log: self.record(log, "new"))
             log.close(5)
             self.assertIn("was deleted or replaced; what is there now is used", said[0])
-            self.assertEqual((self.rows(path=old), set(self.rows())),
+            self.assertEqual((stored(old), set(self.rows())),
                              ([str(n) for n in range(20)], {"new"}))
             os.remove(old)
             os.remove(self.path)
@@ -851,8 +877,7 @@ class CallLogTest(unittest.TestCase):
 
     def test_without_room_the_file_is_not_rewritten_until_tomorrow(self):
         self.fill()
-        before, shutil.disk_usage = shutil.disk_usage, lambda folder: argparse.Namespace(free=1000)
-        self.addCleanup(setattr, shutil, "disk_usage", before)
+        change(self, shutil, "disk_usage", lambda folder: argparse.Namespace(free=1000))
         with diagnostics() as said:
             self.open(REMOVE_FIRST_SECONDS=0.01)
             wait_until(lambda: said)
@@ -936,15 +961,6 @@ class Conversation:
 
 
 class ReceiverTest(unittest.TestCase):
-    def log(self):
-        log = CallLog(os.path.join(temporary_folder(self), "calls.db"), 30)
-        self.addCleanup(log.close, 5)
-        return log
-
-    def rows(self, log):
-        with contextlib.closing(sqlite3.connect(log.path)) as database:
-            return database.execute("SELECT event, body FROM events ORDER BY id").fetchall()
-
     def test_a_signed_new_call_gets_the_follow_ups_of_the_setting(self):
         talk = Conversation(clock=lambda: 1e9)
         for outside in ("", "evil.example"):
@@ -956,14 +972,14 @@ class ReceiverTest(unittest.TestCase):
                          ("123456", NEW_CALL, sign(NEW_CALL), 1e9))
 
     def test_each_refusal_of_a_signature_says_which_and_leaves_no_trace(self):
-        log, malformed = self.log(), (403, "signature malformed, see SIGNATURE_KEY_FILE")
+        log, malformed = new_log(self), (403, "signature malformed, see SIGNATURE_KEY_FILE")
         talk = Conversation(call_log=log, functions=CallFunctions(on_new_call=self.fail))
         for signature, refused in [
                 (None, MISSING), ("x", malformed), (VECTOR_SIGNATURE, malformed),
                 (sign(HANGUP), (403, "signature does not match, see SIGNATURE_KEY_FILE"))]:
             with self.subTest(refused):
                 self.assertEqual(refusal(talk.receive, "/new-call", NEW_CALL, signature), refused)
-        self.assertEqual((talk.events(), talk.receiver.refused, self.rows(log)), ([], 4, []))
+        self.assertEqual((talk.events(), talk.receiver.refused, stored(log.path)), ([], 4, []))
 
     def test_nothing_is_parsed_before_it_is_verified(self):
         for settings in (LIVE, TRIAL):
@@ -1036,18 +1052,18 @@ class ReceiverTest(unittest.TestCase):
                     b"example.localhost.run", b"example.org/3f"), 0),
                 (LIVE, "/on-answer", HANGUP, b"This response will be discarded", 1),
                 (LIVE, "/new-call", pause, BARE_XML, 0)]:
-            talk = Conversation(settings, call_log=self.log())
+            talk = Conversation(settings, call_log=new_log(self))
             with self.subTest(path, body=body), diagnostics() as said:
                 self.assertEqual(talk.signed(path, body).body, reply)
                 self.assertEqual([event.body for event in talk.events()], [body])
-                self.assertEqual([row[1] for row in self.rows(talk.receiver.call_log)], [body])
+                self.assertEqual(stored(talk.receiver.call_log.path, "body"), [body])
                 self.assertEqual(said, warnings * [
                     "event hangup came in on /on-answer, the path of another event: check the URLs "
                     "entered at sipgate"])
         self.assertEqual(refusal(talk.signed, "/", b"callId=1")[0], 404)
 
     def test_your_decision_is_what_goes_out_and_the_usual_reply_is_not_kept(self):
-        log = self.log()
+        log = new_log(self)
         talk = Conversation(call_log=log, functions=CallFunctions(
             on_new_call=lambda event: gather(state=event.from_number) if event.first_leg else None,
             on_dtmf=lambda event: dial(event.state)))
@@ -1059,8 +1075,9 @@ class ReceiverTest(unittest.TestCase):
                                     ("/on-data?state=%2B49+21100&%ff&&x", DTMF, dialled)]:
             self.assertEqual(talk.signed(target, body).body, reply)
         log.close(5)
-        self.assertEqual(self.rows(log), [("newCall", NEW_CALL), ("reply", menu),
-                                          ("newCall", further), ("dtmf", DTMF), ("reply", dialled)])
+        self.assertEqual(stored(log.path, "event, body"), [
+            ("newCall", NEW_CALL), ("reply", menu), ("newCall", further), ("dtmf", DTMF),
+            ("reply", dialled)])
 
     def test_your_code_for_answer_and_hangup_runs_after_the_reply_in_order(self):
         seen = []
@@ -1088,17 +1105,17 @@ class ReceiverTest(unittest.TestCase):
         wait_until(lambda: len(seen) == 6)
 
     def test_an_exact_repeat_is_answered_and_printed_but_runs_and_counts_once(self):
-        seen, log = [], self.log()
+        seen, log = [], new_log(self)
         talk = Conversation(functions=CallFunctions(on_hangup=seen.append), call_log=log)
         sent = [("/new-call", NEW_CALL), ("/on-data", DTMF), ("/on-hangup", HANGUP),
                 ("/on-hangup", HANGUP + b"&a=b")]
         first, second = ([talk.signed(*one) for one in sent] for _ in range(2))
         self.assertEqual((first, len(talk.events()), len(seen)), (second, 8, 2))
-        self.assertEqual(len(self.rows(log)), 5, "each once, but the digit twice")
+        self.assertEqual(len(stored(log.path)), 5, "each once, but the digit twice")
         trial = Conversation(TRIAL, call_log=log)
         for _ in range(2):
             trial.receive("/new-call", NEW_CALL)
-        self.assertEqual(len(self.rows(log)), 7, "in trial mode each one counts")
+        self.assertEqual(len(stored(log.path)), 7, "in trial mode each one counts")
 
     def test_an_error_of_ours_lets_the_call_go_through(self):
         talk = Conversation(call_log="none")
@@ -1158,14 +1175,13 @@ class YourCodeTest(unittest.TestCase):
         go_on, records = threading.Event(), []
         talk = self.talk(on_new_call=lambda event: hang_up() if go_on.wait(10) else None)
         talk.receiver.reply_seconds = talk.receiver.your_code.SLOT_SECONDS = 0.1
-        self.addCleanup(setattr, sc, "REPLY_SECONDS", sc.REPLY_SECONDS)
         with diagnostics(records.append) as said:
             self.assertEqual(self.together(talk, 9), [TRIAL_XML] * 9)
         self.assertIn("all 8 slots for your code are taken", "\n".join(said))
         late = next(record for record in records if "not returned in time; the call" in record.msg)
         self.assertRegex(late.below, r"test_sipgate_callevents.py\", line [0-9]+, in <lambda>\n")
         self.assertEqual(talk.receiver.health(), "")
-        sc.REPLY_SECONDS = 0.0
+        change(self, sc, "REPLY_SECONDS", 0.0)
         self.assertEqual(talk.receiver.health(), "your code is stuck: calls go through undecided")
         go_on.set()
         wait_until(lambda: not talk.receiver.health())
@@ -1921,11 +1937,6 @@ def fill(database, rows):
                          "VALUES (?, ?, ?, ?, ?, ?)", rows)
 
 
-def database_at(path):
-    """A connection to a call log, as another program has it."""
-    return contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=10))
-
-
 def calls_of(database, now):
     """The calls, the latest first."""
     return [call for call, _ in sc.listed_calls(database, now)]
@@ -2155,9 +2166,7 @@ class CallsTest(unittest.TestCase):
 class CallFinderTest(InFolder):
     def setUp(self):
         super().setUp()
-        log = CallLog(self.path, 30)
-        self.addCleanup(log.close, 5)
-        log.record(parse_event(NEW_CALL, ""), time.time(), None)
+        new_log(self, self.path).record(parse_event(NEW_CALL, ""), time.time(), None)
         self.event = HangupEvent(call_id="123456")
         self.find = sc.call_finder(self.path)
         self.assertEqual(self.find(self.event).outcome, "ringing")
@@ -2167,8 +2176,7 @@ class CallFinderTest(InFolder):
             other.execute("BEGIN")
             fill(other, [plain_row(n, "dtmf", "123456", "dtmf=1") for n in range(1, 3000)])
             other.execute("COMMIT")
-        self.addCleanup(setattr, sc, "CALL_SECONDS", sc.CALL_SECONDS)
-        sc.CALL_SECONDS = 0
+        change(self, sc, "CALL_SECONDS", 0)
         self.assertIsNone(self.find(self.event))
         self.assertIsNone(sc.call_finder(self.path + "none")(self.event))
 
@@ -2339,7 +2347,7 @@ class RehearsalTest(unittest.TestCase):
         """What is said, the call that the log holds then, the events, and the faults."""
         options = argparse.Namespace(**{"sender": "492111234567", "to": "4915791234567",
                                         "user": None, "digits": "1", **changed})
-        log = CallLog(os.path.join(temporary_folder(self), "calls.db"), 1)
+        log = new_log(self)
         talk = Conversation(TRIAL, functions, call_log=log)
         player = sc.Rehearsal(talk.receiver, name, options)
         said = printed(player.play).splitlines()
@@ -2495,8 +2503,7 @@ class CheckTest(InFolder):
                 self.assertEqual((found, said in text), (kind, True), text)
 
     def test_a_way_in_that_drips_is_not_waited_for(self):
-        self.addCleanup(setattr, sc, "GET_SECONDS", sc.GET_SECONDS)
-        sc.GET_SECONDS = 0.2
+        change(self, sc, "GET_SECONDS", 0.2)
         kind, text = sc.check_way_in(f"http://localhost:{self.other_server()}/drip", "me")
         self.assertEqual((kind, "(timed out)" in text), ("warning", True), "or the router")
 
@@ -2561,9 +2568,7 @@ class CheckTest(InFolder):
         log.record(HangupEvent(call_id="0"), 1e9, None)
         self.assert_log("ok", "calls.db|event")
         log.close(5)
-        with open(self.path, "r+b") as file:
-            file.seek(100)
-            file.write(b"\xff" * 9000)
+        damage(self.path)
         self.assert_log("problem", "malformed|not a database|disk image")
 
     def test_files_and_what_is_probably_not_meant(self):
@@ -2879,10 +2884,6 @@ class ProgramTest(InFolder):
             self.assertIn(part, err)
         return out
 
-    def stored(self):
-        with database_at(self.path) as database:
-            return [row[0] for row in database.execute("SELECT call_id FROM events ORDER BY id")]
-
     def test_the_documented_examples_in_an_empty_folder(self):
         program = self.start(CALL_LOG="calls.db", CALL_LOG_DAYS="7")
         expected = (f'<Response onAnswer="http://localhost:{program.port}/on-answer" '
@@ -2966,7 +2967,7 @@ class ProgramTest(InFolder):
             for thread in threads:
                 thread.join()
         self.start(CALL_LOG="calls.db")
-        self.assertEqual(set(acknowledged) - set(self.stored()), set())
+        self.assertEqual(set(acknowledged) - set(stored(self.path)), set())
 
     @unittest.skipUnless(sys.platform == "linux", "prlimit")
     def test_a_full_disk_delays_no_call_and_loses_no_event(self):
@@ -2985,7 +2986,7 @@ class ProgramTest(InFolder):
         program.post("/new-call", b"callId=last")
         self.limit(program, "RLIMIT_FSIZE", -1)
         self.assert_ended(program, "the call log is behind (")
-        self.assertEqual(self.stored(), sent)
+        self.assertEqual(stored(self.path), sent)
 
     @unittest.skipUnless(sys.platform == "linux", "prlimit")
     def test_used_up_memory_or_file_descriptors_are_no_end(self):
@@ -3207,10 +3208,9 @@ class ForgetTest(InFolder):
         self.assertIn(f"It is gone from {self.path}: no byte of it is left there.\n", out)
         self.assertLessEqual(max(map(len, out.replace(self.folder, "").splitlines())), 80)
         self.assertEqual(sorted(os.listdir(self.folder)), ["calls.db", "calls.db.damaged-2"])
-        with database_at(self.path) as other:
-            found = other.execute("SELECT event, call_id, body FROM events ORDER BY id").fetchall()
-        self.assertEqual([row[2] for row in found[3000:-2]], [after for _, _, after in blanked])
-        (_, token, body), (_, other, _) = found[-2:]
+        found = stored(self.path, "call_id, body")
+        self.assertEqual([body for _, body in found[3000:-2]], [after for _, _, after in blanked])
+        (token, body), (other, _) = found[-2:]
         self.assertEqual(other, token, "still one call")
         self.assertEqual(parse_event(body, "newCall").call_id, token)
         self.assertIsNone(re.search(rb"(?<![0-9])49157999111(?![0-9])",
@@ -3266,23 +3266,16 @@ class ReadmeTest(unittest.TestCase):
         def take():
             connection, _ = listener.accept()
             with connection, connection.makefile("rwb", 0) as stream:
-                stream.write(b"220 x\r\n")
-                for _ in iter(stream.readline, b"data\r\n"):
-                    stream.write(b"250 x\r\n")
-                stream.write(b"354 x\r\n")
-                received.extend(iter(stream.readline, b".\r\n"))
-                stream.write(b"250 x\r\n221 x\r\n")
+                for status in (220, 250, 250, 250, 354, 250, 221):
+                    stream.write(b"%d x\r\n" % status)
+                received.extend(stream)
 
-        mine = self.functions(2)
-        original = mine["smtplib"].SMTP
-        self.addCleanup(setattr, mine["smtplib"], "SMTP", original)
         with socket.create_server(("127.0.0.1", 0)) as listener:
             thread = threading.Thread(target=take)
             thread.start()
-            port = listener.getsockname()[1]
-            mine["smtplib"].SMTP = lambda host, timeout: original("127.0.0.1", port)
+            change(self, smtplib.SMTP, "default_port", listener.getsockname()[1])
             for call in (replace(OutputTest.CALL, outcome="missed"), OutputTest.CALL):
-                mine["on_hangup"](HangupEvent(find_call=lambda event, call=call: call))
+                self.functions(2)["on_hangup"](HangupEvent(find_call=lambda event, call=call: call))
             thread.join()
         self.assertIn(b"Subject: Missed call from +492111234567\r\n", received)
 
