@@ -961,16 +961,6 @@ class Conversation:
 
 
 class ReceiverTest(unittest.TestCase):
-    def test_a_signed_new_call_gets_the_follow_ups_of_the_setting(self):
-        talk = Conversation(clock=lambda: 1e9)
-        for outside in ("", "evil.example"):
-            reply = talk.receive("/new-call", NEW_CALL, sign(NEW_CALL), outside)
-            self.assertEqual((reply.status, reply.content_type, reply.body),
-                             (200, "application/xml", LIVE_XML))
-        event = talk.events()[0]
-        self.assertEqual((event.call_id, event.body, event.signature, talk.shown[0].received_at),
-                         ("123456", NEW_CALL, sign(NEW_CALL), 1e9))
-
     def test_each_refusal_of_a_signature_says_which_and_leaves_no_trace(self):
         log, malformed = new_log(self), (403, "signature malformed, see SIGNATURE_KEY_FILE")
         talk = Conversation(call_log=log, functions=CallFunctions(on_new_call=self.fail))
@@ -1033,7 +1023,9 @@ class ReceiverTest(unittest.TestCase):
 
     def test_the_path_of_the_url_counts(self):
         talk = Conversation(PATHED)
-        self.assertEqual(talk.signed("/3f/new-call", NEW_CALL).status, 200)
+        reply = talk.receive("/3f/new-call", NEW_CALL, sign(NEW_CALL), "evil.example")
+        self.assertEqual(reply, sc.Reply(200, LIVE_XML.replace(
+            b"example.localhost.run", b"example.org/3f"), "application/xml"))
         for path in ("/new-call", "/", "/3f/new-call/", "/3F/new-call", "/3f/new%2Dcall",
                      "/3f//new-call"):
             with diagnostics() as said:
@@ -1048,14 +1040,15 @@ class ReceiverTest(unittest.TestCase):
         for settings, path, body, reply, warnings in [
                 (LIVE, "/", HANGUP, b"This response will be discarded", 0),
                 (PATHED, "/3f", HANGUP, b"This response will be discarded", 0),
-                (PATHED, "/3f/", NEW_CALL, LIVE_XML.replace(
-                    b"example.localhost.run", b"example.org/3f"), 0),
+                (PATHED, "/3f/", HANGUP, b"This response will be discarded", 0),
+                (LIVE, "/", NEW_CALL, LIVE_XML, 0),
                 (LIVE, "/on-answer", HANGUP, b"This response will be discarded", 1),
                 (LIVE, "/new-call", pause, BARE_XML, 0)]:
             talk = Conversation(settings, call_log=new_log(self))
             with self.subTest(path, body=body), diagnostics() as said:
                 self.assertEqual(talk.signed(path, body).body, reply)
-                self.assertEqual([event.body for event in talk.events()], [body])
+                self.assertEqual([(event.body, event.signature) for event in talk.events()],
+                                 [(body, sign(body))])
                 self.assertEqual(stored(talk.receiver.call_log.path, "body"), [body])
                 self.assertEqual(said, warnings * [
                     "event hangup came in on /on-answer, the path of another event: check the URLs "
@@ -1490,15 +1483,15 @@ class HttpTest(unittest.TestCase):
     def test_the_captured_request_of_the_documentation_is_taken_through_a_tunnel(self):
         body = (b"event=newCall&direction=in&from=anonymous&to=445603000514"
                 b"&callId=4932215337270853042")
-        head = ("POST / HTTP/1.1\r\nAccept: application/xml, text/plain, text/html\r\n"
-                "Accept-Charset: utf-8\r\nUser-Agent: sipgate.io\r\n"
-                "X-SIPGATE-JOBS: http://www.sipgate.de/jobs\r\nContent-Length: 84\r\n"
-                "Content-Type: application/x-www-form-urlencoded; charset=UTF-8\r\n"
-                "Accept-Encoding: gzip,deflate\r\nHost: gwen.fuglu.net:3000\r\n"
-                "Via: 1.1 localhost (squid/3.1.20)\r\nX-Forwarded-For: 217.10.77.113\r\n"
-                "Cache-Control: max-age=259200\r\nConnection: keep-alive\r\n"
-                f"X-Sipgate-Signature: {sign(body)}\r\n\r\n").encode()
-        with diagnostics() as said, self.running.connect(head) as connection:
+        sent = request(
+            body, "Accept: application/xml, text/plain, text/html", "Accept-Charset: utf-8",
+            "User-Agent: sipgate.io", "X-SIPGATE-JOBS: http://www.sipgate.de/jobs",
+            "Content-Type: application/x-www-form-urlencoded; charset=UTF-8",
+            "Accept-Encoding: gzip,deflate", "Via: 1.1 localhost (squid/3.1.20)",
+            "X-Forwarded-For: 217.10.77.113", "Cache-Control: max-age=259200",
+            "Connection: keep-alive", f"X-Sipgate-Signature: {sign(body)}",
+            target="/", host="gwen.fuglu.net:3000")
+        with diagnostics() as said, self.running.connect(sent[:-len(body)]) as connection:
             connection.sendall(body)  # in two segments, as it came
             reply = connection.recv(65536)
         self.assertEqual((reply[:12], reply[-len(BARE_XML):]), (b"HTTP/1.1 200", BARE_XML))
@@ -2285,6 +2278,11 @@ class PageTest(InFolder):
 
 # ---- Rehearsal ----
 
+def always(action):
+    """Your functions, if they do the same whatever comes."""
+    return CallFunctions(on_new_call=lambda event: action, on_dtmf=lambda event: action)
+
+
 class RehearsalTest(unittest.TestCase):
     def rehearse(self, name="answered", functions=NO_FUNCTIONS, **changed):
         """What is said, the call that the log holds then, the events, and the faults."""
@@ -2336,8 +2334,7 @@ class RehearsalTest(unittest.TestCase):
                 ("answered", voicemail(), "Dial voicemail", "voicemail", (), heard),
                 ("answered", play("http://x/a"), "Play http://x/a", "answered", ("Alice",), heard)]:
             with self.subTest(said_of_it):
-                functions = CallFunctions(lambda event, action=action: action)
-                said, call, events, _ = self.rehearse(name, functions)
+                said, call, events, _ = self.rehearse(name, always(action))
                 self.assertIn(f"ms  {said_of_it}, asks for answer and hangup", said[3])
                 self.assertEqual((call.outcome, call.answered_by, call.reply),
                                  (outcome, by, said_of_it))
@@ -2380,9 +2377,9 @@ class RehearsalTest(unittest.TestCase):
                 ("answered", gather(none), 1, "    (on_dtmf does nothing with the digits)"),
                 ("missed", gather(other), 0, f"    {other} is on another server: it is not"),
                 ("missed", play(none), 0, f"    is {none} a WAV file? sipgate plays no other")]:
-            functions = CallFunctions(lambda event, action=action: action)
-            if name == "menu":
-                functions = functions._replace(on_dtmf=functions.on_new_call)
+            functions = always(action)
+            if name == "answered":
+                functions = functions._replace(on_dtmf=sc.on_dtmf)
             said, _, _, found = self.rehearse(name, functions)
             self.assertEqual((str(said).count(line), found), (1, faults), said)
 
