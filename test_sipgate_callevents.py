@@ -1416,7 +1416,7 @@ class HttpTest(unittest.TestCase):
 
     def test_the_wrong_method_is_told_the_right_one(self):
         self.assertRegex(self.running.exchange(request(b"", method="GET")),
-                         rb"(?s)HTTP/1.1 405 .*\r\nAllow: POST\r\nX-Instance: [0-9a-f]{16}\r\n\r\n"
+                         rb"(?s) 405 .*\r\nAllow: POST\r\nX-Instance: [0-9a-f]{16}\r\n\r\n"
                          rb"takes POST from sipgate\n\Z")
         self.assertIn(b"\r\nAllow: GET, HEAD\r\n",
                       self.running.exchange(request(target="/healthz")))
@@ -1424,14 +1424,13 @@ class HttpTest(unittest.TestCase):
     def test_health(self):
         def health(method="GET"):
             sent = request(b"", method=method, target="/healthz")
-            head, _, body = self.running.exchange(sent).partition(b"\r\n\r\n")
-            return (int(head[9:12]), *re.search(
-                rb"\r\nX-Instance: (\w+)\r\nX-Refused: (\d+)", head).groups(), body)
+            return re.search(rb" (\d+) .*\r\nX-Instance: (\w+)\r\nX-Refused: (\d+).*\r\n\r\n(.*)",
+                             self.running.exchange(sent), re.DOTALL).groups()
 
         instance, refused = self.running.server.instance.encode(), self.running.receiver.refused
-        self.assertEqual(health(), (200, instance, b"%d" % refused, b"ok\n"))
+        self.assertEqual(health(), (b"200", instance, b"%d" % refused, b"ok\n"))
         self.running.exchange(request(NEW_CALL, "X-Sipgate-Signature: x"))
-        self.assertEqual(health("HEAD"), (200, instance, b"%d" % (refused + 1), b""))
+        self.assertEqual(health("HEAD"), (b"200", instance, b"%d" % (refused + 1), b""))
 
     def test_no_text_of_the_request_comes_back(self):
         for sent in (request(method="EVIL"), request(target="/EVIL"), request(b"", "EVIL: EVIL"),
@@ -1440,10 +1439,9 @@ class HttpTest(unittest.TestCase):
 
     def test_a_page_of_another_site_cannot_play_sipgate(self):
         self.check({(403,): (
-            *(request(NEW_CALL, header) for header in (
-                "Origin: https://evil.example", "X-Forwarded-For: 1.2.3.4", "Via: 1.1 x",
-                "Forwarded: for=1.2.3.4", "X-Real-IP: 1.2.3.4", "Sec-Fetch-Site: cross-site",
-                "CF-Connecting-IP: 1.2.3.4")),
+            *(request(NEW_CALL, header + ": 1.2.3.4") for header in (
+                "Origin", "X-Forwarded-For", "Via", "Forwarded", "X-Real-IP", "Sec-Fetch-Site",
+                "CF-Connecting-IP")),
             request(host="abc.lhr.life"), b"POST /new-call HTTP/1.0\r\n\r\n")}, end=b"")
 
     def test_the_captured_request_of_the_documentation_is_taken_through_a_tunnel(self):
@@ -1466,8 +1464,7 @@ class HttpTest(unittest.TestCase):
     def test_a_tls_hello_is_closed_with_a_message(self):
         with diagnostics() as said:
             self.assertEqual(self.running.exchange(b"\x16\x03\x01\x02", close=False), b"")
-        self.assertEqual(said, ["https on the http port: a TLS handshake came in; the tunnel or "
-                                "proxy must speak http to this port"])
+        self.assertIn("https on the http port: a TLS handshake came in;", said[0])
 
     def test_ipv6_can_be_listened_on(self):
         try:
@@ -1478,16 +1475,16 @@ class HttpTest(unittest.TestCase):
         self.assertEqual(running.statuses(request(host="[::1]:8080")), [200])
 
     def test_clients_that_go_away_leave_no_trace(self):
+        sent = request(NEW_CALL, "Content-Type: application/x-www-form-urlencoded")
         with diagnostics() as said:
-            for sent in (b"", b"POST", request()[:-5], request()[:40]):
-                self.assertEqual(self.running.exchange(sent), b"")
+            for part in (b"", b"POST", sent[:-5], sent[:40]):
+                self.assertEqual(self.running.exchange(part), b"")
             for _ in range(20):
                 with self.running.connect() as connection:
                     connection.setsockopt(*RESET)
-                    connection.sendall(request() * 3)
+                    connection.sendall(sent * 3)
             wait_until(lambda: not self.running.server.connections)
-        self.assertEqual([line for line in said if "Content-Type" not in line], [])
-        self.assertEqual(self.running.statuses(request()), [200])
+        self.assertEqual((said, self.running.statuses(sent)), ([], [200]))
 
     def test_a_wrong_content_type_is_taken_with_a_warning(self):
         with diagnostics() as said:
@@ -1495,8 +1492,8 @@ class HttpTest(unittest.TestCase):
                 sent = request(NEW_CALL, "content-type: " + kind)
                 self.assertEqual(self.running.statuses(sent), [200])
             wait_until(lambda: said)
-        self.assertEqual(said, ["a webhook came without the Content-Type that sipgate sends "
-                                "(application/x-www-form-urlencoded)"])
+        self.assertIn("a webhook came without the Content-Type that sipgate sends", said[0])
+        self.assertEqual(len(said), 1)
 
     def test_any_head_gives_a_value_or_the_documented_error(self):
         good = request(b"", "Content-Type: a/b", "X-Forwarded-For: 1", "Connection: close")
@@ -1563,6 +1560,13 @@ class CapTest(unittest.TestCase):
         wait_until(lambda: connection.getsockname() in self.peers())
         return connection
 
+    def unserved(self):
+        """A Connection that no thread serves, and the client's end of it."""
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+        self.addCleanup(theirs.close)
+        return sc.Connection(ours), theirs
+
     def peers(self):
         """Where the connections that the server knows come from."""
         found = []
@@ -1587,12 +1591,9 @@ class CapTest(unittest.TestCase):
         self.assert_answered(second, third, idle)
 
     def test_a_connection_that_was_cut_is_never_served(self):
-        ours, theirs = socket.socketpair()
-        self.addCleanup(ours.close)
-        self.addCleanup(theirs.close)
-        connection = sc.Connection(ours)
+        connection, client = self.unserved()
         self.assertTrue(connection.may_go())
-        theirs.sendall(b"POST")
+        client.sendall(b"POST")
         self.assertFalse(connection.may_go(), "a request has just come")
         sc.SocketInput(connection).readinto(bytearray(4))
         self.assertFalse(connection.may_go(), "it is being read, or replied to")
@@ -1621,17 +1622,15 @@ class CapTest(unittest.TestCase):
         self.assert_answered(old)
 
     def test_a_connection_that_does_not_end_keeps_no_other_from_making_room(self):
-        ours, theirs = socket.socketpair()
-        self.addCleanup(ours.close)
-        self.addCleanup(theirs.close)
-        stuck = self.running.server.connections[ours] = sc.Connection(ours)
+        stuck, _ = self.unserved()
+        self.running.server.connections[stuck.sock] = stuck
         stuck.cut()
         for _ in range(3):
             self.connect(b"P")
         began = time.monotonic()
         self.assertEqual(self.running.statuses(request()), [200])
         self.assertLess(time.monotonic() - began, 2)
-        del self.running.server.connections[ours]
+        del self.running.server.connections[stuck.sock]
 
     def test_what_is_in_flight_is_never_chosen(self):
         busy = [self.connect(request(b"callId=slow")) for _ in range(4)]
