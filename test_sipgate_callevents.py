@@ -2249,6 +2249,23 @@ def always(action):
 
 
 class RehearsalTest(unittest.TestCase):
+    ROWS = (  # scenario, decision; of the call: events, by whom, outcome, cause, direction, reply
+        ("answered", None, "3 Alice answered normalClearing in "),
+        ("missed", None, "2  missed cancel in "),
+        ("busy", None, "2  missed busy in "),
+        ("declined", None, "2  missed noAnswer in "),
+        ("outgoing", None, "3  answered normalClearing out "),
+        ("voicemail", None, "5  voicemail normalClearing in "),
+        ("transfer", None, "6 Alice,Carl answered normalClearing in "),
+        ("menu", None, "3 Alice answered normalClearing in "),
+        ("answered", reject("busy"), "2  rejected busy in Reject busy"),
+        ("transfer", reject(), "2  rejected noAnswer in Reject"),
+        ("answered", hang_up(), "2  rejected normalClearing in Hangup"),
+        ("answered", dial("49211", "492"), "3 49211 answered normalClearing in Dial 49211 492"),
+        ("answered", voicemail(), "3  voicemail normalClearing in Dial voicemail"),
+        ("answered", play("http://x/a"), "3 Alice answered normalClearing in Play http://x/a"),
+    )
+
     def rehearse(self, name="answered", functions=NO_FUNCTIONS, **changed):
         """What is said, the call that the log holds then, the events, and the faults."""
         options = argparse.Namespace(**{"sender": "492111234567", "to": "4915791234567",
@@ -2263,22 +2280,14 @@ class RehearsalTest(unittest.TestCase):
             call, = calls_of(database, time.time())
         return said, call, events, player.faults
 
-    def test_each_scenario_leaves_its_call_in_the_log(self):
-        rows = {
-            "answered": "Alice answered normalClearing in",
-            "missed": " missed cancel in",
-            "busy": " missed busy in",
-            "declined": " missed noAnswer in",
-            "outgoing": " answered normalClearing out",
-            "voicemail": " voicemail normalClearing in",
-            "transfer": "Alice,Carl answered normalClearing in",
-            "menu": "Alice answered normalClearing in",
-        }
-        self.assertEqual(list(rows), list(sc.SCENARIOS))
-        for name, row in rows.items():
-            _, call, _, faults = self.rehearse(name)
-            found = f"{','.join(call.answered_by)} {call.outcome} {call.cause} {call.direction}"
+    def test_each_scenario_leaves_the_call_that_your_code_decides_in_the_log(self):
+        self.assertEqual({name for name, _, _ in self.ROWS}, set(sc.SCENARIOS))
+        for name, action, row in self.ROWS:
+            said, call, events, faults = self.rehearse(name, always(action))
+            found = (f"{len(events)} {','.join(call.answered_by)} {call.outcome} {call.cause} "
+                     f"{call.direction} {call.reply}")
             self.assertEqual((found, faults), (row, 0), name)
+            self.assertIn(f"ms  {call.reply or 'no action'}, asks for answer and hangup", said[3])
 
     def test_the_conversation_is_shown_in_both_directions(self):
         said = self.rehearse()[0]
@@ -2288,22 +2297,6 @@ class RehearsalTest(unittest.TestCase):
             "--> answer   Alice", "<-- 200 in N ms", "--> hangup   normalClearing",
             "<-- 200 in N ms"])
         self.assertIn("--> answer   (nobody named)", self.rehearse(user=[""], to="")[0])
-
-    def test_what_your_code_decides_is_done(self):
-        refused, heard = "newCall hangup", "newCall answer hangup"
-        for name, action, said_of_it, outcome, by, kinds in [
-                ("answered", reject("busy"), "Reject busy", "rejected", (), refused),
-                ("transfer", reject(), "Reject", "rejected", (), refused),
-                ("answered", hang_up(), "Hangup", "rejected", (), refused),
-                ("answered", dial("49211", "492"), "Dial 49211 492", "answered", ("49211",), heard),
-                ("answered", voicemail(), "Dial voicemail", "voicemail", (), heard),
-                ("answered", play("http://x/a"), "Play http://x/a", "answered", ("Alice",), heard)]:
-            with self.subTest(said_of_it):
-                said, call, events, _ = self.rehearse(name, always(action))
-                self.assertIn(f"ms  {said_of_it}, asks for answer and hangup", said[3])
-                self.assertEqual((call.outcome, call.answered_by, call.reply),
-                                 (outcome, by, said_of_it))
-                self.assertEqual(" ".join(event.event for event in events), kinds)
 
     def test_each_leg_has_all_that_sipgate_sends_and_answers_for_itself(self):
         events = self.rehearse("transfer", CallFunctions(
@@ -2436,13 +2429,7 @@ class CheckTest(InFolder):
 
         assert_port(mine, "ok", ": a copy of this script runs")
         assert_port(other, "problem", " is held by another program")
-        for port, url, said in [
-                (mine, "", "warning  no WEBHOOK_URL: trial mode, sipgate cannot reach"),
-                (other, "", "held by another program"),
-                (free_port(), "https://x.example", "no server runs with these settings")]:
-            settings = Settings(call_log="off", webhook_port=port, webhook_url=url)
-            text = printed(sc.check, argparse.Namespace(sources=""), settings)
-            self.assertIn(said, text.splitlines()[-1])
+        assert_port(free_port(), "warning", ": no server runs with these settings")
         running.receiver.refused = 3
         assert_port(mine, "warning", ": the running copy has refused webhooks (so far: 3)")
         running.receiver.health = lambda: "the call log is behind"
@@ -2475,17 +2462,6 @@ class CheckTest(InFolder):
         log.close(5)
         damage(self.path)
         self.assert_log("problem", "malformed|not a database|disk image")
-
-    def test_files_and_what_is_probably_not_meant(self):
-        mine = self.write("mine.py", "")
-        for text, more, kinds in [
-                ("def on_hangup(event): pass\n", {}, ["ok"]),
-                ("def on_new_call(): pass\n", {}, ["problem"]),
-                ("", {"signature_key_file": mine, "webhook_url": "http://x.example"},
-                 ["warning", "warning", "problem"])]:
-            self.write("mine.py", text)
-            found = sc.check_files(Settings(call_handlers=mine, **more))
-            self.assertEqual([kind for kind, _ in found], kinds)
 
 
 # ---- Serving and the command line: whole programs ----
@@ -2550,18 +2526,6 @@ class OutputTest(unittest.TestCase):
         lines = sc.DiagnosticFormatter(io.StringIO(), False).format(record).split("\n")
         self.assertEqual(lines[0], "WARNING: event \\x1b[2J\\u202e\\nERROR: forged")
         self.assertEqual([line[:4] for line in lines[1:]], ["    "] * 5)
-
-    def test_a_console_is_a_stream_like_any_other(self):
-        with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
-            console = sc.Console(file)
-            print("a\x1bb\tc", "ü", file=console)
-            console.buffer.write(b"raw\n")
-            console.reconfigure(errors="strict")
-            self.assertEqual((console.encoding, console.fileno(), console.isatty()),
-                             ("utf-8", file.fileno(), False))
-            self.assertEqual(console.output.worker.finish(5), [])
-            file.seek(0)
-            self.assertEqual(file.read(), "a\\x1bb\tc ü\nraw\n")
 
     def test_lines_that_nobody_takes_are_dropped_and_counted(self):
         reader, writer = os.pipe()
@@ -2829,7 +2793,8 @@ class ProgramTest(InFolder):
                           "def onAnswer(event): pass\n"
                           "def on_hangup(event): print('it was', event.call.outcome)\n"
                           "def on_new_call(event):\n    assert isinstance(event, NewCallEvent)\n"
-                          "    print('deciding', event.from_number)\n    return dial('4921100')\n")
+                          "    print('deciding\\33', event.from_number)\n"
+                          "    return dial('4921100')\n")
         env = self.write("my.env", "WEBHOOK_URL=https://x.example/p\nSIGNATURE_KEY_FILE=key.pem\n"
                          "CALL_HANDLERS=mine.py\nCALL_OUTPUT=json\n")
         elsewhere = temporary_folder(self)
@@ -2846,8 +2811,9 @@ class ProgramTest(InFolder):
         os.utime(path, (1, 1))
         self.assertEqual(signed("/p/on-hangup", HANGUP)[0], 200)
         out = self.assert_ended(
-            program, "https://x.example/p/new-call\n", "deciding 492111234567", "it was missed",
-            "any event that sipgate did not sign is refused", "signature missing",
+            program, "https://x.example/p/new-call\n", "deciding\\x1b 492111234567",
+            "it was missed", "any event that sipgate did not sign is refused",
+            "signature missing",
             "mine.py has changed: restart this program to use it",
             "mine.py: onAnswer is never called; is on_answer meant?")
         first, second = map(json.loads, out.splitlines())
@@ -3067,10 +3033,18 @@ class CommandTest(InFolder):
 
     def test_check_names_every_slip(self):
         self.assert_refused("WEBHOOK_URL", "check", WEBHOOK_URL="x", VERIFY_SIGNATURE="x", lines=2)
-        port = run_server(self).server.port
-        status, out, _ = self.run_command("check", WEBHOOK_PORT=str(port))
-        self.assertEqual((status, [line.split()[0] for line in out.splitlines()]),
-                         (0, ["ok", "ok", "ok", "ok", "warning"]))
+        right = self.write("right.py", "def on_hangup(event): pass\n")
+        wrong = self.write("wrong.py", "def on_new_call(): pass\n")
+        port = str(run_server(self).server.port)
+        for environ, kinds in [
+                ({}, "ok ok ok ok warning"), ({"CALL_HANDLERS": right}, "ok ok ok ok ok warning"),
+                ({"CALL_HANDLERS": wrong}, "ok ok problem ok ok warning"),
+                ({"WEBHOOK_URL": "http://x.example", "SIGNATURE_KEY_FILE": wrong,
+                  "WEBHOOK_PORT": str(free_port())}, "ok ok warning warning problem ok warning")]:
+            status, out, _ = self.run_command("check", **{"WEBHOOK_PORT": port, **environ})
+            self.assertEqual((" ".join(re.findall("(?m)^[a-z]+", out)), status),
+                             (kinds, "problem" in kinds), out)
+        self.assertIn("no server runs with these settings", out)
 
 
 class ForgetTest(InFolder):
