@@ -420,23 +420,26 @@ class SignatureTest(unittest.TestCase):
 # ---- Call events ----
 
 class EventTest(unittest.TestCase):
+    LEG = {"call_id": "123456", "from_number": "492111234567", "to_number": "4915791234567",
+           "direction": "in"}
+    EVENTS = (  # body, event
+        (NEW_CALL + b"&origCallId=123455&xcid=00ab&diversion=4921100000", NewCallEvent(
+            **LEG, orig_call_id="123455", xcid="00ab", diversion="4921100000",
+            users=("Alice", "Bob"), user_ids=("w0", "w1"),
+            full_user_ids=("1234567w0", "1234567w1"))),
+        (ANSWER, AnswerEvent(
+            **LEG, user="John Doe", user_id="w0", full_user_id="1234567w0",
+            answering_number="21199999999")),
+        (HANGUP, HangupEvent(
+            **LEG, cause="normalClearing", answering_number="4921199999999")),
+        (b"event=dtmf&dtmf=0042*%23&callId=1", DtmfEvent(
+            call_id="1", dtmf="0042*#", state="language")),
+        (b"event=transfer&callId=1&user=U", UnknownEvent(call_id="1", event="transfer")),
+        (b"", NewCallEvent()), (b"from=&callId=", NewCallEvent()),
+    )
+
     def test_each_event_has_all_its_fields(self):
-        leg = {"call_id": "123456", "from_number": "492111234567", "to_number": "4915791234567",
-               "direction": "in"}
-        for body, expected in [
-                (NEW_CALL + b"&origCallId=123455&xcid=00ab&diversion=4921100000", NewCallEvent(
-                    **leg, orig_call_id="123455", xcid="00ab", diversion="4921100000",
-                    users=("Alice", "Bob"), user_ids=("w0", "w1"),
-                    full_user_ids=("1234567w0", "1234567w1"))),
-                (ANSWER, AnswerEvent(
-                    **leg, user="John Doe", user_id="w0", full_user_id="1234567w0",
-                    answering_number="21199999999")),
-                (HANGUP, HangupEvent(
-                    **leg, cause="normalClearing", answering_number="4921199999999")),
-                (b"event=dtmf&dtmf=0042*%23&callId=1", DtmfEvent(
-                    call_id="1", dtmf="0042*#", state="language")),
-                (b"event=transfer&callId=1&user=U", UnknownEvent(call_id="1", event="transfer")),
-                (b"", NewCallEvent()), (b"from=&callId=", NewCallEvent())]:
+        for body, expected in self.EVENTS:
             event = parse_event(body, "newCall", "language")
             self.assertEqual(event, replace(expected, fields=event.fields))
             self.assertEqual((event.body, event.signature), (body, None))
@@ -475,17 +478,20 @@ class EventTest(unittest.TestCase):
                             (b"&origCallId=1", False)]:
             self.assertIs(parse_event(NEW_CALL + orig, "newCall").first_leg, first)
 
+    NO_FORM = "the body is no form (application/x-www-form-urlencoded)"
+    REFUSED = (  # body, event of the path, status, reason
+        (b"hello", "newCall", 400, NO_FORM),
+        (b'{"event": 1}', "newCall", 400, NO_FORM),
+        (b"callId=1&callId=2", "newCall", 400, "the form has callId more than once"),
+        (b"event=dtmf&event=hangup", "newCall", 400, "the form has event more than once"),
+        (b"&".join([b"a=b"] * 1001), "newCall", 400,
+         "the form has more than 1000 fields"),
+        (b"callId=1", "", 404, "no event is named"),
+        (b"", "", 404, "no event is named"),
+    )
+
     def test_what_is_no_event_is_refused(self):
-        no_form = "the body is no form (application/x-www-form-urlencoded)"
-        for body, default, status, reason in [
-                (b"hello", "newCall", 400, no_form),
-                (b'{"event": 1}', "newCall", 400, no_form),
-                (b"callId=1&callId=2", "newCall", 400, "the form has callId more than once"),
-                (b"event=dtmf&event=hangup", "newCall", 400, "the form has event more than once"),
-                (b"&".join([b"a=b"] * 1001), "newCall", 400,
-                 "the form has more than 1000 fields"),
-                (b"callId=1", "", 404, "no event is named"),
-                (b"", "", 404, "no event is named")]:
+        for body, default, status, reason in self.REFUSED:
             self.assertEqual(refusal(parse_event, body, default), (status, reason), body[:30])
 
 
@@ -958,17 +964,20 @@ class ReceiverTest(unittest.TestCase):
         found = refusal(talk.receive, "/new-call", VECTOR_BODY, VECTOR_SIGNATURE)
         self.assertEqual(found, (400, "callId is missing"))
 
+    SIGNED = (  # mode, path, body, refusal of it unsigned
+        *(("on", path, body, MISSING) for path, body in FOLLOW_UPS),
+        *(("new-call", path, body, None) for path, body in FOLLOW_UPS),
+        ("on", "/new-call", NEW_CALL, MISSING),
+        ("new-call", "/new-call", NEW_CALL, MISSING),
+        ("new-call", "/on-hangup", NEW_CALL, MISSING),
+        ("new-call", "/new-call", b"event=pause&callId=1", MISSING),
+        ("new-call", "/on-hangup", b"event=hangup&callId=", (400, "callId is missing")),
+        ("off", "/new-call", NEW_CALL, None),
+        ("off", "/new-call", b"callId=", None),
+    )
+
     def test_verify_signature_says_which_events_must_be_signed(self):
-        for mode, path, body, refused in [
-                *(("on", path, body, MISSING) for path, body in FOLLOW_UPS),
-                *(("new-call", path, body, None) for path, body in FOLLOW_UPS),
-                ("on", "/new-call", NEW_CALL, MISSING),
-                ("new-call", "/new-call", NEW_CALL, MISSING),
-                ("new-call", "/on-hangup", NEW_CALL, MISSING),
-                ("new-call", "/new-call", b"event=pause&callId=1", MISSING),
-                ("new-call", "/on-hangup", b"event=hangup&callId=", (400, "callId is missing")),
-                ("off", "/new-call", NEW_CALL, None),
-                ("off", "/new-call", b"callId=", None)]:
+        for mode, path, body, refused in self.SIGNED:
             talk = Conversation(replace(LIVE, verify_signature=mode))
             with self.subTest(mode, path=path, body=body):
                 if refused:
@@ -1093,15 +1102,18 @@ class YourCodeTest(unittest.TestCase):
             replies = pool.map(lambda _: talk.receive("/new-call", NEW_CALL), range(count))
             return [reply.body for reply in replies]
 
+    FAULTS = (  # on_new_call, message
+        (lambda event: 1 / 0, "raised ZeroDivisionError; the call goes on without it"),
+        (lambda event: sys.exit(), "raised SystemExit; the call goes on without it"),
+        (recurse, "raised RecursionError; the call goes on without it"),
+        (lambda event: "<Response />", "returned a str, not an action such as dial(...); "),
+        (lambda event: 0, "returned a int, not an action such as dial(...); the call goes"),
+        (lambda event: [dial("1")], "returned a list, not an action such as dial(...); "),
+        (lambda event: voicemail, "such as dial(...); is voicemail() meant?; the call"),
+    )
+
     def test_what_raises_or_returns_no_action_is_reported_and_the_call_goes_through(self):
-        for function, message in [
-                (lambda event: 1 / 0, "raised ZeroDivisionError; the call goes on without it"),
-                (lambda event: sys.exit(), "raised SystemExit; the call goes on without it"),
-                (recurse, "raised RecursionError; the call goes on without it"),
-                (lambda event: "<Response />", "returned a str, not an action such as dial(...); "),
-                (lambda event: 0, "returned a int, not an action such as dial(...); the call goes"),
-                (lambda event: [dial("1")], "returned a list, not an action such as dial(...); "),
-                (lambda event: voicemail, "such as dial(...); is voicemail() meant?; the call")]:
+        for function, message in self.FAULTS:
             below = []
             with self.subTest(message), diagnostics(below.append) as said:
                 reply = self.talk(on_new_call=function).receive("/new-call", NEW_CALL)
@@ -2466,32 +2478,36 @@ class CheckTest(InFolder):
 
 # ---- Serving and the command line: whole programs ----
 
+CALL = sc.Call("in", "492111234567", "4915791234567", ("Alice", "Bob"), ("Alice",), 1e9, 1e9 + 4,
+               1e9 + 96.5, 4.0, 92.5, "answered", "normalClearing", "1,0042", "", ("A", "B"))
+
+
+def finding(**changed):
+    """A find_call that finds this call, but for what is changed."""
+    return lambda event: replace(CALL, **changed)
+
+
 class OutputTest(unittest.TestCase):
-    CALL = sc.Call("in", "492111234567", "4915791234567", ("Alice", "Bob"), ("Alice",), 1e9,
-                   1e9 + 4, 1e9 + 96.5, 4.0, 92.5, "answered", "normalClearing", "1,0042", "",
-                   ("A", "B"))
+    SENTENCES = (  # event, line
+        (AnswerEvent(answering_number="211"), "211 answered call from [unknown]"),
+        (AnswerEvent(), "[unknown] answered call from [unknown]"),
+        (HangupEvent(cause="busy"), "The call has been hung up (busy)"),
+        (HangupEvent(), "The call has been hung up"),
+        (NewCallEvent(), "New call from [unknown] to [unknown] is ringing..."),
+        (NewCallEvent(from_number="\x1b[2J\u202e", to_number="a\nb"),
+         "New call from \\x1b[2J\\u202e to a\\nb is ringing..."),
+        (parse_event(b"event=pause", ""), "Unknown event pause"),
+        (HangupEvent(find_call=finding()), "The call has been hung up (talked 1:32)"),
+        (HangupEvent(cause="cancel", find_call=finding(outcome="missed", talk_s=None)),
+         "The call has been hung up (cancel, missed after 0:04)"),
+        (HangupEvent(cause="forwarded", find_call=finding(outcome="missed", ended=None)),
+         "The call has been hung up (forwarded)"),
+        (DtmfEvent(dtmf="12", find_call=finding(from_number="")), "[unknown] pressed 12"),
+    )
 
     def test_sentences(self):
-        def find(**changed):
-            return lambda event: replace(self.CALL, **changed)
-
-        for event, line in [
-                (AnswerEvent(answering_number="211"), "211 answered call from [unknown]"),
-                (AnswerEvent(), "[unknown] answered call from [unknown]"),
-                (HangupEvent(cause="busy"), "The call has been hung up (busy)"),
-                (HangupEvent(), "The call has been hung up"),
-                (NewCallEvent(), "New call from [unknown] to [unknown] is ringing..."),
-                (NewCallEvent(from_number="\x1b[2J\u202e", to_number="a\nb"),
-                 "New call from \\x1b[2J\\u202e to a\\nb is ringing..."),
-                (parse_event(b"event=pause", ""), "Unknown event pause"),
-                (HangupEvent(find_call=find()), "The call has been hung up (talked 1:32)"),
-                (HangupEvent(cause="cancel", find_call=find(outcome="missed", talk_s=None)),
-                 "The call has been hung up (cancel, missed after 0:04)"),
-                (HangupEvent(cause="forwarded", find_call=find(outcome="missed", ended=None)),
-                 "The call has been hung up (forwarded)"),
-                (DtmfEvent(dtmf="12", find_call=find(from_number="")), "[unknown] pressed 12")]:
-            with self.subTest(line):
-                self.assertEqual(sc.event_line(event), line)
+        for event, line in self.SENTENCES:
+            self.assertEqual(sc.event_line(event), line)
         self.assertEqual([sc.duration(seconds) for seconds in (0, 59.9, 3599, 3600, 36_061)],
                          ["0:00", "0:59", "59:59", "1:00:00", "10:01:01"])
 
@@ -2546,8 +2562,8 @@ class OutputTest(unittest.TestCase):
                          + console.output._dropped, 20_000)
 
     def test_a_table_fits_80_columns_and_uses_more(self):
-        long = replace(self.CALL, answered_by=("Somebody with a very long name indeed", "Bob"))
-        hostile = replace(self.CALL, answered_by=("\x1b[2J" * 30,), from_number="\xad" + "9" * 70)
+        long = replace(CALL, answered_by=("Somebody with a very long name indeed", "Bob"))
+        hostile = replace(CALL, answered_by=("\x1b[2J" * 30,), from_number="\xad" + "9" * 70)
         for call in (long, hostile):
             with environment():
                 line = sc.table([call]).splitlines()[1]
@@ -2557,7 +2573,7 @@ class OutputTest(unittest.TestCase):
             self.assertTrue(sc.table([long]).endswith("name indeed, Bob"))
 
     def test_json_is_raw_and_csv_is_for_people_and_safe_in_a_spreadsheet(self):
-        row = sc.call_row(replace(self.CALL, from_number="", answered=None), sc.rfc3339, float)
+        row = sc.call_row(replace(CALL, from_number="", answered=None), sc.rfc3339, float)
         self.assertEqual([row[name] for name in ("from", "started", "answered", "wait_s", "legs")],
                          [None, "2001-09-09T01:46:40.000Z", None, 4, ("A", "B")])
         for value in ("492111234567", "=1+1", "+49", "-1", "@a", "123456e0", "1,0042", " =1",
@@ -2709,35 +2725,40 @@ class SettingsFromTest(InFolder):
                      "webhookurl; is WEBHOOK_URL meant?", "WEBHOOK_PROT; is WEBHOOK_PORT meant?"):
             self.assertIn(f"there is no setting {name}\n", said)
 
+    FILES = (  # name, text
+        ("syntax.py", "def on_new_call(event):\n    retrun None\n"),
+        ("raises.py", "\n\nimport sys\nsys.exit('no')\n"),
+        ("empty.py", "def decide(event): pass\n"),
+        ("none_left.py", "def on_answer(): pass\n"),
+        ("async.py", "async def on_hangup(event): pass\n"),
+        ("utf16.env", "WEBHOOK_PORT=1\n".encode("utf-16")),
+        ("latin.env", b"A=b\nB=\xe4\n"),
+    )
+
+    WRONG = (  # setting, value, what is said
+        ("WEBHOOK_PORT", "x", 'WEBHOOK_PORT is "x": expected a whole number from 0 to'),
+        ("CALL_HANDLERS", "syntax.py", "(syntax.py, line 2)"),
+        ("CALL_HANDLERS", "raises.py", 'raises.py": line 4: SystemExit: no'),
+        ("CALL_HANDLERS", "none.py", 'none.py": FileNotFoundError: [Errno 2] No'),
+        ("CALL_HANDLERS", "none", "expected the name of a Python file"),
+        ("CALL_HANDLERS", "empty.py", "expected one of on_new_call, on_answer, on_hangup"),
+        ("CALL_HANDLERS", "none_left.py", "on_answer has to be a plain function of one argument"),
+        ("CALL_HANDLERS", "async.py", "one argument, the event, without async"),
+        ("SIGNATURE_KEY_FILE", "syntax.py", "expected a PEM file"),
+        ("SIGNATURE_KEY_FILE", "none.pem", "No such file"),
+        ("CALL_LOG", "latin.env", "is not a call log of this program, and is left alone"),
+        ("CALL_LOG", "none/calls.db", "expected a file in a folder that this user may"),
+        ("WEBHOOK_HOST", "192.0.2.1", "set WEBHOOK_HOST to 127.0.0.1"),
+        ("WEBHOOK_HOST", "no.such.invalid", "set WEBHOOK_HOST to 127.0.0.1"),
+        ("--env-file", "utf16.env", "in UTF-16, as PowerShell's > writes it: save it"),
+        ("--env-file", "latin.env", "is not in UTF-8"),
+        ("--env-file", "none.env", "cannot be read: No such file"),
+    )
+
     def test_a_start_that_cannot_be_says_why_in_one_line(self):
-        for name, text in [
-                ("syntax.py", "def on_new_call(event):\n    retrun None\n"),
-                ("raises.py", "\n\nimport sys\nsys.exit('no')\n"),
-                ("empty.py", "def decide(event): pass\n"),
-                ("none_left.py", "def on_answer(): pass\n"),
-                ("async.py", "async def on_hangup(event): pass\n"),
-                ("utf16.env", "WEBHOOK_PORT=1\n".encode("utf-16")),
-                ("latin.env", b"A=b\nB=\xe4\n")]:
+        for name, text in self.FILES:
             self.write(name, text)
-        one_argument = "has to be a plain function of one argument, the event"
-        for name, value, said in [
-                ("WEBHOOK_PORT", "x", 'WEBHOOK_PORT is "x": expected a whole number from 0 to'),
-                ("CALL_HANDLERS", "syntax.py", "(syntax.py, line 2)"),
-                ("CALL_HANDLERS", "raises.py", 'raises.py": line 4: SystemExit: no'),
-                ("CALL_HANDLERS", "none.py", 'none.py": FileNotFoundError: [Errno 2] No'),
-                ("CALL_HANDLERS", "none", "expected the name of a Python file"),
-                ("CALL_HANDLERS", "empty.py", "expected one of on_new_call, on_answer, on_hangup"),
-                ("CALL_HANDLERS", "none_left.py", f"on_answer {one_argument}"),
-                ("CALL_HANDLERS", "async.py", f"on_hangup {one_argument}, without async"),
-                ("SIGNATURE_KEY_FILE", "syntax.py", "expected a PEM file"),
-                ("SIGNATURE_KEY_FILE", "none.pem", "No such file"),
-                ("CALL_LOG", "latin.env", "is not a call log of this program, and is left alone"),
-                ("CALL_LOG", "none/calls.db", "expected a file in a folder that this user may"),
-                ("WEBHOOK_HOST", "192.0.2.1", "set WEBHOOK_HOST to 127.0.0.1"),
-                ("WEBHOOK_HOST", "no.such.invalid", "set WEBHOOK_HOST to 127.0.0.1"),
-                ("--env-file", "utf16.env", "in UTF-16, as PowerShell's > writes it: save it"),
-                ("--env-file", "latin.env", "is not in UTF-8"),
-                ("--env-file", "none.env", "cannot be read: No such file")]:
+        for name, value, said in self.WRONG:
             with self.subTest(said):
                 environ = {"WEBHOOK_URL": "https://x.example/p", "WEBHOOK_PORT": "0", name: value}
                 arguments = (name, environ.pop(name)) if name == "--env-file" else ()
@@ -3012,19 +3033,22 @@ class CommandTest(InFolder):
         self.assertEqual(status, 1)
         self.assertIn("on_new_call returned a str, not an action", err)
 
+    WRONG = (  # command line, what is said
+        ("--prot 8081", "there is no --prot; is --port meant?"),
+        ("--port x", '--port is "x": expected a whole number from 0'),
+        ("--prot=8081 calls", "unrecognized arguments: --prot=8081"),
+        ("call", "invalid choice: 'call' (choose from "),
+        ("simulate mised", "invalid choice: 'mised'"),
+        ("calls --limt 3", "unrecognized arguments: --limt 3"),
+        ("calls --since yesterday", "expected a date such as 2026-11-01"),
+        ("calls --limit 0", "expected a whole number of 1 or more"),
+        ("forget Alice", "expected a whole number"),
+        ("forget 12*", "expected a whole number"),
+    )
+
     def test_wrong_words_are_named(self):
         self.fill_log()
-        for text, said in [
-                ("--prot 8081", "there is no --prot; is --port meant?"),
-                ("--port x", '--port is "x": expected a whole number from 0'),
-                ("--prot=8081 calls", "unrecognized arguments: --prot=8081"),
-                ("call", "invalid choice: 'call' (choose from "),
-                ("simulate mised", "invalid choice: 'mised'"),
-                ("calls --limt 3", "unrecognized arguments: --limt 3"),
-                ("calls --since yesterday", "expected a date such as 2026-11-01"),
-                ("calls --limit 0", "expected a whole number of 1 or more"),
-                ("forget Alice", "expected a whole number"),
-                ("forget 12*", "expected a whole number")]:
+        for text, said in self.WRONG:
             with self.subTest(text):
                 self.assert_refused(said, *text.split())
         self.assert_refused("no call matches\n", "calls", "--number", "4999", status=0)
@@ -3164,8 +3188,8 @@ class ReadmeTest(unittest.TestCase):
             thread = threading.Thread(target=take)
             thread.start()
             change(self, smtplib.SMTP, "default_port", listener.getsockname()[1])
-            for call in (replace(OutputTest.CALL, outcome="missed"), OutputTest.CALL):
-                self.functions(2)["on_hangup"](HangupEvent(find_call=lambda event, call=call: call))
+            for outcome in ("missed", "answered"):
+                self.functions(2)["on_hangup"](HangupEvent(find_call=finding(outcome=outcome)))
             thread.join()
         self.assertIn(b"Subject: Missed call from +492111234567\r\n", received)
 
