@@ -819,12 +819,10 @@ class CallLogTest(unittest.TestCase):
         """A file with rows of that age (in days) and new ones in turn; a connection to it."""
         self.open().close(5)
         other, now = self.other(), int(self.now * 1e6)
-        other.execute("BEGIN")
-        for n in range(0, count, 2):
-            fill(other, [
-                plain_row(now - int(DAY * 1e6 * old) + n, "", "OLDCALL", b"from=49999911122"),
-                plain_row(now + n, "", f"new{n}", b"from=4988800011")])
-        other.execute("COMMIT")
+        fill(other, [
+            plain_row(now + n, "", f"new{n}", b"from=4988800011") if n % 2 else
+            plain_row(now + n - int(DAY * 1e6 * old), "", "OLDCALL", b"from=49999911122")
+            for n in range(count)])
         return other
 
     def is_clean(self):
@@ -1859,8 +1857,10 @@ def plain_row(number, event, leg, body):
 
 
 def fill(database, rows):
+    database.execute("BEGIN")
     database.executemany("INSERT INTO events(id, event, call_id, orig_call_id, xcid, body) "
                          "VALUES (?, ?, ?, ?, ?, ?)", rows)
+    database.execute("COMMIT")
 
 
 def calls_of(database, now):
@@ -1917,6 +1917,12 @@ class InFolder(unittest.TestCase):
         path = pathlib.Path(self.folder, name)
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
         return str(path)
+
+    def store(self, rows):
+        """Put rows into the call log, a new one if there is none."""
+        CallLog(self.path, 30).close(5)
+        with database_at(self.path) as database:
+            fill(database, rows)
 
     @contextlib.contextmanager
     def place(self, environ):
@@ -2085,10 +2091,7 @@ class CallFinderTest(InFolder):
         self.assertEqual(self.find(self.event).outcome, "ringing")
 
     def test_a_call_that_cannot_be_found_in_time_is_none(self):
-        with database_at(self.path) as other:
-            other.execute("BEGIN")
-            fill(other, [plain_row(n, "dtmf", "123456", "dtmf=1") for n in range(1, 3000)])
-            other.execute("COMMIT")
+        self.store(plain_row(n, "dtmf", "123456", "dtmf=1") for n in range(1, 3000))
         change(self, sc, "CALL_SECONDS", 0)
         self.assertIsNone(self.find(self.event))
         self.assertIsNone(sc.call_finder(self.path + "none")(self.event))
@@ -2107,13 +2110,10 @@ class CallFinderTest(InFolder):
 # ---- Page ----
 
 class PageTest(InFolder):
-    def setUp(self):
-        super().setUp()
-        CallLog(self.path, 30).close(5)
-
     def serve(self, port=0):
         self.settings = Settings(call_log=self.path, webhook_port=port or free_port(),
                                  call_page_key="k" * 16)
+        self.store(())
         sc.Overview.POLL_SECONDS = 0.02
         self.server = sc.PageServer(self.settings, 0)
         serve(self, self.server)
@@ -2123,8 +2123,7 @@ class PageTest(InFolder):
     def add(self, text, ago):
         """Store a flow that began so many seconds ago."""
         shift = int((time.time() - ago) * 1e6) - 10**15
-        with database_at(self.path) as database:
-            fill(database, [(row[0] + shift, *row[1:]) for row in rows_of(text)])
+        self.store((row[0] + shift, *row[1:]) for row in rows_of(text))
 
     def get(self, target, **headers):
         """Status, headers and text of what comes back."""
@@ -2207,12 +2206,12 @@ class PageTest(InFolder):
         wait_until(lambda: P not in self.get("/data")[2] + self.get("/calls")[2])
         names = ["<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "\u202eevil"]
         body = urllib.parse.urlencode({"from": "49222", "user[]": names}, doseq=True).encode()
+        self.store([plain_row(int(time.time() * 1e6), "newCall", "", body)])
+        self.wait_for_open("49222")
+        self.assertEqual(self.data()["open"][0]["users"], [*names[:2], "\\u202eevil"])
         with database_at(self.path) as database:
-            fill(database, [plain_row(int(time.time() * 1e6), "newCall", "", body)])
-            self.wait_for_open("49222")
-            self.assertEqual(self.data()["open"][0]["users"], [*names[:2], "\\u202eevil"])
             database.execute("DELETE FROM events")  # the log begins anew
-            self.wait_for_open()
+        self.wait_for_open()
 
     def test_calls_are_found_and_opened(self):
         for n in range(60):
@@ -2946,11 +2945,9 @@ class ProgramTest(InFolder):
 class CommandTest(InFolder):
     def fill_log(self, *numbers):
         """25 missed calls of three callers, one of them withheld."""
-        CallLog(self.path, 30).close(5)
         numbers = numbers or ("49157111222", "", "49222333444") * 2
-        with database_at(self.path) as database:
-            fill(database, rows_of(";".join(missed_call(n, n * 500, numbers[n % 6])
-                                            for n in range(25))))
+        self.store(rows_of(";".join(
+            missed_call(n, n * 500, numbers[n % 6]) for n in range(25))))
 
     def calls(self, *arguments):
         """The lines that the command prints."""
@@ -2986,8 +2983,7 @@ class CommandTest(InFolder):
         for n, body in enumerate((NEW_CALL, DTMF, ANSWER, HANGUP)):
             log.record(parse_event(body, ""), time.time() - 60 + 4 * n, None)
         log.close(5)
-        with database_at(self.path) as database:
-            fill(database, rows_of(f"50000 n A Alice; 50004 a A {MOBILE}; 50060 h A"))
+        self.store(rows_of(f"50000 n A Alice; 50004 a A {MOBILE}; 50060 h A"))
         for number, count in ((MOBILE, 1), ("+" + MOBILE, 1), (P, 1), ("49171*", 1), ("4917", 0),
                               ("+49.157 (111) 222", 9)):
             self.assertEqual(len(self.entries("--number", number)), count, number)
@@ -3094,17 +3090,13 @@ class ForgetTest(InFolder):
              b"</Response>\n")]
 
     def test_no_byte_of_a_forgotten_number_is_left_however_it_hides(self):
-        CallLog(self.path, 30).close(5)
         number, blanked = self.NUMBER, self.hidden()
         rows = [("newCall", f"leg{n}", b"direction=in&from=49211%d" % n) for n in range(3000)]
         rows += [(event, f"x{n}", body) for n, (event, body, _) in enumerate(blanked)]
         rows += [("newCall", number, b"callId=49157999111&origCallId=49157999111"),
                  ("hangup", number, b"event=hangup")]
         now = int(time.time() * 1e6) - 3600 * 10**6
-        with database_at(self.path) as other:
-            other.execute("BEGIN")
-            fill(other, [plain_row(now + n, *row) for n, row in enumerate(rows)])
-            other.execute("COMMIT")
+        self.store(plain_row(now + n, *row) for n, row in enumerate(rows))
         self.write("calls.db.damaged-1", f"...{number}...")
         self.write("calls.db.damaged-2", "...")
         self.assert_refused("no call holds 0157999111; with the country code? +",
