@@ -2511,13 +2511,12 @@ class OutputTest(unittest.TestCase):
                          ["0:00", "0:59", "59:59", "1:00:00", "10:01:01"])
 
     def test_the_time_stands_first_unless_something_else_adds_it(self):
-        answered = sc.Replied(DtmfEvent(dtmf="1"), sc.DISCARDED, 1e9, True, reject("busy"))
-        said = "[unknown] pressed 1\nReplied with Reject busy\n"
-        self.assertEqual(sc.teller("text", False)(answered), said)
-        self.assertEqual(sc.teller("text", True)(answered),
-                         re.sub("(?m)^(?=.)", sc.local_time(1e9) + " ", said))
-        self.assertEqual(json.loads(sc.teller("json", True)(answered))["reply"], "Reject busy")
-        self.assertEqual(sc.teller("off", True)(answered), "")
+        replied = sc.Replied(DtmfEvent(dtmf="1"), sc.DISCARDED, 1e9, True, reject("busy"))
+        for form, with_time, said in [
+                ("text", False, "[unknown] pressed 1\nReplied with Reject busy\n"),
+                ("text", True, "{0} [unknown] pressed 1\n{0} Replied with Reject busy\n"),
+                ("off", True, "")]:
+            self.assertEqual(sc.teller(form, with_time)(replied), said.format(sc.local_time(1e9)))
         with tempfile.TemporaryFile("w") as stream:
             status = os.fstat(stream.fileno())
             with environment():
@@ -2527,20 +2526,17 @@ class OutputTest(unittest.TestCase):
                 self.assertFalse(sc.has_own_time(io.StringIO()))
 
     def test_messages_wrap_between_words_on_a_terminal_and_text_from_outside_stays_one_line(self):
-        terminal, word = io.StringIO(), "a-very-long-word-that-stays-in-one-piece-whatever"
+        terminal, out, word = io.StringIO(), io.StringIO(), "a-long-word-that-stays-in-one-piece"
         terminal.isatty = lambda: True
         with environment(COLUMNS="40"):
-            self.assertEqual(sc.wrapped("ab " * 20 + word, terminal).split("\n"),
-                             ["ab " * 12 + "ab", "  " + "ab " * 6 + "ab", "  " + word])
-        self.assertEqual(sc.wrapped("ab " * 50, io.StringIO()), "ab " * 50)
-        try:
-            raise ValueError("a\nERROR: forged")
-        except ValueError:
-            record = logging.LogRecord("a", logging.WARNING, "", 0, "event %s",
-                                       ("\x1b[2J\u202e\nERROR: forged",), sys.exc_info())
-        lines = sc.DiagnosticFormatter(io.StringIO(), False).format(record).split("\n")
-        self.assertEqual(lines[0], "WARNING: event \\x1b[2J\\u202e\\nERROR: forged")
-        self.assertEqual([line[:4] for line in lines[1:]], ["    "] * 5)
+            self.assertEqual(sc.wrapped("ab " * 20 + 2 * word, terminal).split("\n"),
+                             ["ab " * 12 + "ab", "  " + "ab " * 6 + "ab", "  " + 2 * word])
+        with sc.diagnostics(out):
+            sc.logger.warning("event %s", "\x1b[2J\u202e\nERROR: forged" + " ab" * 50,
+                              exc_info=ValueError("a\nERROR: forged"))
+        self.assertEqual(out.getvalue(), (
+            "WARNING: event \\x1b[2J\\u202e\\nERROR: forged" + " ab" * 50
+            + "\n    ValueError: a\n    ERROR: forged\n"))
 
     def test_lines_that_nobody_takes_are_dropped_and_counted(self):
         reader, writer = os.pipe()
@@ -2549,16 +2545,14 @@ class OutputTest(unittest.TestCase):
             console.output.worker.limit = 100
             for n in range(20_000):
                 print(f"{n:99}", file=console)
-            lines = []
-            thread = threading.Thread(target=lambda: lines.extend(taken))
-            thread.start()
-            self.assertEqual(console.output.worker.finish(10), [])
-            stream.close()
-            thread.join()
-        dropped = re.findall(r"\((\d+) lines were dropped here: nobody took them\)", str(lines))
-        self.assertGreater(len(dropped), 0)
-        self.assertEqual(len(lines) - len(dropped) + sum(map(int, dropped))
-                         + console.output._dropped, 20_000)
+            with ThreadPoolExecutor() as pool:
+                lines = pool.submit(list, taken)
+                self.assertEqual(console.output.worker.finish(10), [])
+                stream.close()
+        found = re.findall(r"\((\d+) lines were dropped here: nobody took", str(lines.result()))
+        dropped = sum(map(int, found)) + console.output._dropped
+        self.assertGreater(dropped, 0)
+        self.assertEqual(len(lines.result()) - len(found) + dropped, 20_000)
 
     def test_a_table_fits_80_columns_and_uses_more(self):
         long = replace(CALL, answered_by=("Somebody with a very long name indeed", "Bob"))
@@ -2860,14 +2854,11 @@ class ProgramTest(InFolder):
             program = self.start(CALL_LOG="calls.db")
             self.assertEqual(program.post("/new-call", b"callId=start")[0], 200)
             self.assertLess(time.monotonic() - began, 1.5)
-            threads = [threading.Thread(target=load, args=(program, f"{turn}-{n}"))
-                       for n in range(4)]
-            for thread in threads:
-                thread.start()
-            wait_until(lambda before=before: len(acknowledged) > before + 100)
-            program.process.kill()
-            for thread in threads:
-                thread.join()
+            with ThreadPoolExecutor(4) as pool:
+                for n in range(4):
+                    pool.submit(load, program, f"{turn}-{n}")
+                wait_until(lambda before=before: len(acknowledged) > before + 100)
+                program.process.kill()
         self.start(CALL_LOG="calls.db")
         self.assertEqual(set(acknowledged) - set(stored(self.path)), set())
 
@@ -2916,19 +2907,17 @@ class ProgramTest(InFolder):
             first = self.start()
         finally:
             signal.signal(signal.SIGHUP, before)
-        status, _, err = self.run_command("--port", str(first.port))
-        self.assertEqual(status, 1)
-        self.assertIn(f"cannot listen on 127.0.0.1 port {first.port}: Address already in use", err)
-        self.assertIn("or use --port", err)
+        self.assert_refused(f"port {first.port}: Address already in use: another program has this "
+                            "port, or another copy of this one; stop it or use --port ",
+                            "--port", str(first.port), status=1)
         first.process.send_signal(signal.SIGHUP)
         self.assertEqual(first.post("/new-call", NEW_CALL)[0], 200)
         self.assert_ended(first)
 
     def test_part_one_serves_with_part_two_cut_off(self):
-        source = text_of("sipgate_callevents.py")
-        path = self.write("part_one.py", source[:source.index("# PART II")] + (
-            "\nimport sys\n"
-            "sys.exit(serve(Settings(webhook_port=int(sys.argv[1]), call_log='off'), announce=\n"
+        part_one = text_of("sipgate_callevents.py").partition("# PART II")[0]
+        path = self.write("part_one.py", part_one + (
+            "\nsys.exit(serve(Settings(webhook_port=int(sys.argv[1]), call_log='off'), announce=\n"
             "    lambda settings: f'listens on x:{settings.webhook_port} Ctrl-C stops\\n'))\n"))
         program = self.start("0", script=path)
         for path, body in (("/new-call", NEW_CALL), ("/on-hangup", HANGUP)):
@@ -2960,22 +2949,22 @@ class CommandTest(InFolder):
         self.assert_refused(f"no calls yet: there is nothing in {self.path}\n", "calls", status=0)
         self.assertEqual(os.listdir(self.folder), [])
         self.fill_log()
-        lines = self.calls()
-        self.assertEqual((len(lines), lines[-1]),
-                         (23, "These are the latest 20; --limit N shows more."))
-        lines = self.calls("--limit", "25")
-        self.assertEqual((len(lines), lines[-1]), (27, (
-            "25 calls, 0 answered, 25 missed, average wait 0:20, average talk -")))
-        for form, count in (("csv", 26), ("excel", 26), ("json", 25)):
-            self.assertEqual(len(self.calls("--format", form)), count)
-            self.assertEqual(len(self.calls("--format", form, "--limit", "3")), count - 22)
+        for limit, count, last in [
+                ((), 23, "These are the latest 20; --limit N shows more."),
+                (("--limit", "25"), 27,
+                 "25 calls, 0 answered, 25 missed, average wait 0:20, average talk -")]:
+            lines = self.calls(*limit)
+            self.assertEqual((len(lines), lines[-1]), (count, last))
         head = ("direction,from,to,users,answered_by,started,answered,ended,wait_s,talk_s,outcome,"
                 "cause,digits,reply,legs")
         times = f"{sc.local_time(1e9 + 12_000)},,{sc.local_time(1e9 + 12_020)}"
         line = f"in,'49157111222,'4930200,Alice,,{times},20,,missed,cancel,,,L24"
-        self.assertEqual(self.calls("--format", "csv")[:2], [head, line])
-        self.assertEqual(self.calls("--format", "excel")[:2],
-                         ["\ufeff" + head.replace(",", ";"), line.replace(",", ";")])
+        for form, limit, count, first in [
+                ("csv", "3", 4, [head, line]), ("csv", "99", 26, [head, line]),
+                ("excel", "99", 26, ["\ufeff" + head.replace(",", ";"), line.replace(",", ";")]),
+                ("json", "3", 3, []), ("json", "99", 25, [])]:
+            lines = self.calls("--format", form, "--limit", limit)
+            self.assertEqual((len(lines), lines[:len(first)]), (count, first))
 
     def test_calls_are_found_by_number_and_date_and_shown_with_their_events(self):
         self.fill_log()
@@ -3064,7 +3053,6 @@ class CommandTest(InFolder):
             status, out, _ = self.run_command("check", **{"WEBHOOK_PORT": port, **environ})
             self.assertEqual((" ".join(re.findall("(?m)^[a-z]+", out)), status),
                              (kinds, "problem" in kinds), out)
-        self.assertIn("no server runs with these settings", out)
 
 
 class ForgetTest(InFolder):
