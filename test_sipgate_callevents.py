@@ -42,28 +42,9 @@ from dataclasses import replace
 
 import sipgate_callevents as sc
 from sipgate_callevents import (
-    AnswerEvent,
-    CallFunctions,
-    CallLog,
-    DtmfEvent,
-    HangupEvent,
-    NewCallEvent,
-    Receiver,
-    Settings,
-    SettingsError,
-    UnknownEvent,
-    WebhookError,
-    WebhookRequestHandler,
-    WebhookServer,
-    dial,
-    gather,
-    hang_up,
-    is_signed,
-    parse_event,
-    play,
-    reject,
-    response_xml,
-    voicemail,
+    AnswerEvent, CallFunctions, CallLog, DtmfEvent, HangupEvent, NewCallEvent, Receiver,
+    Settings, SettingsError, UnknownEvent, WebhookError, WebhookRequestHandler, WebhookServer,
+    dial, gather, hang_up, is_signed, parse_event, play, reject, response_xml, voicemail,
 )
 
 # Limits of time are meant for a machine that is not busy with something else.
@@ -743,10 +724,8 @@ class CallLogTest(unittest.TestCase):
             self.assertEqual(log.behind, "database is locked")
             other.execute("COMMIT")
             wait_until(lambda: not log.behind)
-        self.assertEqual([line for line in said if "is behind" not in line], [
-            *(f"the call log has no room: newCall of call {call_id} is not stored, since 5 events "
-              "wait for the disk" for call_id in "67"),
-            "the call log has caught up: all events are stored"])
+        self.assertRegex("\n".join(said), "(?s)no room: newCall of call 6 is not stored.*"
+                                          "call 7 is not stored.*caught up: all events are stored$")
         self.assertEqual(self.rows(), list("12345"))
         self.assertTrue(self.record(log, "8"))
 
@@ -996,9 +975,8 @@ class ReceiverTest(unittest.TestCase):
             self.assertEqual(found[0], 403)
         with diagnostics() as said:
             reply = talk.receive("/new-call", NEW_CALL, sign(NEW_CALL), "abc.lhr.life")
-        self.assertEqual((reply.body, said), (BARE_XML, [
-            "this came in for abc.lhr.life; restart with --url https://abc.lhr.life to get answer "
-            "and hangup too"]))
+        self.assertEqual(reply.body, BARE_XML)
+        self.assertIn("for abc.lhr.life; restart with --url https://abc.lhr.life to get", said[0])
 
     def test_the_path_of_the_url_counts(self):
         talk = Conversation(PATHED)
@@ -1009,9 +987,7 @@ class ReceiverTest(unittest.TestCase):
                      "/3f//new-call"):
             with diagnostics() as said:
                 self.assertEqual(refusal(talk.signed, path, NEW_CALL), (404, "not found"))
-            self.assertEqual(said, [
-                f"a webhook came in at {path}, where nothing is: either the URL entered at sipgate "
-                "is not WEBHOOK_URL plus /new-call, or a proxy cuts off or changes the path"])
+            self.assertIn(f"a webhook came in at {path}, where nothing is: either the", said[0])
         self.assertEqual(talk.receiver.refused, 6)
 
     def test_the_body_says_which_event_it_is(self):
@@ -1027,9 +1003,8 @@ class ReceiverTest(unittest.TestCase):
                 event, = talk.events()
                 self.assertEqual((event.body, event.signature), (body, sign(body)))
                 self.assertEqual(stored(talk.receiver.call_log.path, "body"), [body])
-                self.assertEqual(said, warnings * [
-                    "event hangup came in on /on-answer, the path of another event: check the URLs "
-                    "entered at sipgate"])
+                self.assertEqual(["event hangup came in on /on-answer, the path of another" in line
+                                  for line in said], [True] * warnings)
         self.assertEqual(refusal(talk.signed, "/", b"callId=1")[0], 404)
 
     def test_your_decision_is_what_goes_out_and_the_usual_reply_is_not_kept(self):
@@ -2350,22 +2325,6 @@ class RehearsalTest(unittest.TestCase):
             said, _, _, found = self.rehearse(name, functions)
             self.assertEqual((str(said).count(line), found), (1, faults), said)
 
-    def test_a_sound_that_sipgate_would_skip_is_named(self):
-        path = os.path.join(temporary_folder(self), "a.wav")
-        for channels, width, rate, said in [
-                (1, 2, 8000, "sipgate plays it"),
-                (2, 2, 8000, "2 channels, 16 bit, 8000 Hz"),
-                (1, 1, 8000, "1 channels, 8 bit, 8000 Hz"),
-                (1, 2, 44100, "1 channels, 16 bit, 44100 Hz"),
-                (0, 0, 0, "no PCM WAV")]:
-            pathlib.Path(path).write_bytes(b"ID3 mp3")
-            if channels:
-                with wave.open(path, "wb") as sound:
-                    sound.setparams((channels, width, rate, 0, "NONE", ""))
-            faults = []
-            self.assertIn(said, printed(lambda: faults.append(sc.check_sound(path))))
-            self.assertEqual(faults, [said != "sipgate plays it"])
-
 
 # ---- Check ----
 
@@ -2778,8 +2737,7 @@ class ProgramTest(InFolder):
 
     def test_the_documented_examples_in_an_empty_folder(self):
         program = self.start(CALL_LOG="calls.db", CALL_LOG_DAYS="7")
-        expected = (f'<Response onAnswer="http://localhost:{program.port}/on-answer" '
-                    f'onHangup="http://localhost:{program.port}/on-hangup" />\n')
+        expected = TRIAL_XML.decode().replace("8080", str(program.port))
         discarded = "This response will be discarded"
         for path, body, reply in [
                 ("/new-call", NEW_CALL, expected), ("/new-call", NEW_CALL, expected),
@@ -2788,13 +2746,12 @@ class ProgramTest(InFolder):
             self.assertEqual(program.post(path, body), (200, reply))
         status, out, err = program.end(signal.SIGINT)
         self.assertEqual(status, 0)
-        new_call = "New call from 492111234567 to 4915791234567 is ringing..."
-        self.assertEqual([line[20:] for line in out.splitlines()], [
-            new_call, new_call,
-            "492111234567 pressed 1", "John Doe answered call from 492111234567",
-            "The call has been hung up (normalClearing, talked 0:00)",
-            "New call from [unknown] to [unknown] is ringing..."])
-        self.assertRegex(out, r"\A\d{4}-\d\d-\d\d \d\d:\d\d:\d\d New call")
+        self.assertEqual(re.sub(r"(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", out), (
+            2 * "New call from 492111234567 to 4915791234567 is ringing...\n"
+            + "492111234567 pressed 1\nJohn Doe answered call from 492111234567\n"
+            "The call has been hung up (normalClearing, talked 0:00)\n"
+            "New call from [unknown] to [unknown] is ringing...\n"))
+        self.assertRegex(out, r"\A\d{4}-")
         self.assertIn("ssh -R 80:127.0.0.1:", err)
         self.assertIn(f"Numbers of the last 7 days are in\n  {self.path}\nCALL_LOG=off keeps", err)
         self.assertLessEqual(max(map(len, err.replace(self.folder, "").splitlines())), 80)
@@ -3015,6 +2972,17 @@ class CommandTest(InFolder):
         status, _, err = self.run_command("simulate", "missed", CALL_HANDLERS="raises.py")
         self.assertEqual(status, 1)
         self.assertIn("on_new_call returned a str, not an action", err)
+
+    def test_a_sound_that_sipgate_would_skip_is_named(self):
+        path = self.write("a.wav", "ID3 mp3")
+        self.assertIn("no PCM WAV", self.run_command("simulate", "--sound", path)[1])
+        for channels, width, rate, said in [
+                (1, 2, 8000, "sipgate plays it"), (2, 2, 8000, "2 channels, 16 bit, 8000 Hz"),
+                (1, 1, 8000, "1 channels, 8 bit, 8000 Hz"), (1, 2, 44100, ", 16 bit, 44100 Hz")]:
+            with wave.open(path, "wb") as sound:
+                sound.setparams((channels, width, rate, 0, "NONE", ""))
+            status, out, _ = self.run_command("simulate", "--sound", path)
+            self.assertEqual((status, said in out), (said != "sipgate plays it", True), out)
 
     WRONG = (  # command line, what is said
         ("--prot 8081", "there is no --prot; is --port meant?"),
