@@ -1376,22 +1376,20 @@ class HttpTest(unittest.TestCase):
         }, end=b"")
 
     def test_a_reply_is_complete_and_names_no_software(self):
-        head, _, body = self.running.exchange(request()).partition(b"\r\n\r\n")
-        lines = head.decode().split("\r\n")
-        self.assertEqual(lines[0], "HTTP/1.1 200 OK")
-        self.assertRegex(lines[1], r"^Date: \w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT$")
-        self.assertEqual(lines[2:], [
-            "Content-Type: application/xml", f"Content-Length: {len(body)}"])
-        reply = self.running.exchange(request(HANGUP, "Connection: close", target="/on-hangup"))
-        self.assertRegex(reply, rb"(?s)\r\nContent-Type: text/plain.*\r\nConnection: close\r\n"
-                                rb"\r\nThis response will be discarded\Z")
-
-    def test_the_wrong_method_is_told_the_right_one(self):
-        self.assertRegex(self.running.exchange(request(b"", method="GET")),
-                         rb"(?s) 405 .*\r\nAllow: POST\r\nX-Instance: [0-9a-f]{16}\r\n\r\n"
-                         rb"takes POST from sipgate\n\Z")
-        self.assertIn(b"\r\nAllow: GET, HEAD\r\n",
-                      self.running.exchange(request(target="/healthz")))
+        begin = r"\AHTTP/1\.1 {}\r\nDate: \w\w\w, \d\d \w\w\w \d+ \d\d:\d\d:\d\d GMT\r\n"
+        for sent, status, rest in [
+                (request(), "200 OK",
+                 "Content-Type: application/xml\r\nContent-Length: 99\r\n\r\n<Response .*/>\n"),
+                (request(HANGUP, "Connection: close", target="/on-hangup"), "200 OK",
+                 "Content-Type: text/plain; charset=utf-8\r\nContent-Length: 31\r\n"
+                 "Connection: close\r\n\r\nThis response will be discarded"),
+                (request(b"", method="GET"), "405 Method Not Allowed",
+                 "(?s:.*)\r\nAllow: POST\r\nX-Instance: [0-9a-f]{16}\r\n\r\n"
+                 "takes POST from sipgate\n"),
+                (request(target="/healthz"), "405 Method Not Allowed",
+                 "(?s:.*)\r\nAllow: GET, HEAD\r\n(?s:.*)")]:
+            self.assertRegex(self.running.exchange(sent).decode(),
+                             begin.format(status) + rest + r"\Z")
 
     def test_health(self):
         def health(method="GET"):
@@ -1757,15 +1755,12 @@ FLOWS = {
     "forwarded, and nothing more": ("0 n A Alice; 20 h A forwarded", 81, "missed - 20 - back"),
     "ringing for 59 minutes": ("0 n A Alice", 3540, "ringing - - -"),
     "three-way transfer": ("0 n A Alice; 5 a A Alice; 60 n B Bob; 65 a B Bob; 70 h A; 120 n C Carl; 125 a C Carl; 130 h B; 300 h C", 400, "answered Alice,Bob,Carl 5 295"),
-    "group with overflow": ("0 n A Alice,Bob; 20 h A forwarded; 20.1 n B Carl,Dora; 30 a B Dora; 90 h B", 200, "answered Dora 30 60"),
     "put through to a mobile": (f"0 n A Alice; 5 a A Alice; 30 n B Alice dir=out to={MOBILE}; 40 a B dir=out to={MOBILE}; 45 h A; 200 h B dir=out", 300, f"answered Alice,{MOBILE} 5 195"),
-    "picked up by another phone": ("0 n A Alice; 9 a A 4930299; 60 h A", 100, "answered 4930299 9 51"),
     "internal call with two legs": ("0 n A Alice dir=out to=4930201; 0.1 n B Bob from=4930200 to=4930201; 8 a B Bob; 8.1 a A dir=out; 60 h B; 60.1 h A dir=out", 100, "answered Bob 8 52.1"),
     "two strangers from one company number": ("0 n A Alice xcid=a1; 20 h A cancel xcid=a1; 5 n B Bob orig=B xcid=b1; 9 a B Bob orig=B xcid=b1; 60 h B orig=B xcid=b1", 100, "missed - 20 -", "answered Bob 4 51"),
     "queue, then voicemail": ("0 n A; 2 a A; 60 n B voicemail; 61 a B voicemail; 90 h A; 90 h B", 200, "voicemail - 61 - back"),
     "menu, gave up": ("0 n A Alice; 0.1 r A gather; 9 h A cancel", 100, "missed - 9 - back"),
     "told by us to go": ("0 n A Alice; 0.1 r A gather; 5 d A 9; 5.1 r A hangup; 5.2 h A", 100, "rejected - 5.2 -"),
-    "rejected, hangup lost": ("0 n A; 0.1 r A reject", DAY, "rejected - - -"),
     "transfer, A's hangup lost": ("0 n A Alice; 10 a A Alice; 70 n B Bob; 80 a B Bob; 200 h B", 4000, "answered Alice,Bob 10 190"),
     "transfer, A's hangup not there yet": ("0 n A Alice; 10 a A Alice; 70 n B Bob; 80 a B Bob; 200 h B", 3000, "talking Alice,Bob 10 -"),
     "spoke, then voicemail, whose hangup is lost": ("0 n A Alice; 10 a A Alice; 70 n B voicemail; 70.5 a B voicemail; 71 h A forwarded", DAY, "answered Alice 10 60.5"),
@@ -1902,7 +1897,7 @@ class InFolder(unittest.TestCase):
 
     def assert_refused(self, said, *arguments, status=2, lines=None, **environ):
         found, out, err = self.run_command(*arguments, **environ)
-        self.assertEqual((found, out, said in err), (status, "", True), err)
+        self.assertEqual((found, out, said in err), (status, "", True), f"{said}: {err}")
         self.assertIn(len(err.splitlines()), [lines] if lines else range(99), err)
 
 
@@ -1957,8 +1952,7 @@ class CallsTest(unittest.TestCase):
             call, = calls_of(self.database(rows), 1e9 + after)
             return sorted(call.legs), call.outcome, sorted(call.answered_by), call.from_number
 
-        for name in ("answered", "voicemail", "transfer", "Dial to a mobile", "group with overflow",
-                     "outgoing"):
+        for name in ("answered", "voicemail", "transfer", "Dial to a mobile", "outgoing"):
             text, after, *_ = FLOWS[name]
             rows = rows_of(text)
             for place in range(len(rows) - 1):
@@ -2116,8 +2110,7 @@ class PageTest(InFolder):
                 ("/none", {}, 404),
                 ("/", {"method": "HEAD"}, 200),
                 ("/", {"method": "POST"}, 501)]:
-            with self.subTest(f"{target} {headers}"):
-                self.assertEqual(self.get(target, **headers)[0], status)
+            self.assertEqual(self.get(target, **headers)[0], status, f"{target} {headers}")
 
     def test_it_shows_who_rings_and_talks_and_whom_to_ring_back(self):
         self.add("0 n M Alice orig=M xcid=m; 20 h M cancel orig=M xcid=m", ago=3600)
@@ -2328,9 +2321,8 @@ class CheckTest(InFolder):
                 (f"http://localhost:{free_port()}", "", "problem", unreached),
                 ("http://127.0.0.1..x:1", "", "problem", unreached),
                 (f"https://{other}", "", "problem", f"{unreached} ([SSL")]:
-            with self.subTest(said):
-                found, text = sc.check_way_in(base, asked)
-                self.assertEqual((found, said in text), (kind, True), text)
+            found, text = sc.check_way_in(base, asked)
+            self.assertEqual((found, said in text), (kind, True), f"{said}: {text}")
 
     def test_a_way_in_that_drips_is_not_waited_for(self):
         change(self, sc, "GET_SECONDS", 0.2)
@@ -2672,11 +2664,10 @@ class SettingsFromTest(InFolder):
         for name, text in self.FILES:
             self.write(name, text)
         for name, value, said in self.WRONG:
-            with self.subTest(said):
-                environ = {"WEBHOOK_URL": "https://x.example/p", "WEBHOOK_PORT": "0", name: value}
-                arguments = (name, environ.pop(name)) if name == "--env-file" else ()
-                self.assert_refused(said, *arguments, lines=1, **environ,
-                                    status=1 if name == "WEBHOOK_HOST" else 2)
+            environ = {"WEBHOOK_URL": "https://x.example/p", "WEBHOOK_PORT": "0", name: value}
+            arguments = (name, environ.pop(name)) if name == "--env-file" else ()
+            self.assert_refused(said, *arguments, lines=1, **environ,
+                                status=1 if name == "WEBHOOK_HOST" else 2)
 
 
 @unittest.skipIf(os.name == "nt", "signals")
@@ -2962,8 +2953,7 @@ class CommandTest(InFolder):
     def test_wrong_words_are_named(self):
         self.fill_log()
         for text, said in self.WRONG:
-            with self.subTest(text):
-                self.assert_refused(said, *text.split())
+            self.assert_refused(said, *text.split())
         self.assert_refused("no call matches\n", "calls", "--number", "4999", status=0)
         for argument, said in [("--version", "sipgate_callevents 2."), ("-h", "--env-file FILE")]:
             self.assertIn(said, self.run_command(argument)[1])
@@ -3118,11 +3108,9 @@ class ReadmeTest(unittest.TestCase):
 
     def test_its_tables_and_its_licence_are_those_of_the_script(self):
         for action in (dial, voicemail, play, gather, reject, hang_up):
-            signature = inspect.signature(action)
-            plain = signature.replace(return_annotation=signature.empty, parameters=[
-                parameter.replace(annotation=signature.empty)
-                for parameter in signature.parameters.values()])
-            self.assertIn(f"\n| `{action.__name__}{plain}`", self.README.replace('"', "'"))
+            plain = re.sub(": '[^']*'| -> .*", "", str(inspect.signature(action)))
+            self.assertIn(f"\n| `{action.__name__}{plain.replace(' = ', '=')}`",
+                          self.README.replace('"', "'"))
         self.assertIn(f"The scenarios: {', '.join(sc.SCENARIOS)}.", self.README)
         self.assertIn("SPDX-License-Identifier: Unlicense", text_of("sipgate_callevents.py"))
         self.assertTrue(self.README.rstrip().endswith("please refer to <https://unlicense.org/>"))
