@@ -182,6 +182,16 @@ def wait_until(condition, seconds=10):
         threading.Event().wait(0.005)
 
 
+@contextlib.contextmanager
+def within(seconds):
+    """Fail if what is done in it takes longer."""
+    began = time.monotonic()
+    yield
+    took = time.monotonic() - began
+    if took >= seconds:
+        raise AssertionError(f"it took {took:.2f} s, and not {seconds}")
+
+
 def mutations(good, pieces, count):
     """So many variants of the text or bytes `good`, with up to four places overwritten."""
     chance = random.Random(good)
@@ -328,12 +338,6 @@ class SettingsTest(unittest.TestCase):
                 ({"WEBHOOK_URL": "http://localhost:8080"}, "")]:
             warnings = list(sc.warnings_of(sc.checked(values)))
             self.assertEqual([said in warning for warning in warnings], [True] * bool(said), values)
-
-    def test_a_relative_path_counts_from_the_given_folder(self):
-        folder = os.path.abspath("somewhere")
-        for text, path in [("mine.db", os.path.join(folder, "mine.db")), ("off", "off"),
-                           ("", os.path.join(folder, "calls.db"))]:
-            self.assertEqual(sc.checked({"CALL_LOG": text}, folder).call_log, path)
 
 
 # ---- Signatures ----
@@ -704,10 +708,9 @@ class CallLogTest(unittest.TestCase):
         other = self.other()
         other.execute("BEGIN EXCLUSIVE")
         with diagnostics() as said:
-            began = time.monotonic()
-            for call_id in "1234567":
-                self.assertIsNone(self.record(log, call_id))
-            self.assertLess(time.monotonic() - began, 0.5, "only the first waits")
+            with within(0.5):  # only the first waits
+                for call_id in "1234567":
+                    self.assertIsNone(self.record(log, call_id))
             self.assertEqual(log.behind, "database is locked")
             other.execute("COMMIT")
             wait_until(lambda: not log.behind)
@@ -919,11 +922,6 @@ class ReceiverTest(unittest.TestCase):
             for body, signature in [(b"no form", sign(b"x")), (b"no form", None), (many, None)]:
                 found = refusal(talk.receive, "/new-call?" + "a&" * 3000, body, signature, "x.y")
                 self.assertEqual(found[0], 403)
-
-    def test_the_public_vector_is_no_event(self):
-        talk = Conversation(keys=[sc.SIPGATE_KEY])
-        found = refusal(talk.receive, "/new-call", VECTOR_BODY, VECTOR_SIGNATURE)
-        self.assertEqual(found, (400, "callId is missing"))
 
     SIGNED = (  # mode, path, body, refusal of it unsigned
         *(("on", path, body, MISSING) for path, body in FOLLOW_UPS),
@@ -1571,11 +1569,10 @@ class CapTest(unittest.TestCase):
         self.assertFalse(self.running.server.begin(connection))
 
     def test_whoever_sends_a_byte_and_no_more_makes_room_at_once(self):
-        began = time.monotonic()
-        for _ in range(12):
-            self.connect(b"P")
-            self.assertEqual(self.running.statuses(request()), [200])
-        self.assertLess(time.monotonic() - began, 1)
+        with within(1):
+            for _ in range(12):
+                self.connect(b"P")
+                self.assertEqual(self.running.statuses(request()), [200])
 
     def test_the_next_request_of_an_old_connection_waits_since_its_first_byte(self):
         old = self.connect(request())
@@ -1596,9 +1593,8 @@ class CapTest(unittest.TestCase):
         stuck.cut()
         for _ in range(3):
             self.connect(b"P")
-        began = time.monotonic()
-        self.assertEqual(self.running.statuses(request()), [200])
-        self.assertLess(time.monotonic() - began, 2)
+        with within(2):
+            self.assertEqual(self.running.statuses(request()), [200])
         del self.running.server.connections[stuck.sock]
 
     def test_what_is_in_flight_is_never_chosen(self):
@@ -1651,9 +1647,8 @@ class TlsTest(unittest.TestCase):
     def test_silent_connections_hold_up_nobody_and_are_closed(self):
         for sent in (b"", b"\x16\x03\x01", *[b""] * 20):
             self.running.connect(sent)
-        began = time.monotonic()
-        self.assertEqual(self.served(), (200, 0))
-        self.assertLess(time.monotonic() - began, 1, "each of them would take 0.2")
+        with within(1):  # each of them would take 0.2
+            self.assertEqual(self.served(), (200, 0))
         wait_until(lambda: not self.running.server.connections)
 
     def test_a_renewed_pair_is_picked_up_and_until_it_matches_the_old_one_is_used(self):
@@ -1997,23 +1992,20 @@ class CallsTest(unittest.TestCase):
         rows += [plain_row(10**15 + 2_000_500 + 1000 * n, "dtmf", "X",
                            b"event=dtmf&callId=X&dtmf=1") for n in range(1, 10_000)]
         database = self.database(rows)
-        began = time.monotonic()
-        self.assertEqual(sc.call_of(database, HangupEvent(call_id="L7"), 1e9 + DAY).legs, ("L7",))
-        call = sc.call_of(database, HangupEvent(call_id="X"), 1e9 + DAY)
+        with within(1):
+            alone, call = (sc.call_of(database, HangupEvent(call_id=leg), 1e9 + DAY)
+                           for leg in ("L7", "X"))
+        self.assertEqual(alone.legs, ("L7",))
         self.assertEqual((call.legs, call.outcome, call.digits[:3]), (("X",), "missed", "1,1"))
-        self.assertLess(time.monotonic() - began, 1)
 
     def test_a_month_of_a_small_office_is_read_in_a_second(self):
         month = ";".join(missed_call(n, n * 776, f"49157{n % 900}") for n in range(3333))
         database, now = self.database(rows_of(month)), 1e9 + 40 * DAY
-        began = time.monotonic()
-        callers, _ = sc.to_ring_back(calls_of(database, now))
-        self.assertLess(time.monotonic() - began, 1 * SLOWNESS)
+        with within(1 * SLOWNESS):
+            callers, _ = sc.to_ring_back(calls_of(database, now))
         self.assertEqual(len(callers), 900)
-        began = time.monotonic()
-        self.assertEqual(len(list(itertools.islice(sc.listed_calls(database, now), 20))), 20)
-        self.assertLess(time.monotonic() - began, 0.05 * SLOWNESS,
-                        "the latest cost the same in any log")
+        with within(0.05 * SLOWNESS):  # the latest cost the same in any log
+            self.assertEqual(len(list(itertools.islice(sc.listed_calls(database, now), 20))), 20)
 
 
 class CallFinderTest(InFolder):
@@ -2759,10 +2751,10 @@ class ProgramTest(InFolder):
                         acknowledged.append(f"{prefix}-{n}")
 
         for turn in range(3):
-            began, before = time.monotonic(), len(acknowledged)
-            program = self.start(CALL_LOG="calls.db")
-            self.assertEqual(program.post("/new-call", b"callId=start")[0], 200)
-            self.assertLess(time.monotonic() - began, 1.5)
+            before = len(acknowledged)
+            with within(1.5):
+                program = self.start(CALL_LOG="calls.db")
+                self.assertEqual(program.post("/new-call", b"callId=start")[0], 200)
             with ThreadPoolExecutor(4) as pool:
                 for n in range(4):
                     pool.submit(load, program, f"{turn}-{n}")
@@ -2776,11 +2768,10 @@ class ProgramTest(InFolder):
         program, sent, status = self.start(CALL_LOG="calls.db"), [], 200
         self.limit(program, "RLIMIT_FSIZE", 1_000_000)
         while status == 200:
-            began = time.monotonic()
-            sent.append(f"call{len(sent)}")
-            body = f"callId={sent[-1]}&a=".encode() + b"b" * 60_000
-            self.assertEqual(program.post("/new-call", body)[0], 200)
-            self.assertLess(time.monotonic() - began, 1.5)
+            with within(1.5):
+                sent.append(f"call{len(sent)}")
+                body = f"callId={sent[-1]}&a=".encode() + b"b" * 60_000
+                self.assertEqual(program.post("/new-call", body)[0], 200)
             self.assertLess(len(sent), 100)
             status, said = program.post("/healthz", None, "GET")
         self.assertEqual(said, "the call log is behind\n", "strangers are not told where it is")
@@ -2805,9 +2796,8 @@ class ProgramTest(InFolder):
         for _ in range(36):
             self.addCleanup(socket.create_connection(("127.0.0.1", other.port), 10).close)
         for server, said in ((program, "can't start new thread"), (other, "[Errno 24] Too many")):
-            began = time.monotonic()
-            self.assertEqual(server.post("/new-call", NEW_CALL)[0], 200)
-            self.assertLess(time.monotonic() - began, 5)
+            with within(5):
+                self.assertEqual(server.post("/new-call", NEW_CALL)[0], 200)
             self.assert_ended(server, refused + said)
 
     def test_a_port_in_use_ends_the_start_with_the_remedy_and_nohup_means_it(self):
@@ -2821,7 +2811,7 @@ class ProgramTest(InFolder):
                             "--port", str(first.port), status=1)
         first.process.send_signal(signal.SIGHUP)
         self.assertEqual(first.post("/new-call", NEW_CALL)[0], 200)
-        self.assert_ended(first)
+        self.assert_ended(first, "No numbers are kept (CALL_LOG=off)")
 
     def test_part_one_serves_with_part_two_cut_off(self):
         part_one = text_of("sipgate_callevents.py").partition("# PART II")[0]
@@ -2882,7 +2872,7 @@ class CommandTest(InFolder):
         log.close(5)
         self.store(rows_of(f"50000 n A Alice; 50004 a A {MOBILE}; 50060 h A"))
         for number, count in ((MOBILE, 1), ("+" + MOBILE, 1), (P, 1), ("49171*", 1), ("4917", 0),
-                              ("+49.157 (111) 222", 9)):
+                              ("+49.157 (111) 222", 9), ("+49 (0) 157 111222", 9)):
             self.assertEqual(len(self.entries("--number", number)), count, number)
         entry, = self.entries("--since", "2026-01-01", "--events")
         self.assertEqual((entry["from"], entry["users"], entry["digits"]),
@@ -2904,8 +2894,6 @@ class CommandTest(InFolder):
             f"{times[1][:16]} +49222333444     8 missed  +4930200", "and 8 with no number"])
         self.assertEqual([entry["from"] for entry in self.entries("--missed")],
                          ["49157111222", "49222333444"])
-        for spelling in ("+49 (0) 157 111222", "0049157111222", "tel:49157111222"):
-            self.assertEqual(len(self.entries("--number", spelling)), 9, spelling)
         self.assertEqual(self.calls("--missed", "--format", "csv")[1],
                          f"'49157111222,9,{times[0]},missed,'4930200")
         self.assertEqual(len(self.entries("--missed", "--all")), 17)
