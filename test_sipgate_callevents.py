@@ -47,9 +47,6 @@ from sipgate_callevents import (
     dial, gather, hang_up, is_signed, parse_event, play, reject, response_xml, voicemail,
 )
 
-# Limits of time are meant for a machine that is not busy with something else.
-SLOWNESS = 3
-
 HERE = os.path.dirname(os.path.abspath(__file__))
 SCRIPT = os.path.join(HERE, "sipgate_callevents.py")  # what programs run: compiled once
 
@@ -1977,8 +1974,7 @@ class CallsTest(unittest.TestCase):
             self.assertEqual([len(call.legs) for call in calls], [1] * 20, links)
         rows = [plain_row(n, "newCall", "", b"direction=in") for n in (1, 2)]
         self.assertEqual([call.legs for call in calls_of(self.database(rows), 1e9)], [(), ()])
-        chain = ";".join(f"{n * 3000} n L{n} Alice orig=L{max(n - 1, 0)}; "
-                         f"{n * 3000 + 1} a L{n} Alice orig=L{max(n - 1, 0)}" for n in range(60))
+        chain = ";".join(f"{n * 3000} n L{n} Alice orig=L{max(n - 1, 0)}" for n in range(60))
         for call in calls_of(self.database(rows_of(chain)), 1e9 + 50 * DAY):
             numbers = [int(leg[1:]) for leg in call.legs]
             self.assertLess(max(numbers) - min(numbers), 30, "no call is endless")
@@ -1999,10 +1995,10 @@ class CallsTest(unittest.TestCase):
     def test_a_month_of_a_small_office_is_read_in_a_second(self):
         month = ";".join(missed_call(n, n * 776, f"49157{n % 900}") for n in range(3333))
         database, now = self.database(rows_of(month)), 1e9 + 40 * DAY
-        with within(1 * SLOWNESS):
+        with within(3):  # where the machine has something else to do
             callers, _ = sc.to_ring_back(calls_of(database, now))
         self.assertEqual(len(callers), 900)
-        with within(0.05 * SLOWNESS):  # the latest cost the same in any log
+        with within(0.15):  # the latest cost the same in any log
             self.assertEqual(len(list(itertools.islice(sc.listed_calls(database, now), 20))), 20)
 
 
@@ -2357,9 +2353,9 @@ class CheckTest(InFolder):
         missing = os.path.join(self.folder, "none", "calls.db")
         for kind, said, path in [
                 ("ok", "^call log: off, nothing is kept$", "off"), ("ok", "will be created$", ""),
-                ("problem", "/none is no folder in which this user may write: set CALL", missing),
-                ("problem", "is no file: set CALL_LOG to one, or to off", self.folder),
-                ("problem", "is no file: set CALL_LOG to one, or to off", os.devnull)]:
+                ("problem", "/none is no folder in which this user may write: set", missing),
+                ("problem", "is no file: set CALL_LOG", self.folder),
+                ("problem", "is no file: set CALL_LOG", os.devnull)]:
             self.assert_log(kind, said, path)
         self.assertEqual(os.listdir(self.folder), [])
         with database_at(self.path) as foreign:
@@ -2429,11 +2425,11 @@ class OutputTest(unittest.TestCase):
                 self.assertFalse(sc.has_own_time(io.StringIO()))
 
     def test_messages_wrap_between_words_on_a_terminal_and_text_from_outside_stays_one_line(self):
-        terminal, out, word = io.StringIO(), io.StringIO(), "a-long-word-that-stays-in-one-piece"
+        terminal, out, word = io.StringIO(), io.StringIO(), "one-piece" * 6
         terminal.isatty = lambda: True
         with environment(COLUMNS="40"):
-            self.assertEqual(sc.wrapped("ab " * 20 + 2 * word, terminal).split("\n"),
-                             ["ab " * 12 + "ab", "  " + "ab " * 6 + "ab", "  " + 2 * word])
+            self.assertEqual(sc.wrapped("ab " * 20 + word, terminal).split("\n"),
+                             ["ab " * 12 + "ab", "  " + "ab " * 6 + "ab", "  " + word])
         with sc.diagnostics(out):
             sc.logger.warning("event %s", "\x1b[2J\u202e\nERROR: forged" + " ab" * 50,
                               exc_info=ValueError("a\nERROR: forged"))
