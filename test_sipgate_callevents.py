@@ -938,7 +938,9 @@ class ReceiverTest(unittest.TestCase):
                     self.assertEqual(refusal(talk.receive, path, body), refused)
                 else:
                     self.assertEqual(talk.receive(path, body).status, 200)
-                if mode != "off":
+                if mode == "off":
+                    self.assertEqual(talk.receive(path, body, sign(b"x")).status, 200)
+                else:
                     self.assertEqual(refusal(talk.receive, path, body, sign(b"x"))[0], 403)
                 if b"callId=1" in body:
                     self.assertEqual(talk.signed(path, body).status, 200)
@@ -1041,8 +1043,6 @@ def recurse(event):
 
 
 class YourCodeTest(unittest.TestCase):
-    """on_new_call and its like may do what they want: the call goes through, in time."""
-
     def talk(self, **functions):
         return Conversation(TRIAL, CallFunctions(**functions))
 
@@ -1535,6 +1535,7 @@ class CapTest(unittest.TestCase):
             self.assertEqual(connection.recv(65536)[:12], b"HTTP/1.1 200")
 
     def test_the_longest_waiting_connection_makes_room_and_an_idle_one_is_spared(self):
+        change(self, sc.Connection, "READ_SPARED", 0)
         idle = self.connect(request())
         self.assert_answered(idle)
         first, second, third = self.connect(), self.connect(b"POST /new"), self.connect()
@@ -1604,8 +1605,7 @@ class TlsTest(unittest.TestCase):
 
     def served(self, sent=request()):
         """The status that comes back, and the number of the certificate it came with."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context = ssl._create_unverified_context()
         with self.running.connect() as connection, context.wrap_socket(connection) as tls:
             tls.sendall(sent)
             certificate = ssl.DER_cert_to_PEM_cert(tls.getpeercert(True))
@@ -1676,6 +1676,8 @@ class YourCodeOverHttpTest(unittest.TestCase):
             stopping = threading.Thread(target=running.server.stop, args=(5,))
             stopping.start()
             self.assertEqual(idle.recv(1), b"")
+            stopping.join(0.1)
+            self.assertTrue(stopping.is_alive(), "it waits for the reply")
             self.go_on.set()
             self.assertEqual(busy.recv(65536)[:12], b"HTTP/1.1 200")
             stopping.join()
@@ -1718,7 +1720,7 @@ FLOWS = {
     "seven hours": ("0 n A Alice; 10 a A Alice", 6.5 * 3600, "talking Alice 10 -"),
     "seven hours, over": ("0 n A Alice; 10 a A Alice; 25210 h A", 30_000, "answered Alice 10 25200"),
     "called back as 0049": ("0 n A Alice; 20 h A cancel; 600 n B Alice orig=B xcid=cd dir=out to=0049157111; 605 a B orig=B xcid=cd dir=out to=0049157111; 665 h B orig=B xcid=cd dir=out", 900, "missed - 20 -", "answered - 5 60"),
-    # further ones, written down before they ran
+    # further ones
     "forwarded, not over yet": ("0 n A Alice; 20 h A forwarded", 70, "ringing - - -"),
     "forwarded, and nothing more": ("0 n A Alice; 20 h A forwarded", 81, "missed - 20 - back"),
     "ringing for 59 minutes": ("0 n A Alice", 3540, "ringing - - -"),
@@ -2269,7 +2271,8 @@ class CheckTest(InFolder):
         return server.server_port
 
     def test_the_way_in_is_proven_for_each_path(self):
-        server = run_server(self, Settings(webhook_url="https://x.example/p")).server
+        settings = Settings(webhook_url="https://x.example/p")
+        server = run_server(self, settings).server
         here, other = f"127.0.0.1:{server.port}", f"localhost:{self.other_server()}"
         unreached = "cannot be reached from here"
         for base, asked, kind, said in [
@@ -2282,6 +2285,9 @@ class CheckTest(InFolder):
                 (f"https://{other}", "", "problem", f"{unreached} ([SSL")]:
             found, text = sc.check_way_in(base, asked)
             self.assertEqual((found, said in text), (kind, True), f"{said}: {text}")
+
+        settings = replace(settings, webhook_port=server.port)
+        self.assertEqual(sc.check_port(settings)[::2], ("ok", server.instance), "/p/healthz")
 
     def test_a_way_in_that_drips_is_not_waited_for(self):
         change(self, sc, "GET_SECONDS", 0.2)
@@ -2362,9 +2368,7 @@ class OutputTest(unittest.TestCase):
     SENTENCES = (  # event, line
         (AnswerEvent(answering_number="211"), "211 answered call from [unknown]"),
         (AnswerEvent(), "[unknown] answered call from [unknown]"),
-        (HangupEvent(cause="busy"), "The call has been hung up (busy)"),
         (HangupEvent(), "The call has been hung up"),
-        (NewCallEvent(), "New call from [unknown] to [unknown] is ringing..."),
         (NewCallEvent(from_number="\x1b[2J\u202e", to_number="a\nb"),
          "New call from \\x1b[2J\\u202e to a\\nb is ringing..."),
         (parse_event(b"event=pause", ""), "Unknown event pause"),
@@ -2391,11 +2395,9 @@ class OutputTest(unittest.TestCase):
             self.assertEqual(sc.teller(form, with_time)(replied), said.format(sc.local_time(1e9)))
         with tempfile.TemporaryFile("w") as stream:
             status = os.fstat(stream.fileno())
-            with environment():
-                self.assertFalse(sc.has_own_time(stream))
-            with environment(JOURNAL_STREAM=f"{status.st_dev}:{status.st_ino}"):
-                self.assertTrue(sc.has_own_time(stream))
-                self.assertFalse(sc.has_own_time(io.StringIO()))
+            for journal, is_this in (("1:2", False), (f"{status.st_dev}:{status.st_ino}", True)):
+                with environment(JOURNAL_STREAM=journal):
+                    self.assertIs(sc.has_own_time(stream), is_this)
 
     def test_messages_wrap_between_words_on_a_terminal_and_text_from_outside_stays_one_line(self):
         terminal, out, word = io.StringIO(), io.StringIO(), "one-piece" * 6
@@ -2503,6 +2505,7 @@ class Slow(Exception):
         time.sleep(60)
 
 def on_new_call(event):
+    print(event)
     if event.call_id == "slow":
         raise Slow
 """
@@ -2536,7 +2539,7 @@ def on_new_call(event):
 
     def test_neither_a_stuck_reader_of_stdout_nor_code_that_hangs_delays_a_call(self):
         for thread in self.threads:
-            thread.join()
+            thread.join(30)
         self.assertEqual(len(self.quick), 5000)
         self.assertLess(max(took for _, took in self.quick), 2)
         self.assertLess(self.slow[0][1], 3.2)
