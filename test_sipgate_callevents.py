@@ -644,9 +644,9 @@ class CallLogTest(unittest.TestCase):
         log.close(5)
         self.now = 1e9
         self.record(self.open(), "later")
-        self.assertEqual([number - 10**15 for number in self.rows("id")],
-                         [-86_400_000_000, 0, 1, 5_000_000, 5_000_001, 5_000_002, 5_000_003],
-                         "a clock that was far ahead is not followed, nor forgotten at a restart")
+        # A clock that was far ahead is not followed, nor forgotten at a restart.
+        self.assertEqual(self.rows("id - 1e15"), [
+            -86_400_000_000, 0, 1, 5_000_000, 5_000_001, 5_000_002, 5_000_003])
 
     @unittest.skipIf(os.name == "nt", "permissions")
     def test_nobody_else_can_read_it(self):
@@ -1082,9 +1082,8 @@ class YourCodeTest(unittest.TestCase):
         talk.receiver.reply_seconds = talk.receiver.your_code.SLOT_SECONDS = 0.1
         with diagnostics() as said:
             self.assertEqual(self.together(talk, 9), [TRIAL_XML] * 9)
+        self.assertRegex("\n".join(said), "(?s)on_new_call has not returned in time; .*in <lambda>")
         self.assertIn("all 8 slots for your code are taken", "\n".join(said))
-        self.assertRegex("\n".join(said), '(?s)has not returned in time; the call goes through .*'
-                                          'test_sipgate_callevents.py", line [0-9]+, in <lambda>')
         self.assertEqual(talk.receiver.health(), "")
         change(self, sc, "REPLY_SECONDS", 0.0)
         self.assertEqual(talk.receiver.health(), "your code is stuck: calls go through undecided")
@@ -1218,8 +1217,8 @@ class HttpTest(unittest.TestCase):
         """What stands between `begin` and `end` gets the statuses it is listed under."""
         for statuses, texts in rows.items():
             for text in texts:
-                with self.subTest(text[:60]):
-                    self.assertEqual(self.running.statuses(begin + text + end), list(statuses))
+                found = self.running.statuses(begin + text + end)
+                self.assertEqual(found, list(statuses), text[:60])
 
     def test_request_lines(self):
         self.check({
@@ -1420,8 +1419,7 @@ class HttpTest(unittest.TestCase):
             target="/", host="gwen.fuglu.net:3000")
         with diagnostics() as said, self.running.connect(sent[:-len(body)]) as connection:
             connection.sendall(body)  # in two segments, as it came
-            reply = connection.recv(65536)
-        self.assertEqual((reply[:12], reply[-len(BARE_XML):]), (b"HTTP/1.1 200", BARE_XML))
+            self.assertRegex(connection.recv(65536), b"(?s)^HTTP/1.1 200 .*\r\n\r\n" + BARE_XML)
         self.assertIn("restart with --url https://gwen.fuglu.net:3000", said[0])
 
     def test_a_tls_hello_is_closed_with_a_message(self):
@@ -2202,11 +2200,10 @@ class RehearsalTest(unittest.TestCase):
         self.assertIn("--> answer   (nobody named)", self.rehearse(user=[""], to="")[0])
 
     def test_each_leg_has_all_that_sipgate_sends_and_answers_for_itself(self):
-        events = self.rehearse("transfer", CallFunctions(
+        first, answer, second, other, *_ = self.rehearse("transfer", CallFunctions(
             lambda event: dial("4921100") if event.first_leg else None))[2]
-        self.assertEqual([event.answering_number for event in events if event.event == "answer"],
-                         ["4921100", "4915791234567"])
-        first, _, second, *_ = events
+        self.assertEqual((answer.answering_number, other.answering_number),
+                         ("4921100", "4915791234567"))
         self.assertEqual((first.user_ids, first.full_user_ids, first.diversion),
                          (("w0", "w1"), ("1234567w0", "1234567w1"), ""))
         self.assertEqual((second.user_ids, second.diversion), (("w0",), "4915791234567"))
@@ -2333,8 +2330,7 @@ class CheckTest(InFolder):
         for kind, said, path in [
                 ("ok", "^call log: off, nothing is kept$", "off"), ("ok", "will be created$", ""),
                 ("problem", "/none is no folder in which this user may write: set", missing),
-                ("problem", "is no file: set CALL_LOG", self.folder),
-                ("problem", "is no file: set CALL_LOG", os.devnull)]:
+                ("problem", "is no file: set CALL_LOG", self.folder)]:
             self.assert_log(kind, said, path)
         self.assertEqual(os.listdir(self.folder), [])
         with database_at(self.path) as foreign:
@@ -2662,12 +2658,11 @@ class ProgramTest(InFolder):
             self.assertEqual(program.post(path, body), (200, reply))
         status, out, err = program.end(signal.SIGINT)
         self.assertEqual(status, 0)
-        self.assertEqual(re.sub(r"(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", out), (
+        self.assertEqual(re.subn(r"(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", out), (
             2 * "New call from 492111234567 to 4915791234567 is ringing...\n"
             + "492111234567 pressed 1\nJohn Doe answered call from 492111234567\n"
             "The call has been hung up (normalClearing, talked 0:00)\n"
-            "New call from [unknown] to [unknown] is ringing...\n"))
-        self.assertRegex(out, r"\A\d{4}-")
+            "New call from [unknown] to [unknown] is ringing...\n", 6))
         self.assertIn("ssh -R 80:127.0.0.1:", err)
         self.assertIn(f"Numbers of the last 7 days are in\n  {self.path}\nCALL_LOG=off keeps", err)
         self.assertLessEqual(max(map(len, err.replace(self.folder, "").splitlines())), 80)
