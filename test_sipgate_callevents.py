@@ -2673,7 +2673,7 @@ class ProgramTest(InFolder):
                           "def onAnswer(event): pass\n"
                           "def on_hangup(event): print('it was', event.call.outcome)\n"
                           "def on_new_call(event):\n    assert isinstance(event, NewCallEvent)\n"
-                          "    print('deciding\\33', event.from_number)\n"
+                          "    print('deciding\\33ü', event.from_number)\n"
                           "    return dial('4921100')\n")
         env = self.write("my.env", "WEBHOOK_URL=https://x.example/p\nSIGNATURE_KEY_FILE=key.pem\n"
                          "CALL_HANDLERS=mine.py\nCALL_OUTPUT=json\n")
@@ -2691,7 +2691,7 @@ class ProgramTest(InFolder):
         os.utime(path, (1, 1))
         self.assertEqual(signed("/p/on-hangup", HANGUP)[0], 200)
         out = self.assert_ended(
-            program, "https://x.example/p/new-call\n", "deciding\\x1b 492111234567",
+            program, "https://x.example/p/new-call\n", "deciding\\x1bü 492111234567",
             "it was missed", "any event that sipgate did not sign is refused",
             "signature missing",
             "mine.py has changed: restart this program to use it",
@@ -2916,14 +2916,16 @@ class CommandTest(InFolder):
         right = self.write("right.py", "def on_hangup(event): pass\n")
         wrong = self.write("wrong.py", "def on_new_call(): pass\n")
         port = str(run_server(self).server.port)
-        for environ, kinds in [
-                ({}, "ok ok ok ok warning"), ({"CALL_HANDLERS": right}, "ok ok ok ok ok warning"),
-                ({"CALL_HANDLERS": wrong}, "ok ok problem ok ok warning"),
+        for environ, kinds, said in [
+                ({}, "ok ok ok ok warning", "no WEBHOOK_URL: trial mode"),
+                ({"CALL_HANDLERS": right}, "ok ok ok ok ok warning", "right.py is loaded"),
+                ({"CALL_HANDLERS": wrong}, "ok ok problem ok ok warning", "on_new_call has to be"),
                 ({"WEBHOOK_URL": "http://x.example", "SIGNATURE_KEY_FILE": wrong,
-                  "WEBHOOK_PORT": str(free_port())}, "ok ok warning warning problem ok warning")]:
+                  "WEBHOOK_PORT": str(free_port())}, "ok ok warning warning problem ok warning",
+                 "no server runs with these settings")]:
             status, out, _ = self.run_command("check", **{"WEBHOOK_PORT": port, **environ})
-            self.assertEqual((" ".join(re.findall("(?m)^[a-z]+", out)), status),
-                             (kinds, "problem" in kinds), out)
+            self.assertEqual((" ".join(re.findall("(?m)^[a-z]+", out)), status, said in out),
+                             (kinds, "problem" in kinds, True), out)
 
 
 class ForgetTest(InFolder):
