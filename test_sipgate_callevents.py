@@ -1239,8 +1239,8 @@ class HttpTest(unittest.TestCase):
                 b"ABCDEFGHIJKLMNOPQ /healthz HTTP/1.1", b"GET http://localhost/healthz HTTP/1.1",
                 b"OPTIONS * HTTP/1.1", b"GET /health\0z HTTP/1.1", b"GET /health\xffz HTTP/1.1",
                 *(b"GET /healthz" + end for end in (
-                    b"", b"  HTTP/1.1", b" HTTP/1.1 ", b" HTTP/1.2", b" HTTP/2.0", b" HTTP/01.1",
-                    b" http/1.1"))),
+                    b"", b"  HTTP/1.1", b" HTTP/1.1 ", b" HTTP/1.1\nA: b", b" HTTP/1.2",
+                    b" HTTP/2.0", b" HTTP/01.1", b" http/1.1"))),
         }, end=b"\r\n" + HOST_LINE + b"\r\n")
 
     def test_header_lines(self):
