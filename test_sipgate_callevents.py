@@ -1496,7 +1496,7 @@ class TimeLimitTest(unittest.TestCase):
 
     def test_a_reply_that_nobody_takes_ends_the_connection(self):
         self.running.server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        with socket.socket() as connection, contextlib.suppress(OSError):
+        with within(10), socket.socket() as connection, contextlib.suppress(OSError):
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.connect(self.running.server.server_address)
             while True:
