@@ -1876,7 +1876,8 @@ class CallsTest(unittest.TestCase):
 
     def said(self, database, now):
         """What a person says of the calls, as the flows have it."""
-        callers, _ = sc.to_ring_back(calls_of(database, now))
+        callers, withheld = sc.to_ring_back(calls_of(database, now))
+        self.assertEqual(withheld, 0)
         back = [call for caller in callers for call in caller.calls]
         said = []
         for call in self.calls(database, now):
@@ -1939,7 +1940,7 @@ class CallsTest(unittest.TestCase):
             self.assertEqual(self.calls(database, now), expected)
 
     def test_nobody_joins_strangers(self):
-        for links, step in (("orig=L0 xcid=ab", DAY), ("orig=Z xcid=ab", 3600),
+        for links, step in (("orig=L0 xcid=ab", 13 * 3600), ("orig=Z xcid=ab", 3600),
                             ("orig=L19 xcid=cd", DAY), ("orig=Z xcid=", 6 * 3600)):
             office = ";".join(missed_call(n, n * step, f"49{n}", links) for n in range(20))
             calls = calls_of(self.database(rows_of(office)), 1e9 + 50 * DAY)
