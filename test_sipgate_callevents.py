@@ -24,6 +24,7 @@ import random
 import re
 import shutil
 import signal
+import smtplib
 import socket
 import sqlite3
 import ssl
@@ -36,36 +37,15 @@ import unittest
 import urllib.parse
 import wave
 import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import sipgate_callevents as sc
 from sipgate_callevents import (
-    AnswerEvent,
-    CallFunctions,
-    CallLog,
-    DtmfEvent,
-    HangupEvent,
-    NewCallEvent,
-    Receiver,
-    Settings,
-    SettingsError,
-    UnknownEvent,
-    WebhookError,
-    WebhookRequestHandler,
-    WebhookServer,
-    dial,
-    gather,
-    hang_up,
-    is_signed,
-    parse_event,
-    play,
-    reject,
-    response_xml,
-    voicemail,
+    AnswerEvent, CallFunctions, CallLog, DtmfEvent, HangupEvent, NewCallEvent, Receiver,
+    Settings, SettingsError, UnknownEvent, WebhookError, WebhookRequestHandler, WebhookServer,
+    dial, gather, hang_up, is_signed, parse_event, play, reject, response_xml, voicemail,
 )
-
-# Limits of time are meant for a machine that is not busy with something else.
-SLOWNESS = 3
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SCRIPT = os.path.join(HERE, "sipgate_callevents.py")  # what programs run: compiled once
@@ -95,47 +75,31 @@ VECTOR_SIGNATURE = (
     "6keiIWL3qjPolWnrchSP7iJUatM2YiTcpkNKnJ70UE05cdw3swuNe7zqD51MdOX3rAioEOFgOIFMSrxMVX+V4XK7"
     "sa5o43smN8lHoa+0AogQMuIrC7k2axdRbulSSNfyqVAZIT4qS0cItiv3aPXsdDKkkA0=")
 
-# A key made for these tests alone, and the exponent that signs.
-TEST_KEY_PEM = """\
------BEGIN PUBLIC KEY-----
-MIIBIjANBgkqhkiG9w0BAQEFAAOCAQ8AMIIBCgKCAQEAtHd3nxfjrfcnNEYVpQia
-tBY9lrY0lhtsfPsQVsiieNsv4luWVP1KJCl802zx9UE3XD2KVuybQMSlj4pJgFon
-f/G8bjBiEQj865Z/GIiJZiBbZPyyahe5vg1RaamZ/zyxwCeYN4glo2A6BV4jT0+X
-4KhySj//rgkWGISMkPSLXbbUvv2YzkNMmnKqVxc+muq8PwV6K8wadhCXDNVNCf3t
-zYRAzGWl3HSs5mkX3rZa+jOT+NerD9MxhcNmfBpgsBHVSUovpEKm/Xv7voTF3kJs
-mn2aR1TT/Tydh9XZpyk4KrWyqlKZQP0l9IVAfvzNeDY5Lxbcfnr3W8ZiOesooVGn
-DQIDAQAB
------END PUBLIC KEY-----
-"""
-TEST_KEY = sc.key_from_pem(TEST_KEY_PEM)
-TEST_KEY_SECRET = int(
-    "28dacce15ee2a3cd0a7a8a8d36ddd24c07a6ecba16008f77c9797af2f29bd9796187408db172dff87ccdedfd416f"
-    "70d2ac16a07d5a36317cf3302231ce955a50dc3478cb8a3fea057bfe078ad1ca2d2d1113b5235ce23f21f7d8e0ef"
-    "4cd61bf2ef99e71b573e9214643e37d80d89eacba8c6aae97f23f299a676476e3f765781fd7d1c3b30d92c6182aa"
-    "b41249d846fc01c6416899f6d4502b18f3787c4860f283451260f0a644dba8f1ab7185d324ecfe88ace35699b0d3"
-    "9e0b5a9b608bad241356c71f18530f85df30c4d8460094fc9b68ddae4561fe763293f0facd31d7a911c77ec44c46"
-    "0a0ed6e2b88eae899dcbf8bc21184ae35d5f48746f0d850f7f0f", 16)
-
+# A key made for these tests alone: everybody may know its primes.
+PRIMES = (3 << 1022) + 1037, (3 << 1022) + 1697
+TEST_KEY = sc.PublicKey(PRIMES[0] * PRIMES[1], 65537)
+TEST_KEY_SECRET = pow(65537, -1, (PRIMES[0] - 1) * (PRIMES[1] - 1))
+TEST_KEY_PEM = "-----BEGIN PUBLIC KEY-----\n{}-----END PUBLIC KEY-----\n".format(
+    base64.encodebytes(
+        bytes.fromhex("30820122300d06092a864886f70d01010105000382010f003082010a0282010100")
+        + TEST_KEY.modulus.to_bytes(256, "big") + bytes.fromhex("0203010001")).decode())
 
 # Certificates for localhost with their keys, made for these tests alone: one for 100 years,
 # one expired.
 CERTIFICATES = (("""\
 -----BEGIN CERTIFICATE-----
-MIIBlDCCATugAwIBAgIUbgfYovY85lXaNCYBfiK471zT2SgwCgYIKoZIzj0EAwIw
-FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyMzE3MTMyM1oYDzIxMjYxMDMw
-MTcxMzIzWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
-PQMBBwNCAARFa0u+EXxhaHemM8zHBA4z8RP+PxK88WOWAzhNbqbu8lbwll7e62UZ
-KZCWNjiiNR9Y3I0z9DCQUJupxbBXURwAo2kwZzAdBgNVHQ4EFgQUDewCR9nxWrAd
-J4hfZyKOmOTzJOUwHwYDVR0jBBgwFoAUDewCR9nxWrAdJ4hfZyKOmOTzJOUwDwYD
-VR0TAQH/BAUwAwEB/zAUBgNVHREEDTALgglsb2NhbGhvc3QwCgYIKoZIzj0EAwID
-RwAwRAIgN9jB9KeF04M04S6aP2og35wH4mpUdUA7yCGrmUjQV3ECIGGsxr+zlzVr
-BCkDnlWHUUiSeLrJGy7otlTCSvhriuQi
+MIIBLjCB16ADAgECAgEGMAoGCCqGSM49BAMCMBQxEjAQBgNVBAMMCWxvY2FsaG9z
+dDAgFw0yMDAxMDEwMDAwMDBaGA8yMTIwMDEwMTAwMDAwMFowFDESMBAGA1UEAwwJ
+bG9jYWxob3N0MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAERWtLvhF8YWh3pjPM
+xwQOM/ET/j8SvPFjlgM4TW6m7vJW8JZe3utlGSmQljY4ojUfWNyNM/QwkFCbqcWw
+V1EcAKMYMBYwFAYDVR0RBA0wC4IJbG9jYWxob3N0MAoGCCqGSM49BAMCA0YAMEMC
+H0TIqA/hmTBgm3fUUqB+T8/p4LhSgXOzcklHHurpH28CIDWoVCbg2I4O6G9sQDUf
+wTGUGhGc8y1BGD/PsA/5wrSu
 -----END CERTIFICATE-----
 """, """\
 -----BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgXdMlqMSrlK8/XBmj
-WrpmBss8FSO8kElqc8zCcm8SVauhRANCAARFa0u+EXxhaHemM8zHBA4z8RP+PxK8
-8WOWAzhNbqbu8lbwll7e62UZKZCWNjiiNR9Y3I0z9DCQUJupxbBXURwA
+MEECAQAwEwYHKoZIzj0CAQYIKoZIzj0DAQcEJzAlAgEBBCBd0yWoxKuUrz9cGaNa
+umYGyzwVI7yQSWpzzMJybxJVqw==
 -----END PRIVATE KEY-----
 """), ("""\
 -----BEGIN CERTIFICATE-----
@@ -149,9 +113,8 @@ AiBc/dOCA4seb4NDBwvQtTmh/cUGTcv8Hbkc/fYsmOWWew==
 -----END CERTIFICATE-----
 """, """\
 -----BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQggzQjLv7GGUKnxZUv
-fPKU7vIFtMpPXgltWW3/YAns796hRANCAAS7BrmysXP1xwtuPJbfENQgW2r40jm0
-VEHazFKSaIf9EYbb9+81bV5fI6SyaKBmEQuZ8qohSV9AqI5aF0XNprFp
+MEECAQAwEwYHKoZIzj0CAQYIKoZIzj0DAQcEJzAlAgEBBCCDNCMu/sYZQqfFlS98
+8pTu8gW0yk9eCW1Zbf9gCezv3g==
 -----END PRIVATE KEY-----
 """))
 
@@ -166,14 +129,13 @@ def sign(body):
 
 
 @contextlib.contextmanager
-def diagnostics(look=lambda record: None):
+def diagnostics():
     """The list that grows by one text for each message of the script's logger."""
     said = []
 
     class Listener(logging.Handler):
         def emit(self, record):
-            look(record)
-            said.append(record.getMessage())
+            said.append(record.getMessage() + getattr(record, "below", ""))
 
     listener = Listener()
     sc.logger.addHandler(listener)
@@ -208,7 +170,6 @@ def temporary_folder(test):
 
 
 def wait_until(condition, seconds=10):
-    """Wait for `condition`; fail if it does not come true."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -216,15 +177,61 @@ def wait_until(condition, seconds=10):
         threading.Event().wait(0.005)
 
 
+@contextlib.contextmanager
+def within(seconds):
+    """Fail if what is done in it takes longer."""
+    began = time.monotonic()
+    yield
+    took = time.monotonic() - began
+    if took >= seconds:
+        raise AssertionError(f"it took {took:.2f} s, and not {seconds}")
+
+
+def mutations(good, pieces, count):
+    """So many variants of the text or bytes `good`, with up to four places overwritten."""
+    chance = random.Random(good)
+    for _ in range(count):
+        parts = list(good)
+        for _ in range(chance.randrange(1, 5)):
+            parts[chance.randrange(len(parts))] = chance.choice(pieces)
+        yield bytes(parts) if isinstance(good, bytes) else "".join(parts)
+
+
+def change(test, owner, name, value):
+    """Have an attribute so until the test is over."""
+    test.addCleanup(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, value)
+
+
+def new_log(test, path=""):
+    log = CallLog(path or os.path.join(temporary_folder(test), "calls.db"), 30)
+    test.addCleanup(log.close, 5)
+    return log
+
+
+def database_at(path):
+    return contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=10))
+
+
+def stored(path, what="call_id"):
+    """The rows of a call log, earliest first; of a single column, its values."""
+    with database_at(path) as database:
+        return [row if row[1:] else row[0]
+                for row in database.execute(f"SELECT {what} FROM events ORDER BY id")]
+
+
+def damage(path):
+    with open(path, "r+b") as file:
+        file.seek(100)
+        file.write(b"\xff" * 9000)
+
+
 def free_port():
-    """A port on which nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as closed:
         return closed.getsockname()[1]
 
 
-# ------------------------------------------------------------------------------------------
-# Settings
-# ------------------------------------------------------------------------------------------
+# ---- Settings ----
 
 class DotenvTest(unittest.TestCase):
     ROWS = (  # text, what it sets: as python-dotenv 1.2 reads it
@@ -252,24 +259,19 @@ class DotenvTest(unittest.TestCase):
 
     def test_lines_that_it_knows_mean_what_python_dotenv_makes_of_them(self):
         for text, sets in self.ROWS:
-            with self.subTest(text):
-                self.assertEqual(sc.parse_dotenv(text), (sets, {}))
+            self.assertEqual(sc.parse_dotenv(text), (sets, {}), text)
 
     def test_any_other_line_is_not_read_and_has_its_number_and_name(self):
         for line, name in [("a=${b}", "a"), ('a="b\\n"', "a"), ("a='b\\'", "a"), ('a="b', "a"),
                            ("export a='b' c", "a"), ('a="b" c', "a"), ('a = "b', "a"),
                            ("a=b\0", "a"), ("a", "a"), ("'a'=b", ""),
                            ("a b=c", "a"), ("=b", ""), ("a-b=c", "a")]:
-            with self.subTest(line):
-                self.assertEqual(sc.parse_dotenv(f"x=1\r\n{line}\ny=2"),
-                                 ({"x": "1", "y": "2"}, {2: name}))
-
+            self.assertEqual(sc.parse_dotenv(f"x=1\r\n{line}\ny=2"),
+                             ({"x": "1", "y": "2"}, {2: name}), line)
 
     def test_any_text_is_read_without_an_error(self):
-        pieces = ["a", "=", "'", '"', "\\", "\n", "\r", " ", "#", "${a}", "export ", "\0", "ä"]
-        chance = random.Random(1)
-        for _ in range(3000):
-            text = "".join(chance.choice(pieces) for _ in range(chance.randrange(12)))
+        pieces = ["'", '"', "\\", "\n", "\r", " ", "#", "${a}", "=", "\0", "ä", ""]
+        for text in mutations('export a="b" # c\nd=e', pieces, 3000):
             self.assertIsInstance(sc.parse_dotenv(text)[0], dict, text)
 
 
@@ -299,9 +301,8 @@ class SettingsTest(unittest.TestCase):
     def test_nothing_set_or_empty_is_trial_mode_on_this_machine(self):
         for values in ({}, {"WEBHOOK_PORT": "", "WEBHOOK_URL": " "}):
             settings = sc.checked(values)
-            self.assertEqual((settings.trial, settings.webhook_host, settings.base_url,
-                              settings.verify_signature),
-                             (True, "127.0.0.1", "http://localhost:8080", "on"))
+            self.assertEqual((settings, settings.trial, settings.base_url),
+                             (Settings(call_log=settings.call_log), True, "http://localhost:8080"))
         for host in ("127.0.0.2", "::1", "[::1]", "localhost"):
             self.assertTrue(sc.checked({"WEBHOOK_HOST": host}).trial)
         settings = sc.checked({"WEBHOOK_URL": "https://example.org/3f/"})  # the slash is mended
@@ -310,22 +311,15 @@ class SettingsTest(unittest.TestCase):
     def test_wrong_values_are_named_with_what_was_expected(self):
         for name, values, expected in self.WRONG:
             for value in values:
-                with self.subTest(name, value=value):
-                    found, = self.problems(**{name: value})
-                    self.assertTrue(found.startswith(f'{name} is "{value}": {expected}'), found)
-        problem, = self.problems(WEBHOOK_HOST="0.0.0.0")
-        self.assertIn('WEBHOOK_HOST is "0.0.0.0" but WEBHOOK_URL is not set', problem)
-        many = self.problems(WEBHOOK_PORT="x", WEBHOOK_URL="x", CALL_OUTPUT="x")
-        self.assertEqual(len(many), 3, "all at once")
-
-    def test_a_flag_is_named_as_it_was_typed(self):
-        with self.assertRaisesRegex(SettingsError, '^--port is "x": '):
-            sc.checked({"WEBHOOK_PORT": "x"}, "", {"WEBHOOK_PORT": "--port"})
-
-    def test_a_certificate_needs_its_key(self):
+                found, = self.problems(**{name: value})
+                self.assertTrue(found.startswith(f'{name} is "{value}": {expected}'), found)
+        found, = self.problems(WEBHOOK_HOST="0.0.0.0")
+        self.assertIn('WEBHOOK_HOST is "0.0.0.0" but WEBHOOK_URL is not set', found)
         for name in ("WEBHOOK_TLS_CERT", "WEBHOOK_TLS_KEY"):
             self.assertEqual(self.problems(**{name: "x.pem"}), [
                 "WEBHOOK_TLS_CERT and WEBHOOK_TLS_KEY are set together or not at all"])
+        many = self.problems(WEBHOOK_PORT="x", WEBHOOK_URL="x", CALL_OUTPUT="x")
+        self.assertEqual(len(many), 3, "all at once")
 
     def test_what_is_probably_not_meant_is_said_and_nothing_else(self):
         for values, said in [
@@ -335,20 +329,11 @@ class SettingsTest(unittest.TestCase):
                  "anyone who knows the address"),
                 ({}, ""), ({"WEBHOOK_URL": "https://example.org/3f9c2a"}, ""),
                 ({"WEBHOOK_URL": "http://localhost:8080"}, "")]:
-            with self.subTest(values):
-                warnings = list(sc.warnings_of(sc.checked(values)))
-                self.assertEqual([said in warning for warning in warnings], [True] * bool(said))
-
-    def test_a_relative_path_counts_from_the_given_folder(self):
-        folder = os.path.abspath("somewhere")
-        for text, path in [("mine.db", os.path.join(folder, "mine.db")), ("off", "off"),
-                           ("", os.path.join(folder, "calls.db"))]:
-            self.assertEqual(sc.checked({"CALL_LOG": text}, folder).call_log, path)
+            warnings = list(sc.warnings_of(sc.checked(values)))
+            self.assertEqual([said in warning for warning in warnings], [True] * bool(said), values)
 
 
-# ------------------------------------------------------------------------------------------
-# Signatures
-# ------------------------------------------------------------------------------------------
+# ---- Signatures ----
 
 class SignatureTest(unittest.TestCase):
     KEYS = (sc.SIPGATE_KEY,)
@@ -364,8 +349,7 @@ class SignatureTest(unittest.TestCase):
         self.assertTrue(is_signed(good, VECTOR_SIGNATURE, self.KEYS))
         for body in (good + b"\n", good.replace(b"=in", b"=io"), good.replace(b"%5B%5D", b"[]"),
                      good.replace(b"%5B%5D", b"%5b%5d"), b""):
-            with self.subTest(body):
-                self.assertFalse(is_signed(body, VECTOR_SIGNATURE, self.KEYS))
+            self.assertFalse(is_signed(body, VECTOR_SIGNATURE, self.KEYS), body)
 
     def test_another_spelling_of_the_signature_is_refused(self):
         good = VECTOR_SIGNATURE
@@ -376,26 +360,17 @@ class SignatureTest(unittest.TestCase):
                 ("line feed behind", good + "\n"), ("not canonical", good[:-2] + "1="),
                 ("URL alphabet", good.replace("/", "_")), ("not ASCII", good[:-1] + "\xe4"),
                 ("twice", good * 2)]:
-            with self.subTest(label):
-                self.assertFalse(is_signed(VECTOR_BODY, signature, self.KEYS))
+            self.assertFalse(is_signed(VECTOR_BODY, signature, self.KEYS), label)
 
     def test_a_further_key_counts_but_no_signature_plus_its_modulus(self):
-        bodies = (str(n).encode() for n in range(100))
-        sums = ((body, int.from_bytes(base64.b64decode(sign(body)), "big") + TEST_KEY.modulus)
-                for body in bodies)
-        body, second = next((body, total) for body, total in sums if total < 1 << 2048)
-        second = base64.b64encode(second.to_bytes(256, "big")).decode()
+        body = b"1"
+        total = int.from_bytes(base64.b64decode(sign(body)), "big") + TEST_KEY.modulus
+        second = base64.b64encode(total.to_bytes(256, "big")).decode()
         for signature, keys, is_good in [
-                (sign(body), [*self.KEYS, TEST_KEY], True), (sign(body), self.KEYS, False),
-                (sign(body), [], False), (second, [TEST_KEY], False)]:
+                (sign(body), [*self.KEYS, TEST_KEY, *self.KEYS], True),
+                (sign(body), self.KEYS, False), (sign(body), [], False),
+                (second, [TEST_KEY], False)]:
             self.assertIs(is_signed(body, signature, keys), is_good)
-
-    def test_no_bit_of_the_signature_may_change(self):
-        for bit in range(0, 4096, 97):
-            changed = bytearray(base64.b64decode(VECTOR_SIGNATURE))
-            changed[bit // 8] ^= 1 << bit % 8
-            signature = base64.b64encode(changed).decode()
-            self.assertFalse(is_signed(VECTOR_BODY, signature, self.KEYS), bit)
 
     def test_a_file_that_holds_no_key_of_this_kind_is_named(self):
         lines = TEST_KEY_PEM.split("\n")
@@ -406,43 +381,37 @@ class SignatureTest(unittest.TestCase):
             with self.assertRaisesRegex(ValueError, "expected a PEM file .* and an RSA key of at"):
                 sc.key_from_pem(text)
 
-    def test_any_header_gives_true_or_false(self):
-        chance = random.Random(3)
-        for _ in range(2000):
-            signature = list(VECTOR_SIGNATURE)
-            for _ in range(chance.randrange(1, 4)):
-                place = chance.randrange(len(signature))
-                signature[place] = chance.choice(["", "A", "=", "\n", "\xff", "\u20ac", "AA"])
-            if "".join(signature) != VECTOR_SIGNATURE:
-                self.assertIs(is_signed(VECTOR_BODY, "".join(signature), self.KEYS), False)
+    def test_any_other_header_gives_false(self):
+        pieces = ["", "A", "B", "=", "\n", "\xff", "\u20ac", "AA"]
+        for header in mutations(VECTOR_SIGNATURE, pieces, 2000):
+            if header != VECTOR_SIGNATURE:
+                self.assertIs(is_signed(VECTOR_BODY, header, self.KEYS), False, header)
 
 
-# ------------------------------------------------------------------------------------------
-# Call events
-# ------------------------------------------------------------------------------------------
+# ---- Call events ----
 
 class EventTest(unittest.TestCase):
+    LEG = {"call_id": "123456", "from_number": "492111234567", "to_number": "4915791234567",
+           "direction": "in"}
+    EVENTS = (  # body, event
+        (NEW_CALL + b"&origCallId=123455&xcid=00ab&diversion=4921100000", NewCallEvent(
+            **LEG, orig_call_id="123455", xcid="00ab", diversion="4921100000",
+            users=("Alice", "Bob"), user_ids=("w0", "w1"),
+            full_user_ids=("1234567w0", "1234567w1"))),
+        (ANSWER, AnswerEvent(**LEG, user="John Doe", user_id="w0", full_user_id="1234567w0",
+                             answering_number="21199999999")),
+        (HANGUP, HangupEvent(**LEG, cause="normalClearing", answering_number="4921199999999")),
+        (b"event=dtmf&dtmf=0042*%23&callId=1",
+         DtmfEvent(call_id="1", dtmf="0042*#", state="language")),
+        (b"event=transfer&callId=1&user=U", UnknownEvent(call_id="1", event="transfer")),
+        (b"", NewCallEvent()), (b"from=&callId=", NewCallEvent()),
+    )
+
     def test_each_event_has_all_its_fields(self):
-        leg = {"call_id": "123456", "from_number": "492111234567", "to_number": "4915791234567",
-               "direction": "in"}
-        for body, expected in [
-                (NEW_CALL + b"&origCallId=123455&xcid=00ab&diversion=4921100000", NewCallEvent(
-                    **leg, orig_call_id="123455", xcid="00ab", diversion="4921100000",
-                    users=("Alice", "Bob"), user_ids=("w0", "w1"),
-                    full_user_ids=("1234567w0", "1234567w1"))),
-                (ANSWER, AnswerEvent(
-                    **leg, user="John Doe", user_id="w0", full_user_id="1234567w0",
-                    answering_number="21199999999")),
-                (HANGUP, HangupEvent(
-                    **leg, cause="normalClearing", answering_number="4921199999999")),
-                (b"event=dtmf&dtmf=0042*%23&callId=1", DtmfEvent(
-                    call_id="1", dtmf="0042*#", state="language")),
-                (b"event=transfer&callId=1&user=U", UnknownEvent(call_id="1", event="transfer")),
-                (b"", NewCallEvent()), (b"from=&callId=", NewCallEvent())]:
+        for body, expected in self.EVENTS:
             event = parse_event(body, "newCall", "language")
-            with self.subTest(event.event):
-                self.assertEqual(event, replace(expected, fields=event.fields))
-                self.assertEqual((event.body, event.signature), (body, None))
+            self.assertEqual(event, replace(expected, fields=event.fields))
+            self.assertEqual((event.body, event.signature), (body, None))
 
     def test_lists_are_taken_in_each_spelling(self):
         for body, users in [(b"user[]=Al+ice", ("Al ice",)), (b"user%5B%5D=A", ("A",)),
@@ -452,8 +421,7 @@ class EventTest(unittest.TestCase):
                             ("user[]=Jürgen".encode(), ("Jürgen",)),
                             (b"user[]=J\xfcrgen", ("J\ufffdrgen",)),
                             (b"userId[]=w&fullUserId[]=1w&user[]=U&" * 300, ("U",) * 300)]:
-            with self.subTest(body[:60]):
-                self.assertEqual(parse_event(body, "newCall").users, users)
+            self.assertEqual(parse_event(body, "newCall").users, users)
 
     def test_all_fields_are_kept_and_found_by_sipgate_s_names(self):
         event = parse_event(b"callId=1&mood=good&mood=bad&later=", "newCall")
@@ -469,37 +437,33 @@ class EventTest(unittest.TestCase):
                          (asked, "the call", "the call", [event]))
 
     def test_any_body_gives_an_event_or_the_documented_error(self):
-        chance = random.Random(3)
-        for _ in range(3000):
-            body = bytearray(chance.choice([NEW_CALL, ANSWER, HANGUP, DTMF]))
-            for _ in range(chance.randrange(1, 9)):
-                body[chance.randrange(len(body))] = chance.choice(b"&=%[]+;\x00\xff\n a5")
-            with contextlib.suppress(WebhookError):
-                self.assertIsInstance(parse_event(bytes(body), "newCall"), sc.CallEvent)
+        for good in (NEW_CALL, ANSWER, HANGUP, DTMF):
+            for body in mutations(good, b"&=%[]+;\x00\xff\n a5", 800):
+                with contextlib.suppress(WebhookError):
+                    self.assertIsInstance(parse_event(body, "newCall"), sc.CallEvent)
 
     def test_a_further_leg_is_told_from_the_first(self):
         for orig, first in [(b"", True), (b"&origCallId=123456", True), (b"&origCallId=", True),
                             (b"&origCallId=1", False)]:
             self.assertIs(parse_event(NEW_CALL + orig, "newCall").first_leg, first)
 
+    NO_FORM = "the body is no form (application/x-www-form-urlencoded)"
+    REFUSED = (  # body, event of the path, status, reason
+        (b"hello", "newCall", 400, NO_FORM),
+        (b'{"event": 1}', "newCall", 400, NO_FORM),
+        (b"callId=1&callId=2", "newCall", 400, "the form has callId more than once"),
+        (b"event=dtmf&event=hangup", "newCall", 400, "the form has event more than once"),
+        (b"&".join([b"a=b"] * 1001), "newCall", 400, "the form has more than 1000 fields"),
+        (b"callId=1", "", 404, "no event is named"),
+        (b"", "", 404, "no event is named"),
+    )
+
     def test_what_is_no_event_is_refused(self):
-        no_form = "the body is no form (application/x-www-form-urlencoded)"
-        for body, default, status, reason in [
-                (b"hello", "newCall", 400, no_form),
-                (b'{"event": 1}', "newCall", 400, no_form),
-                (b"callId=1&callId=2", "newCall", 400, "the form has callId more than once"),
-                (b"event=dtmf&event=hangup", "newCall", 400, "the form has event more than once"),
-                (b"&".join([b"a=b"] * 1001), "newCall", 400,
-                 "the form has more than 1000 fields"),
-                (b"callId=1", "", 404, "no event is named"),
-                (b"", "", 404, "no event is named")]:
-            with self.subTest(body[:30]):
-                self.assertEqual(refusal(parse_event, body, default), (status, reason))
+        for body, default, status, reason in self.REFUSED:
+            self.assertEqual(refusal(parse_event, body, default), (status, reason), body[:30])
 
 
-# ------------------------------------------------------------------------------------------
-# Actions and XML
-# ------------------------------------------------------------------------------------------
+# ---- Actions and XML ----
 
 class ActionTest(unittest.TestCase):
     NUMBER = "<Number>4915799912345</Number>"
@@ -545,21 +509,10 @@ class ActionTest(unittest.TestCase):
         (reject, "reason", ("later",), "expected 'rejected' or 'busy'"),
     )
 
-    def assert_xml(self, document, expected):
-        self.assertEqual(ET.canonicalize(document.decode("ascii")), ET.canonicalize(expected))
-
     def test_each_action_reads_as_in_the_reference(self):
         for expected, action in self.ROWS:
-            with self.subTest(expected):
-                self.assert_xml(response_xml(action, on_data="http://x/on-data"),
-                                f"<Response>{expected}</Response>")
-
-    def test_follow_ups_read_as_in_the_reference(self):
-        self.assert_xml(response_xml(), "<Response />")
-        for name in ("answer", "hangup"):
-            url = f"http://localhost:3000/{name}"
-            self.assert_xml(response_xml(**{"on_" + name: url}),
-                            f'<Response on{name.title()}="{url}" />')
+            self.assertEqual(response_xml(action, on_data="http://x/on-data").decode(),
+                             f"<Response>{expected}</Response>\n")
 
     def test_what_sipgate_would_not_understand_is_refused_when_it_is_built(self):
         for build, name, values, expected in self.WRONG:
@@ -582,10 +535,7 @@ class ActionTest(unittest.TestCase):
                               "Gather up to [forgotten] digits")]:
             self.assertEqual(sc.described(action), words)
 
-
-# ------------------------------------------------------------------------------------------
-# Worker
-# ------------------------------------------------------------------------------------------
+# ---- Worker ----
 
 class WorkerTest(unittest.TestCase):
     def test_what_queues_up_is_worked_on_together_in_order_and_again_if_not_done(self):
@@ -615,9 +565,7 @@ class WorkerTest(unittest.TestCase):
         self.assertIn("an error in this program", said[0])
 
 
-# ------------------------------------------------------------------------------------------
-# Call log
-# ------------------------------------------------------------------------------------------
+# ---- Call log ----
 
 def new_call(call_id, body=b"a=b"):
     return NewCallEvent(call_id=call_id, body=body)
@@ -663,39 +611,24 @@ class CallLogTest(unittest.TestCase):
     def record(self, log, call_id, digest=None, body=b"a=b"):
         return log.record(new_call(call_id, body), self.now, digest)
 
-    def rows(self, what="call_id", path=None):
-        with contextlib.closing(sqlite3.connect(path or self.path)) as database:
-            return [row[0] for row in database.execute(f"SELECT {what} FROM events ORDER BY id")]
+    def rows(self, what="call_id"):
+        return stored(self.path, what)
 
     def other(self, path=None):
-        """Another connection to the file."""
         database = sqlite3.connect(path or self.path, isolation_level=None, timeout=10)
         self.addCleanup(database.close)
         return database
 
-    def damage(self):
-        with open(self.path, "r+b") as file:
-            file.seek(100)
-            file.write(b"\xff" * 9000)
-
-    def test_what_is_recorded_is_on_disk_when_record_returns(self):
-        log = self.open()
-        self.assertTrue(self.record(log, "1", body=b"\xff\0"))
-        self.assertEqual(self.rows("hex(body) || event || call_id || id"),
-                         ["FF00newCall11000000000000000"])
-        # The commit has reached the disk itself, of which only a power cut could tell.
-        self.assertEqual(log._database.execute("PRAGMA synchronous").fetchone(), (2,))
-
-    def test_each_kind_of_row_has_what_calls_are_put_together_from(self):
+    def test_what_is_recorded_is_on_disk_when_record_returns_with_what_joins_it_to_others(self):
         log = self.open()
         for orig, xcid in (("1", "ab"), ("0", ""), ("", "")):
-            log.record(HangupEvent(call_id="1", orig_call_id=orig, xcid=xcid), self.now, None)
+            self.assertTrue(log.record(HangupEvent(
+                call_id="1", orig_call_id=orig, xcid=xcid, body=b"\xff\0"), self.now, None))
         log.record(UnknownEvent(event="reply", call_id="1"), self.now, None)  # not one of ours
-        log.record_reply(new_call("1"), b"<Response />")
-        log.close(5)
-        self.assertEqual(self.rows("event || quote(orig_call_id) || quote(xcid) || body"), [
-            "hangupNULL'ab'", "hangup'0'NULL", "hangupNULLNULL", "?replyNULLNULL",
-            "replyNULLNULL<Response />"])
+        self.assertEqual(self.rows("event || quote(orig_call_id) || quote(xcid) || hex(body)"), [
+            "hangupNULL'ab'FF00", "hangup'0'NULLFF00", "hangupNULLNULLFF00", "?replyNULLNULL"])
+        # The commit has reached the disk itself, of which only a power cut could tell.
+        self.assertEqual(log._database.execute("PRAGMA synchronous").fetchone(), (2,))
 
     def test_an_exact_repeat_is_stored_once_where_that_is_asked_for(self):
         log = self.open()
@@ -717,9 +650,9 @@ class CallLogTest(unittest.TestCase):
         log.close(5)
         self.now = 1e9
         self.record(self.open(), "later")
-        self.assertEqual([number - 10**15 for number in self.rows("id")],
-                         [-86_400_000_000, 0, 1, 5_000_000, 5_000_001, 5_000_002, 5_000_003],
-                         "a clock that was far ahead is not followed, nor forgotten at a restart")
+        # A clock that was far ahead is not followed, nor forgotten at a restart.
+        self.assertEqual(self.rows("id - 1e15"), [
+            -86_400_000_000, 0, 1, 5_000_000, 5_000_001, 5_000_002, 5_000_003])
 
     @unittest.skipIf(os.name == "nt", "permissions")
     def test_nobody_else_can_read_it(self):
@@ -750,13 +683,13 @@ class CallLogTest(unittest.TestCase):
         self.assertEqual(pathlib.Path(text).read_text(), "numbers I want to keep")
 
     @unittest.skipIf(os.name == "nt", "links")
-    def test_a_damaged_file_is_put_aside_behind_a_link_too_and_a_new_one_begun(self):
+    def test_a_damaged_file_is_put_aside_behind_a_link_too_and_what_comes_then_is_stored(self):
         link, aside = os.path.join(self.folder, "link"), self.path + ".damaged-20010909T014640Z"
         os.symlink(self.path, link)
         log = self.open(link)
         self.record(log, "1")
         log.close(5)
-        self.damage()
+        damage(self.path)
         with diagnostics() as said:
             log = self.open(link)
             wait_until(lambda: not log.behind)
@@ -764,33 +697,26 @@ class CallLogTest(unittest.TestCase):
         self.assertTrue(self.record(log, "2"))
         self.assertEqual((os.path.islink(link), os.path.exists(aside), self.rows()),
                          (True, True, ["2"]))
-
-    def test_damage_while_it_runs_loses_no_event_that_comes_then(self):
-        log = self.open()
-        self.record(log, "1")
         self.other().execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        self.damage()
-        for call_id in "23":
+        damage(self.path)  # while it runs
+        for call_id in "34":
             self.record(log, call_id)
         wait_until(lambda: not log.behind)
-        self.assertEqual(self.rows()[-2:], ["2", "3"])
+        self.assertEqual(self.rows()[-2:], ["3", "4"])
 
     def test_locked_it_falls_behind_and_catches_up_in_order_as_far_as_it_has_room(self):
         log = self.open(QUEUE=5)
         other = self.other()
         other.execute("BEGIN EXCLUSIVE")
         with diagnostics() as said:
-            began = time.monotonic()
-            for call_id in "1234567":
-                self.assertIsNone(self.record(log, call_id))
-            self.assertLess(time.monotonic() - began, 0.5, "only the first waits")
+            with within(0.5):  # only the first waits
+                for call_id in "1234567":
+                    self.assertIsNone(self.record(log, call_id))
             self.assertEqual(log.behind, "database is locked")
             other.execute("COMMIT")
             wait_until(lambda: not log.behind)
-        self.assertEqual([line for line in said if "is behind" not in line], [
-            *(f"the call log has no room: newCall of call {call_id} is not stored, since 5 events "
-              "wait for the disk" for call_id in "67"),
-            "the call log has caught up: all events are stored"])
+        self.assertRegex("\n".join(said), "(?s)no room: newCall of call 6 is not stored.*"
+                                          "call 7 is not stored.*caught up: all events are stored$")
         self.assertEqual(self.rows(), list("12345"))
         self.assertTrue(self.record(log, "8"))
 
@@ -808,25 +734,21 @@ class CallLogTest(unittest.TestCase):
 
     @unittest.skipIf(os.name == "nt", "an open file stays where it is")
     def test_a_moved_or_replaced_file_keeps_what_was_stored_and_the_new_one_is_used(self):
-        old, other = self.path + ".old", self.path + ".other"
-        self.open(other).close(5)
+        old, other, ids = self.path + ".old", self.path + ".other", [str(n) for n in range(20)]
         for is_replaced in (False, True):
+            self.open(other).close(5)
             log = self.open()
-            for n in range(20):
-                self.record(log, str(n))
+            for call_id in ids:
+                self.record(log, call_id)
             with diagnostics() as said:
-                os.link(self.path, old)
+                os.replace(self.path, old)
                 if is_replaced:
                     os.replace(other, self.path)
-                else:
-                    os.remove(self.path)
                 wait_until(lambda said=said: said)
                 wait_until(lambda log=log: self.record(log, "new"))
             log.close(5)
             self.assertIn("was deleted or replaced; what is there now is used", said[0])
-            self.assertEqual((self.rows(path=old), set(self.rows())),
-                             ([str(n) for n in range(20)], {"new"}))
-            os.remove(old)
+            self.assertEqual((stored(old), set(self.rows())), (ids, {"new"}))
             os.remove(self.path)
 
     def test_an_error_in_the_commit_loses_nothing_and_stores_nothing_twice(self):
@@ -850,13 +772,13 @@ class CallLogTest(unittest.TestCase):
         for n in range(500):
             log.record_reply(new_call(str(n)), b"")
         log.close(10)
-        self.assertEqual(self.rows(), [str(n) for n in range(500)])
+        self.assertEqual(self.rows("event || call_id"), [f"reply{n}" for n in range(500)])
         self.assertFalse(os.path.exists(self.path + "-wal"), "the database is closed")
         log, other = self.open(), self.other()
         with diagnostics() as said:
             other.execute("BEGIN EXCLUSIVE")
-            self.record(log, "a")
-            self.record(log, "b")
+            for call_id in "ab":
+                self.record(log, call_id)
             log.close(0.1)
             other.execute("COMMIT")
         self.assertIn("2 events could not be stored before the end, of the calls a, b", said)
@@ -864,13 +786,11 @@ class CallLogTest(unittest.TestCase):
     def fill(self, count=300, old=40.0):
         """A file with rows of that age (in days) and new ones in turn; a connection to it."""
         self.open().close(5)
-        other = self.other()
-        other.execute("BEGIN")
-        other.executemany("INSERT INTO events(id, event, call_id, body) VALUES (?, '', ?, ?)", (
-            (int(self.now * 1e6) + n, f"new{n}", b"from=4988800011") if n % 2 else
-            (int((self.now - 86400 * old) * 1e6) + n, "OLDCALL", b"from=49999911122")
-            for n in range(count)))
-        other.execute("COMMIT")
+        other, now = self.other(), int(self.now * 1e6)
+        fill(other, [
+            plain_row(now + n, "", f"new{n}", b"from=4988800011") if n % 2 else
+            plain_row(now + n - int(DAY * 1e6 * old), "", "OLDCALL", b"from=49999911122")
+            for n in range(count)])
         return other
 
     def is_clean(self):
@@ -905,8 +825,7 @@ class CallLogTest(unittest.TestCase):
 
     def test_without_room_the_file_is_not_rewritten_until_tomorrow(self):
         self.fill()
-        before, shutil.disk_usage = shutil.disk_usage, lambda folder: argparse.Namespace(free=1000)
-        self.addCleanup(setattr, shutil, "disk_usage", before)
+        change(self, shutil, "disk_usage", lambda folder: argparse.Namespace(free=1000))
         with diagnostics() as said:
             self.open(REMOVE_FIRST_SECONDS=0.01)
             wait_until(lambda: said)
@@ -943,23 +862,20 @@ class CallLogTest(unittest.TestCase):
         self.assertEqual([os.path.exists(path) for path in (old, young)], [False, True])
 
 
-# ------------------------------------------------------------------------------------------
-# Receiving
-# ------------------------------------------------------------------------------------------
+# ---- Receiving ----
 
 NO_FUNCTIONS = CallFunctions()
 TRIAL = Settings()
-LIVE = Settings(webhook_url="https://example.localhost.run")
-PATHED = Settings(webhook_url="https://example.org/3f")
-LIVE_XML = (b'<Response onAnswer="https://example.localhost.run/on-answer" '
-            b'onHangup="https://example.localhost.run/on-hangup" />\n')
-TRIAL_XML = LIVE_XML.replace(b"https://example.localhost.run", b"http://localhost:8080")
+LIVE = Settings(webhook_url="https://x.example")
+PATHED = Settings(webhook_url="https://x.example/3f")
+LIVE_XML = (b'<Response onAnswer="https://x.example/on-answer" '
+            b'onHangup="https://x.example/on-hangup" />\n')
+TRIAL_XML = LIVE_XML.replace(b"https://x.example", b"http://localhost:8080")
 BARE_XML = b"<Response />\n"
 MISSING = (403, "signature missing, see VERIFY_SIGNATURE")
 
 
 def refusal(function, *arguments):
-    """Status and reason of the WebhookError that the call raises."""
     try:
         reply = function(*arguments)
     except WebhookError as error:
@@ -991,66 +907,45 @@ class Conversation:
 
 
 class ReceiverTest(unittest.TestCase):
-    def log(self):
-        log = CallLog(os.path.join(temporary_folder(self), "calls.db"), 30)
-        self.addCleanup(log.close, 5)
-        return log
-
-    def rows(self, log):
-        with contextlib.closing(sqlite3.connect(log.path)) as database:
-            return database.execute("SELECT event, body FROM events ORDER BY id").fetchall()
-
-    def test_a_signed_new_call_gets_the_follow_ups_of_the_setting(self):
-        talk = Conversation(clock=lambda: 1e9)
-        for outside in ("", "evil.example"):
-            reply = talk.receive("/new-call", NEW_CALL, sign(NEW_CALL), outside)
-            self.assertEqual((reply.status, reply.content_type, reply.body),
-                             (200, "application/xml", LIVE_XML))
-        event = talk.events()[0]
-        self.assertEqual((event.call_id, event.body, event.signature, talk.shown[0].received_at),
-                         ("123456", NEW_CALL, sign(NEW_CALL), 1e9))
-
     def test_each_refusal_of_a_signature_says_which_and_leaves_no_trace(self):
-        log, malformed = self.log(), (403, "signature malformed, see SIGNATURE_KEY_FILE")
+        log, malformed = new_log(self), (403, "signature malformed, see SIGNATURE_KEY_FILE")
         talk = Conversation(call_log=log, functions=CallFunctions(on_new_call=self.fail))
         for signature, refused in [
                 (None, MISSING), ("x", malformed), (VECTOR_SIGNATURE, malformed),
                 (sign(HANGUP), (403, "signature does not match, see SIGNATURE_KEY_FILE"))]:
-            with self.subTest(refused):
-                self.assertEqual(refusal(talk.receive, "/new-call", NEW_CALL, signature), refused)
-        self.assertEqual((talk.events(), talk.receiver.refused, self.rows(log)), ([], 4, []))
+            self.assertEqual(refusal(talk.receive, "/new-call", NEW_CALL, signature), refused)
+        self.assertEqual((talk.events(), talk.receiver.refused, stored(log.path)), ([], 4, []))
 
     def test_nothing_is_parsed_before_it_is_verified(self):
-        for settings in (LIVE, TRIAL):
-            for body, signature in [(b"no form", sign(b"x")), (b"no form", None),
-                                    (b"&".join([b"a=b"] * 2000), None)]:
-                found = refusal(Conversation(settings).receive, "/new-call?" + "a&" * 3000, body,
-                                signature, "example.org")
+        many = b"&".join([b"a=b"] * 2000)
+        for talk in (Conversation(LIVE), Conversation(TRIAL)):
+            for body, signature in [(b"no form", sign(b"x")), (b"no form", None), (many, None)]:
+                found = refusal(talk.receive, "/new-call?" + "a&" * 3000, body, signature, "x.y")
                 self.assertEqual(found[0], 403)
 
-    def test_the_public_vector_is_no_event(self):
-        talk = Conversation(keys=[sc.SIPGATE_KEY])
-        found = refusal(talk.receive, "/new-call", VECTOR_BODY, VECTOR_SIGNATURE)
-        self.assertEqual(found, (400, "callId is missing"))
+    SIGNED = (  # mode, path, body, refusal of it unsigned
+        *(("on", path, body, MISSING) for path, body in FOLLOW_UPS),
+        *(("new-call", path, body, None) for path, body in FOLLOW_UPS),
+        ("on", "/new-call", NEW_CALL, MISSING),
+        ("new-call", "/new-call", NEW_CALL, MISSING),
+        ("new-call", "/on-hangup", NEW_CALL, MISSING),
+        ("new-call", "/new-call", b"event=pause&callId=1", MISSING),
+        ("new-call", "/on-hangup", b"event=hangup&callId=", (400, "callId is missing")),
+        ("off", "/new-call", NEW_CALL, None),
+        ("off", "/new-call", b"callId=", None),
+    )
 
     def test_verify_signature_says_which_events_must_be_signed(self):
-        for mode, path, body, refused in [
-                *(("on", path, body, MISSING) for path, body in FOLLOW_UPS),
-                *(("new-call", path, body, None) for path, body in FOLLOW_UPS),
-                ("on", "/new-call", NEW_CALL, MISSING),
-                ("new-call", "/new-call", NEW_CALL, MISSING),
-                ("new-call", "/on-hangup", NEW_CALL, MISSING),
-                ("new-call", "/new-call", b"event=pause&callId=1", MISSING),
-                ("new-call", "/on-hangup", b"event=hangup&callId=", (400, "callId is missing")),
-                ("off", "/new-call", NEW_CALL, None),
-                ("off", "/new-call", b"callId=", None)]:
+        for mode, path, body, refused in self.SIGNED:
             talk = Conversation(replace(LIVE, verify_signature=mode))
             with self.subTest(mode, path=path, body=body):
                 if refused:
                     self.assertEqual(refusal(talk.receive, path, body), refused)
                 else:
                     self.assertEqual(talk.receive(path, body).status, 200)
-                if mode != "off":
+                if mode == "off":
+                    self.assertEqual(talk.receive(path, body, sign(b"x")).status, 200)
+                else:
                     self.assertEqual(refusal(talk.receive, path, body, sign(b"x"))[0], 403)
                 if b"callId=1" in body:
                     self.assertEqual(talk.signed(path, body).status, 200)
@@ -1066,81 +961,67 @@ class ReceiverTest(unittest.TestCase):
             self.assertEqual(found[0], 403)
         with diagnostics() as said:
             reply = talk.receive("/new-call", NEW_CALL, sign(NEW_CALL), "abc.lhr.life")
-        self.assertEqual((reply.body, said), (BARE_XML, [
-            "this came in for abc.lhr.life; restart with --url https://abc.lhr.life to get answer "
-            "and hangup too"]))
+        self.assertEqual(reply.body, BARE_XML)
+        self.assertIn("for abc.lhr.life; restart with --url https://abc.lhr.life to get", said[0])
 
     def test_the_path_of_the_url_counts(self):
         talk = Conversation(PATHED)
-        self.assertEqual(talk.signed("/3f/new-call", NEW_CALL).status, 200)
+        reply = talk.receive("/3f/new-call", NEW_CALL, sign(NEW_CALL), "evil.example")
+        xml = LIVE_XML.replace(b".example", b".example/3f")
+        self.assertEqual(reply, sc.Reply(200, xml, "application/xml"))
         for path in ("/new-call", "/", "/3f/new-call/", "/3F/new-call", "/3f/new%2Dcall",
                      "/3f//new-call"):
             with diagnostics() as said:
                 self.assertEqual(refusal(talk.signed, path, NEW_CALL), (404, "not found"))
-            self.assertEqual(said, [
-                f"a webhook came in at {path}, where nothing is: either the URL entered at sipgate "
-                "is not WEBHOOK_URL plus /new-call, or a proxy cuts off or changes the path"])
+            self.assertIn(f"a webhook came in at {path}, where nothing is: either the", said[0])
         self.assertEqual(talk.receiver.refused, 6)
 
     def test_the_body_says_which_event_it_is(self):
-        pause = b"event=pause&callId=1"
         for settings, path, body, reply, warnings in [
-                (LIVE, "/", HANGUP, b"This response will be discarded", 0),
-                (PATHED, "/3f", HANGUP, b"This response will be discarded", 0),
-                (PATHED, "/3f/", NEW_CALL, LIVE_XML.replace(
-                    b"example.localhost.run", b"example.org/3f"), 0),
-                (LIVE, "/on-answer", HANGUP, b"This response will be discarded", 1),
-                (LIVE, "/new-call", pause, BARE_XML, 0)]:
-            talk = Conversation(settings, call_log=self.log())
+                (LIVE, "/", NEW_CALL, LIVE_XML, 0), (LIVE, "/", HANGUP, sc.DISCARDED.body, 0),
+                (PATHED, "/3f", HANGUP, sc.DISCARDED.body, 0),
+                (PATHED, "/3f/", HANGUP, sc.DISCARDED.body, 0),
+                (LIVE, "/on-answer", HANGUP, sc.DISCARDED.body, 1),
+                (LIVE, "/new-call", b"event=pause&callId=1", BARE_XML, 0)]:
+            talk = Conversation(settings, call_log=new_log(self))
             with self.subTest(path, body=body), diagnostics() as said:
                 self.assertEqual(talk.signed(path, body).body, reply)
-                self.assertEqual([event.body for event in talk.events()], [body])
-                self.assertEqual([row[1] for row in self.rows(talk.receiver.call_log)], [body])
-                self.assertEqual(said, warnings * [
-                    "event hangup came in on /on-answer, the path of another event: check the URLs "
-                    "entered at sipgate"])
+                event, = talk.events()
+                self.assertEqual((event.body, event.signature), (body, sign(body)))
+                self.assertEqual(stored(talk.receiver.call_log.path, "body"), [body])
+                self.assertEqual(["event hangup came in on /on-answer, the path of another" in line
+                                  for line in said], [True] * warnings)
         self.assertEqual(refusal(talk.signed, "/", b"callId=1")[0], 404)
 
     def test_your_decision_is_what_goes_out_and_the_usual_reply_is_not_kept(self):
-        log = self.log()
+        log = new_log(self)
         talk = Conversation(call_log=log, functions=CallFunctions(
             on_new_call=lambda event: gather(state=event.from_number) if event.first_leg else None,
             on_dtmf=lambda event: dial(event.state)))
         menu, dialled = (LIVE_XML[:-4] + b">" + xml + b"</Response>\n" for xml in (
-            b'<Gather onData="https://example.localhost.run/on-data?state=492111234567" '
+            b'<Gather onData="https://x.example/on-data?state=492111234567" '
             b'maxDigits="1" timeout="2000" />', b"<Dial><Number>4921100</Number></Dial>"))
         further = NEW_CALL + b"&origCallId=1"
         for target, body, reply in [("/new-call", NEW_CALL, menu), ("/new-call", further, LIVE_XML),
                                     ("/on-data?state=%2B49+21100&%ff&&x", DTMF, dialled)]:
             self.assertEqual(talk.signed(target, body).body, reply)
         log.close(5)
-        self.assertEqual(self.rows(log), [("newCall", NEW_CALL), ("reply", menu),
-                                          ("newCall", further), ("dtmf", DTMF), ("reply", dialled)])
-
-    def test_your_code_for_answer_and_hangup_runs_after_the_reply_in_order(self):
-        seen = []
-        talk = Conversation(functions=CallFunctions(on_answer=seen.append, on_hangup=seen.append))
-        event = talk.receiver.admit("/on-answer", ANSWER, sign(ANSWER))
-        replied = talk.receiver.reply_to(event, time.monotonic() + 3)
-        self.assertEqual(seen, [])
-        talk.receiver.follow(replied)
-        talk.events()
-        talk.signed("/on-hangup", HANGUP)
-        self.assertEqual((talk.events(), [event.event for event in seen]),
-                         (seen, ["answer", "hangup"]))
+        self.assertEqual(stored(log.path, "event, body"), [
+            ("newCall", NEW_CALL), ("reply", menu), ("newCall", further), ("dtmf", DTMF),
+            ("reply", dialled)])
 
     def test_an_exact_repeat_is_answered_and_printed_but_runs_and_counts_once(self):
-        seen, log = [], self.log()
+        seen, log = [], new_log(self)
         talk = Conversation(functions=CallFunctions(on_hangup=seen.append), call_log=log)
         sent = [("/new-call", NEW_CALL), ("/on-data", DTMF), ("/on-hangup", HANGUP),
                 ("/on-hangup", HANGUP + b"&a=b")]
         first, second = ([talk.signed(*one) for one in sent] for _ in range(2))
         self.assertEqual((first, len(talk.events()), len(seen)), (second, 8, 2))
-        self.assertEqual(len(self.rows(log)), 5, "each once, but the digit twice")
+        self.assertEqual(len(stored(log.path)), 5, "each once, but the digit twice")
         trial = Conversation(TRIAL, call_log=log)
         for _ in range(2):
             trial.receive("/new-call", NEW_CALL)
-        self.assertEqual(len(self.rows(log)), 7, "in trial mode each one counts")
+        self.assertEqual(len(stored(log.path)), 7, "in trial mode each one counts")
 
     def test_an_error_of_ours_lets_the_call_go_through(self):
         talk = Conversation(call_log="none")
@@ -1154,60 +1035,49 @@ def recurse(event):
 
 
 class YourCodeTest(unittest.TestCase):
-    """on_new_call and its like may do what they want: the call goes through, in time."""
-
     def talk(self, **functions):
         return Conversation(TRIAL, CallFunctions(**functions))
 
     def together(self, talk, count):
-        """The replies to so many calls at once."""
-        replies = []
-        threads = [threading.Thread(target=lambda: replies.append(
-            talk.receive("/new-call", NEW_CALL).body)) for _ in range(count)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return replies
+        with ThreadPoolExecutor(count) as pool:
+            replies = pool.map(lambda _: talk.receive("/new-call", NEW_CALL), range(count))
+            return [reply.body for reply in replies]
+
+    FAULTS = (  # on_new_call, what is said
+        (lambda event: 1 / 0, "raised ZeroDivisionError; .*ZeroDivisionError: division by zero\n$"),
+        (lambda event: sys.exit(), "raised SystemExit; the call goes on without it.*SystemExit\n$"),
+        (recurse, "raised RecursionError; the call goes on without it.*in recurse\n"),
+        (lambda event: "<Response />", "returned a str, not an action such as dial"),
+        (lambda event: 0, "returned a int, not an action such as dial"),
+        (lambda event: [dial("1")], "returned a list, not an action such as dial"),
+        (lambda event: voicemail, r".* is voicemail\(\) meant\?; the call goes through undecided$"),
+    )
 
     def test_what_raises_or_returns_no_action_is_reported_and_the_call_goes_through(self):
-        for function, message in [
-                (lambda event: 1 / 0, "raised ZeroDivisionError; the call goes on without it"),
-                (lambda event: sys.exit(), "raised SystemExit; the call goes on without it"),
-                (recurse, "raised RecursionError; the call goes on without it"),
-                (lambda event: "<Response />", "returned a str, not an action such as dial(...); "),
-                (lambda event: 0, "returned a int, not an action such as dial(...); the call goes"),
-                (lambda event: [dial("1")], "returned a list, not an action such as dial(...); "),
-                (lambda event: voicemail, "such as dial(...); is voicemail() meant?; the call")]:
-            below = []
-            with self.subTest(message), diagnostics(below.append) as said:
+        for function, message in self.FAULTS:
+            with self.subTest(message), diagnostics() as said:
                 reply = self.talk(on_new_call=function).receive("/new-call", NEW_CALL)
                 self.assertEqual(reply.body, TRIAL_XML)
-                self.assertIn(message, said[0])
-                if message.startswith("raised"):
-                    self.assertIn(message.split()[1].rstrip(";"), below[0].below)
+                self.assertRegex(said[0], f"(?s)^on_new_call {message}")
 
     def test_a_gather_that_has_nowhere_to_go_lets_the_call_go_through(self):
         talk = self.talk(on_new_call=lambda event: gather())
+        self.assertIn(b"<Gather", talk.receive("/new-call", NEW_CALL).body)
         with diagnostics() as said:
             reply = talk.receive("/new-call", NEW_CALL, sign(NEW_CALL), "abc.lhr.life")
-            self.assertEqual(reply.body, BARE_XML)
-            self.assertIn(b"<Gather", talk.receive("/new-call", NEW_CALL).body)
-        self.assertEqual([line for line in said if "gather" in line], [
-            "gather() without a URL needs WEBHOOK_URL; the call goes through undecided"])
+        self.assertEqual((reply.body, said[1:]), (BARE_XML, [
+            "gather() without a URL needs WEBHOOK_URL; the call goes through undecided"]))
 
     def test_late_code_is_reported_and_its_slot_is_free_again_when_it_returns(self):
-        go_on, records = threading.Event(), []
+        go_on = threading.Event()
         talk = self.talk(on_new_call=lambda event: hang_up() if go_on.wait(10) else None)
         talk.receiver.reply_seconds = talk.receiver.your_code.SLOT_SECONDS = 0.1
-        self.addCleanup(setattr, sc, "REPLY_SECONDS", sc.REPLY_SECONDS)
-        with diagnostics(records.append) as said:
+        with diagnostics() as said:
             self.assertEqual(self.together(talk, 9), [TRIAL_XML] * 9)
+        self.assertRegex("\n".join(said), "(?s)on_new_call has not returned in time; .*in <lambda>")
         self.assertIn("all 8 slots for your code are taken", "\n".join(said))
-        late = next(record for record in records if "not returned in time; the call" in record.msg)
-        self.assertRegex(late.below, r"test_sipgate_callevents.py\", line [0-9]+, in <lambda>\n")
         self.assertEqual(talk.receiver.health(), "")
-        sc.REPLY_SECONDS = 0.0
+        change(self, sc, "REPLY_SECONDS", 0.0)
         self.assertEqual(talk.receiver.health(), "your code is stuck: calls go through undecided")
         go_on.set()
         wait_until(lambda: not talk.receiver.health())
@@ -1226,7 +1096,7 @@ class YourCodeTest(unittest.TestCase):
             on_answer=lambda event: (begun.set(), go_on.wait(10)), on_hangup=lambda event: 1 / 0))
         code.hooks.limit, code.HOOK_SECONDS = 3, 0
         with diagnostics() as said:
-            code.run_later("on_answer", HangupEvent())
+            code.run_later("on_answer", AnswerEvent())
             begun.wait(10)
             self.assertEqual(code.stuck(),
                              "your code is stuck: on_answer has been running for over a minute")
@@ -1250,10 +1120,7 @@ class YourCodeTest(unittest.TestCase):
         self.assertRegex(said[3], r"A 2 \([0-9]+ more since the last message\)")
 
 
-
-# ------------------------------------------------------------------------------------------
-# HTTP
-# ------------------------------------------------------------------------------------------
+# ---- HTTP ----
 
 HOST_LINE = b"Host: localhost\r\n"
 POST = b"POST /new-call HTTP/1.1\r\n" + HOST_LINE
@@ -1267,7 +1134,6 @@ def request(body=NEW_CALL, *headers, method="POST", target="/new-call", host="lo
 
 
 def all_of(connection):
-    """All that comes back on a connection."""
     return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
@@ -1287,7 +1153,7 @@ class Running:
         self.server = WebhookServer(host, 0, settings.base_path, tls)
         self.server.RequestHandlerClass = handler
         self.server.timeout = 0.01
-        self.shown, self.is_told = [], False
+        self.shown, self.is_told, self.clients = [], False, []
         self.receiver = self.server.receiver = Receiver(
             settings, [TEST_KEY], functions,
             lambda replied: self.shown.append(replied.event))
@@ -1295,6 +1161,8 @@ class Running:
         self.thread.start()
 
     def stop(self):
+        for client in self.clients:
+            client.close()
         self.is_told = True
         self.thread.join()
         self.server.stop(1)
@@ -1302,6 +1170,7 @@ class Running:
 
     def connect(self, sent=b""):
         connection = socket.create_connection(self.server.server_address[:2], 10)
+        self.clients.append(connection)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.sendall(sent)
         return connection
@@ -1324,6 +1193,12 @@ class Running:
         return [event.call_id for event in self.shown]
 
 
+def run_server(test, *arguments, **options):
+    running = Running(*arguments, **options)
+    test.addCleanup(running.stop)
+    return running
+
+
 class HttpTest(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
@@ -1334,8 +1209,8 @@ class HttpTest(unittest.TestCase):
         """What stands between `begin` and `end` gets the statuses it is listed under."""
         for statuses, texts in rows.items():
             for text in texts:
-                with self.subTest(text[:60]):
-                    self.assertEqual(self.running.statuses(begin + text + end), list(statuses))
+                found = self.running.statuses(begin + text + end)
+                self.assertEqual(found, list(statuses), text[:60])
 
     def test_request_lines(self):
         self.check({
@@ -1356,8 +1231,8 @@ class HttpTest(unittest.TestCase):
                 b"ABCDEFGHIJKLMNOPQ /healthz HTTP/1.1", b"GET http://localhost/healthz HTTP/1.1",
                 b"OPTIONS * HTTP/1.1", b"GET /health\0z HTTP/1.1", b"GET /health\xffz HTTP/1.1",
                 *(b"GET /healthz" + end for end in (
-                    b"", b"  HTTP/1.1", b" HTTP/1.1 ", b" HTTP/1.2", b" HTTP/2.0", b" HTTP/01.1",
-                    b" http/1.1"))),
+                    b"", b"  HTTP/1.1", b" HTTP/1.1 ", b" HTTP/1.1\nA: b", b" HTTP/1.2",
+                    b" HTTP/2.0", b" HTTP/01.1", b" http/1.1"))),
         }, end=b"\r\n" + HOST_LINE + b"\r\n")
 
     def test_header_lines(self):
@@ -1405,15 +1280,6 @@ class HttpTest(unittest.TestCase):
                 request(b"a" * 2_000_000)),  # whose rest is read, or the reply would be lost
         }, end=b"")
 
-    def test_a_refused_request_with_input_left_unread_sees_its_status(self):
-        half = b"a" * 1_000_000
-        head = b"POST /new-call HTTP/1.1\r\nHost: a\r\nContent-Length: 2000000\r\n\r\n"
-        with self.running.connect(head + half) as connection:
-            self.assertEqual(connection.recv(65536)[:12], b"HTTP/1.1 413")
-            connection.sendall(half)
-            connection.shutdown(socket.SHUT_WR)
-            self.assertEqual(connection.recv(1), b"")
-
     def test_chunked_bodies(self):
         chunked, end = b"Transfer-Encoding: chunked\r\n", b"\r\n0\r\n\r\n"
         wide = b"8000\r\n" + b"a" * 0x8000
@@ -1458,21 +1324,14 @@ class HttpTest(unittest.TestCase):
             self.assertEqual(connection.recv(100)[:12], b"HTTP/1.1 200")
 
     def test_a_request_hidden_in_a_body_is_never_answered(self):
-        chance = random.Random(6)
         body = b"0\r\n\r\n" + request(b"callId=H", target="/on-hangup")
-        coding, length = b"Transfer-Encoding: chunked\r\n", b"Content-Length: %d\r\n" % len(body)
-
-        def mutated(line, begin):
-            line = bytearray(line)
-            for _ in range(chance.randrange(1, 4)):
-                # Without the 5 that would be the length of the first chunk alone.
-                line[chance.randrange(begin, len(line))] = chance.choice(b" \t\r\n\0,;:x_+-C678")
-            return bytes(line)
-
-        for _ in range(300):
-            lines = [mutated(coding, 0), chance.choice([length, mutated(length, 15)])]
-            chance.shuffle(lines)
-            self.running.exchange(POST + b"".join(lines) + b"\r\n" + body)
+        # Without the 5 that would be the length of the first chunk alone.
+        length, pieces = b": %d\r\n" % len(body), b" \t\r\n\0,;:x_+-C678"
+        coding = b"Transfer-Encoding: chunked\r\n"
+        pairs = [(other, length) for other in mutations(coding, pieces, 150)]
+        for coding, length in pairs + [(coding, other) for other in mutations(length, pieces, 50)]:
+            for head in (coding + b"Content-Length" + length, b"Content-Length" + length + coding):
+                self.running.exchange(POST + head + b"\r\n" + body)
         self.assertNotIn("H", self.running.calls())
 
     def test_requests_in_two_segments_get_the_same_reply(self):
@@ -1501,34 +1360,31 @@ class HttpTest(unittest.TestCase):
         }, end=b"")
 
     def test_a_reply_is_complete_and_names_no_software(self):
-        head, _, body = self.running.exchange(request()).partition(b"\r\n\r\n")
-        lines = head.decode().split("\r\n")
-        self.assertEqual(lines[0], "HTTP/1.1 200 OK")
-        self.assertRegex(lines[1], r"^Date: \w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT$")
-        self.assertEqual(lines[2:], [
-            "Content-Type: application/xml", f"Content-Length: {len(body)}"])
-        reply = self.running.exchange(request(HANGUP, "Connection: close", target="/on-hangup"))
-        self.assertRegex(reply, rb"(?s)\r\nContent-Type: text/plain.*\r\nConnection: close\r\n"
-                                rb"\r\nThis response will be discarded\Z")
-
-    def test_the_wrong_method_is_told_the_right_one(self):
-        self.assertRegex(self.running.exchange(request(b"", method="GET")),
-                         rb"(?s)HTTP/1.1 405 .*\r\nAllow: POST\r\nX-Instance: [0-9a-f]{16}\r\n\r\n"
-                         rb"takes POST from sipgate\n\Z")
-        self.assertIn(b"\r\nAllow: GET, HEAD\r\n",
-                      self.running.exchange(request(target="/healthz")))
+        begin = r"\AHTTP/1\.1 {}\r\nDate: \w\w\w, \d\d \w\w\w \d+ \d\d:\d\d:\d\d GMT\r\n"
+        for sent, status, rest in [
+                (request(), "200 OK",
+                 "Content-Type: application/xml\r\nContent-Length: 99\r\n\r\n<Response .*/>\n"),
+                (request(HANGUP, "Connection: close", target="/on-hangup"), "200 OK",
+                 "Content-Type: text/plain; charset=utf-8\r\nContent-Length: 31\r\n"
+                 "Connection: close\r\n\r\nThis response will be discarded"),
+                (request(b"", method="GET"), "405 Method Not Allowed",
+                 "(?s:.*)\r\nAllow: POST\r\nX-Instance: [0-9a-f]{16}\r\n\r\n"
+                 "takes POST from sipgate\n"),
+                (request(target="/healthz"), "405 Method Not Allowed",
+                 "(?s:.*)\r\nAllow: GET, HEAD\r\n(?s:.*)")]:
+            self.assertRegex(self.running.exchange(sent).decode(),
+                             begin.format(status) + rest + r"\Z")
 
     def test_health(self):
         def health(method="GET"):
             sent = request(b"", method=method, target="/healthz")
-            head, _, body = self.running.exchange(sent).partition(b"\r\n\r\n")
-            return (int(head[9:12]), *re.search(
-                rb"\r\nX-Instance: (\w+)\r\nX-Refused: (\d+)", head).groups(), body)
+            return re.search(rb" (\d+) .*\r\nX-Instance: (\w+)\r\nX-Refused: (\d+).*\r\n\r\n(.*)",
+                             self.running.exchange(sent), re.DOTALL).groups()
 
         instance, refused = self.running.server.instance.encode(), self.running.receiver.refused
-        self.assertEqual(health(), (200, instance, b"%d" % refused, b"ok\n"))
+        self.assertEqual(health(), (b"200", instance, b"%d" % refused, b"ok\n"))
         self.running.exchange(request(NEW_CALL, "X-Sipgate-Signature: x"))
-        self.assertEqual(health("HEAD"), (200, instance, b"%d" % (refused + 1), b""))
+        self.assertEqual(health("HEAD"), (b"200", instance, b"%d" % (refused + 1), b""))
 
     def test_no_text_of_the_request_comes_back(self):
         for sent in (request(method="EVIL"), request(target="/EVIL"), request(b"", "EVIL: EVIL"),
@@ -1537,54 +1393,50 @@ class HttpTest(unittest.TestCase):
 
     def test_a_page_of_another_site_cannot_play_sipgate(self):
         self.check({(403,): (
-            *(request(NEW_CALL, header) for header in (
-                "Origin: https://evil.example", "X-Forwarded-For: 1.2.3.4", "Via: 1.1 x",
-                "Forwarded: for=1.2.3.4", "X-Real-IP: 1.2.3.4", "Sec-Fetch-Site: cross-site",
-                "CF-Connecting-IP: 1.2.3.4")),
+            *(request(NEW_CALL, header + ": 1.2.3.4") for header in (
+                "Origin", "X-Forwarded-For", "Via", "Forwarded", "X-Real-IP", "Sec-Fetch-Site",
+                "CF-Connecting-IP")),
             request(host="abc.lhr.life"), b"POST /new-call HTTP/1.0\r\n\r\n")}, end=b"")
 
     def test_the_captured_request_of_the_documentation_is_taken_through_a_tunnel(self):
         body = (b"event=newCall&direction=in&from=anonymous&to=445603000514"
                 b"&callId=4932215337270853042")
-        head = ("POST / HTTP/1.1\r\nAccept: application/xml, text/plain, text/html\r\n"
-                "Accept-Charset: utf-8\r\nUser-Agent: sipgate.io\r\n"
-                "X-SIPGATE-JOBS: http://www.sipgate.de/jobs\r\nContent-Length: 84\r\n"
-                "Content-Type: application/x-www-form-urlencoded; charset=UTF-8\r\n"
-                "Accept-Encoding: gzip,deflate\r\nHost: gwen.fuglu.net:3000\r\n"
-                "Via: 1.1 localhost (squid/3.1.20)\r\nX-Forwarded-For: 217.10.77.113\r\n"
-                "Cache-Control: max-age=259200\r\nConnection: keep-alive\r\n"
-                f"X-Sipgate-Signature: {sign(body)}\r\n\r\n").encode()
-        with diagnostics() as said, self.running.connect(head) as connection:
+        sent = request(
+            body, "Accept: application/xml, text/plain, text/html", "Accept-Charset: utf-8",
+            "User-Agent: sipgate.io", "X-SIPGATE-JOBS: http://www.sipgate.de/jobs",
+            "Content-Type: application/x-www-form-urlencoded; charset=UTF-8",
+            "Accept-Encoding: gzip,deflate", "Via: 1.1 localhost (squid/3.1.20)",
+            "X-Forwarded-For: 217.10.77.113", "Cache-Control: max-age=259200",
+            "Connection: keep-alive", f"X-Sipgate-Signature: {sign(body)}",
+            target="/", host="gwen.fuglu.net:3000")
+        with diagnostics() as said, self.running.connect(sent[:-len(body)]) as connection:
             connection.sendall(body)  # in two segments, as it came
-            reply = connection.recv(65536)
-        self.assertEqual((reply[:12], reply[-len(BARE_XML):]), (b"HTTP/1.1 200", BARE_XML))
+            self.assertRegex(connection.recv(65536), b"(?s)^HTTP/1.1 200 .*\r\n\r\n" + BARE_XML)
         self.assertIn("restart with --url https://gwen.fuglu.net:3000", said[0])
 
     def test_a_tls_hello_is_closed_with_a_message(self):
         with diagnostics() as said:
             self.assertEqual(self.running.exchange(b"\x16\x03\x01\x02", close=False), b"")
-        self.assertEqual(said, ["https on the http port: a TLS handshake came in; the tunnel or "
-                                "proxy must speak http to this port"])
+        self.assertIn("https on the http port: a TLS handshake came in;", said[0])
 
     def test_ipv6_can_be_listened_on(self):
         try:
-            running = Running(host="::1")
+            running = run_server(self, host="::1")
         except OSError:
             self.skipTest("a machine without IPv6")
-        self.addCleanup(running.stop)
         self.assertEqual(running.statuses(request(host="[::1]:8080")), [200])
 
     def test_clients_that_go_away_leave_no_trace(self):
+        sent = request(NEW_CALL, "Content-Type: application/x-www-form-urlencoded")
         with diagnostics() as said:
-            for sent in (b"", b"POST", request()[:-5], request()[:40]):
-                self.assertEqual(self.running.exchange(sent), b"")
+            for part in (b"", b"POST", sent[:-5], sent[:40]):
+                self.assertEqual(self.running.exchange(part), b"")
             for _ in range(20):
                 with self.running.connect() as connection:
                     connection.setsockopt(*RESET)
-                    connection.sendall(request() * 3)
+                    connection.sendall(sent * 3)
             wait_until(lambda: not self.running.server.connections)
-        self.assertEqual([line for line in said if "Content-Type" not in line], [])
-        self.assertEqual(self.running.statuses(request()), [200])
+        self.assertEqual((said, self.running.statuses(sent)), ([], [200]))
 
     def test_a_wrong_content_type_is_taken_with_a_warning(self):
         with diagnostics() as said:
@@ -1592,19 +1444,14 @@ class HttpTest(unittest.TestCase):
                 sent = request(NEW_CALL, "content-type: " + kind)
                 self.assertEqual(self.running.statuses(sent), [200])
             wait_until(lambda: said)
-        self.assertEqual(said, ["a webhook came without the Content-Type that sipgate sends "
-                                "(application/x-www-form-urlencoded)"])
+        self.assertIn("a webhook came without the Content-Type that sipgate sends", said[0])
+        self.assertEqual(len(said), 1)
 
     def test_any_head_gives_a_value_or_the_documented_error(self):
-        chance = random.Random(4)
-        good = request(NEW_CALL, "Content-Type: a/b", "X-Forwarded-For: 1",
-                       "Connection: close").partition(b"event")[0]
-        for _ in range(5000):
-            head = bytearray(good)
-            for _ in range(chance.randrange(1, 5)):
-                head[chance.randrange(len(head))] = chance.choice(b"\r\n\0 :\t\x7f\xffA1/,")
+        good = request(b"", "Content-Type: a/b", "X-Forwarded-For: 1", "Connection: close")
+        for head in mutations(good, b"\r\n\0 :\t\x7f\xffA1/,", 5000):
             with contextlib.suppress(WebhookError, EOFError):
-                found = sc.read_head(io.BytesIO(bytes(head)))
+                found = sc.read_head(io.BytesIO(head))
                 sc.outside_host(found.headers)
                 sc.body_length(found)
 
@@ -1641,7 +1488,7 @@ class TimeLimitTest(unittest.TestCase):
 
     def test_a_reply_that_nobody_takes_ends_the_connection(self):
         self.running.server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        with socket.socket() as connection, contextlib.suppress(OSError):
+        with within(10), socket.socket() as connection, contextlib.suppress(OSError):
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.connect(self.running.server.server_address)
             while True:
@@ -1651,17 +1498,17 @@ class TimeLimitTest(unittest.TestCase):
 
 class CapTest(unittest.TestCase):
     def setUp(self):
+        def wait_if_slow(event):
+            if event.call_id == "slow":
+                self.go_on.wait(10)
+
         self.go_on = threading.Event()
-        self.running = Running(functions=CallFunctions(
-            on_new_call=lambda event: None if event.call_id != "slow" else print(
-                end="" if self.go_on.wait(10) else "")))
+        self.running = run_server(self, functions=CallFunctions(on_new_call=wait_if_slow))
         self.running.server.max_connections = 4
-        self.addCleanup(self.running.stop)
         self.addCleanup(self.go_on.set)
 
     def connect(self, sent=b""):
         connection = self.running.connect(sent)
-        self.addCleanup(connection.close)
         wait_until(lambda: connection.getsockname() in self.peers())
         return connection
 
@@ -1678,6 +1525,7 @@ class CapTest(unittest.TestCase):
             self.assertEqual(connection.recv(65536)[:12], b"HTTP/1.1 200")
 
     def test_the_longest_waiting_connection_makes_room_and_an_idle_one_is_spared(self):
+        change(self, sc.Connection, "READ_SPARED", 0)
         idle = self.connect(request())
         self.assert_answered(idle)
         first, second, third = self.connect(), self.connect(b"POST /new"), self.connect()
@@ -1718,11 +1566,10 @@ class CapTest(unittest.TestCase):
         self.assertFalse(self.running.server.begin(connection))
 
     def test_whoever_sends_a_byte_and_no_more_makes_room_at_once(self):
-        began = time.monotonic()
-        for _ in range(12):
-            self.connect(b"P")
-            self.assertEqual(self.running.statuses(request()), [200])
-        self.assertLess(time.monotonic() - began, 1)
+        with within(1):
+            for _ in range(12):
+                self.connect(b"P")
+                self.assertEqual(self.running.statuses(request()), [200])
 
     def test_a_connection_that_does_not_end_keeps_no_other_from_making_room(self):
         ours, theirs = socket.socketpair()
@@ -1748,14 +1595,6 @@ class CapTest(unittest.TestCase):
             self.go_on.set()
             self.assert_answered(*busy, waiting)
 
-    def test_code_that_hangs_and_idle_connections_lock_nobody_out(self):
-        self.running.receiver.reply_seconds = 0.05
-        self.assert_answered(*[self.connect(request(b"callId=slow")) for _ in range(4)])
-        for _ in range(20):
-            self.addCleanup(self.running.connect().close)
-        self.assertEqual(self.running.statuses(request()), [200])
-        self.assertLessEqual(len(self.running.server.connections), 8)
-
 
 class TlsTest(unittest.TestCase):
     def setUp(self):
@@ -1763,8 +1602,7 @@ class TlsTest(unittest.TestCase):
         self.paths = [os.path.join(folder, name) for name in ("cert.pem", "key.pem")]
         self.write(*CERTIFICATES[0])
         self.tls = sc.TlsFiles(*self.paths)
-        self.running = Running(tls=self.tls, handler=Running.Impatient)
-        self.addCleanup(self.running.stop)
+        self.running = run_server(self, tls=self.tls, handler=Running.Impatient)
 
     def write(self, *texts):
         for path, text in zip(self.paths, texts):
@@ -1772,8 +1610,7 @@ class TlsTest(unittest.TestCase):
 
     def served(self, sent=request()):
         """The status that comes back, and the number of the certificate it came with."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context = ssl._create_unverified_context()
         with self.running.connect() as connection, context.wrap_socket(connection) as tls:
             tls.sendall(sent)
             certificate = ssl.DER_cert_to_PEM_cert(tls.getpeercert(True))
@@ -1786,12 +1623,10 @@ class TlsTest(unittest.TestCase):
         self.assertEqual(self.tls.context().minimum_version, ssl.TLSVersion.TLSv1_2)
 
     def test_silent_connections_hold_up_nobody_and_are_closed(self):
-        silent = [self.running.connect(sent) for sent in (b"", b"\x16\x03\x01", *[b""] * 20)]
-        for connection in silent:
-            self.addCleanup(connection.close)
-        began = time.monotonic()
-        self.assertEqual(self.served(), (200, 0))
-        self.assertLess(time.monotonic() - began, 1, "each of them would take 0.2")
+        for sent in (b"", b"\x16\x03\x01", *[b""] * 20):
+            self.running.connect(sent)
+        with within(1):  # each of them would take 0.2
+            self.assertEqual(self.served(), (200, 0))
         wait_until(lambda: not self.running.server.connections)
 
     def test_a_renewed_pair_is_picked_up_and_until_it_matches_the_old_one_is_used(self):
@@ -1813,47 +1648,28 @@ class TlsTest(unittest.TestCase):
 
 class YourCodeOverHttpTest(unittest.TestCase):
     def serve(self, **functions):
-        running = Running(functions=CallFunctions(**functions))
-        self.addCleanup(running.stop)
+        running = run_server(self, functions=CallFunctions(**functions))
         self.go_on = threading.Event()
         self.addCleanup(self.go_on.set)
         return running
 
-    def test_on_hangup_runs_after_the_reply_even_if_nobody_takes_it(self):
+    def test_answer_and_hangup_run_after_the_reply_in_order_even_if_nobody_takes_that(self):
         seen = []
-        running = self.serve(on_hangup=lambda event: seen.append(self.go_on.wait(10)))
-        sent = request(HANGUP, target="/on-hangup")
-        self.assertEqual(running.statuses(sent), [200])
-        self.go_on.set()
-        wait_until(lambda: seen == [True])
+
+        def look(event):
+            self.go_on.wait(10)
+            seen.append(event.event)
+
+        running = self.serve(on_answer=look, on_hangup=look)
+        hangup = request(HANGUP, target="/on-hangup")
+        self.assertEqual(running.statuses(request(ANSWER, target="/on-answer") + hangup), [200] * 2)
         with running.connect() as connection:
             connection.setsockopt(*RESET)
-            connection.sendall(sent * 2)
-        wait_until(lambda: len(seen) > 1)
-
-    def test_late_code_costs_its_own_caller_the_budget_and_nobody_else_anything(self):
-        begun = threading.Event()
-
-        class Slow(Exception):
-            def __str__(inner):
-                begun.set()
-                return str(self.go_on.wait(10))
-
-        def raise_if_slow(event):
-            if event.call_id == "slow":
-                raise Slow
-
-        running = self.serve(on_new_call=raise_if_slow)
-        running.receiver.reply_seconds = 0.5
-        began = time.monotonic()
-        with running.connect(request(b"callId=slow")) as slow:
-            begun.wait(10)
-            self.assertEqual(running.statuses(request()), [200])
-            self.assertLess(time.monotonic() - began, 0.4, "the next call is served at once")
-            self.assertIn(b"<Response onAnswer=", slow.recv(65536))
-            self.assertLess(time.monotonic() - began, 0.8)
-            slow.sendall(request())
-            self.assertEqual(slow.recv(65536)[:12], b"HTTP/1.1 200", "nor is its connection lost")
+            connection.sendall(hangup * 2)
+        self.assertEqual(seen, [])
+        self.go_on.set()
+        wait_until(lambda: len(seen) > 2)
+        self.assertEqual(seen[:3], ["answer", "hangup", "hangup"])
 
     def test_at_a_stop_what_is_in_flight_is_answered_and_the_rest_closed(self):
         begun = threading.Event()
@@ -1865,14 +1681,14 @@ class YourCodeOverHttpTest(unittest.TestCase):
             stopping = threading.Thread(target=running.server.stop, args=(5,))
             stopping.start()
             self.assertEqual(idle.recv(1), b"")
+            stopping.join(0.1)
+            self.assertTrue(stopping.is_alive(), "it waits for the reply")
             self.go_on.set()
             self.assertEqual(busy.recv(65536)[:12], b"HTTP/1.1 200")
             stopping.join()
 
 
-# ------------------------------------------------------------------------------------------
-# Calls
-# ------------------------------------------------------------------------------------------
+# ---- Calls ----
 
 P, FIRM, MOBILE = "49157111", "4930200", "49171999"
 DAY = 86400
@@ -1909,34 +1725,26 @@ FLOWS = {
     "seven hours": ("0 n A Alice; 10 a A Alice", 6.5 * 3600, "talking Alice 10 -"),
     "seven hours, over": ("0 n A Alice; 10 a A Alice; 25210 h A", 30_000, "answered Alice 10 25200"),
     "called back as 0049": ("0 n A Alice; 20 h A cancel; 600 n B Alice orig=B xcid=cd dir=out to=0049157111; 605 a B orig=B xcid=cd dir=out to=0049157111; 665 h B orig=B xcid=cd dir=out", 900, "missed - 20 -", "answered - 5 60"),
-    # further ones, written down before they ran
-    "ringing": ("0 n A Alice", 30, "ringing - - -"),
-    "talking": ("0 n A Alice; 10 a A Alice", 30, "talking Alice 10 -"),
+    # further ones
     "forwarded, not over yet": ("0 n A Alice; 20 h A forwarded", 70, "ringing - - -"),
     "forwarded, and nothing more": ("0 n A Alice; 20 h A forwarded", 81, "missed - 20 - back"),
     "ringing for 59 minutes": ("0 n A Alice", 3540, "ringing - - -"),
     "three-way transfer": ("0 n A Alice; 5 a A Alice; 60 n B Bob; 65 a B Bob; 70 h A; 120 n C Carl; 125 a C Carl; 130 h B; 300 h C", 400, "answered Alice,Bob,Carl 5 295"),
-    "group with overflow": ("0 n A Alice,Bob; 20 h A forwarded; 20.1 n B Carl,Dora; 30 a B Dora; 90 h B", 200, "answered Dora 30 60"),
-    "overflow, nobody at last": ("0 n A Alice; 20 h A forwarded; 20.1 n B Bob; 40 h B forwarded; 40.1 n C Carl; 60 h C cancel", 200, "missed - 60 - back"),
-    "consultation while the caller holds": ("0 n A Alice; 5 a A Alice; 30 n B Bob; 35 a B Bob; 50 h B; 100 h A", 200, "answered Alice,Bob 5 95"),
     "put through to a mobile": (f"0 n A Alice; 5 a A Alice; 30 n B Alice dir=out to={MOBILE}; 40 a B dir=out to={MOBILE}; 45 h A; 200 h B dir=out", 300, f"answered Alice,{MOBILE} 5 195"),
-    "picked up by another phone": ("0 n A Alice; 9 a A 4930299; 60 h A", 100, "answered 4930299 9 51"),
     "internal call with two legs": ("0 n A Alice dir=out to=4930201; 0.1 n B Bob from=4930200 to=4930201; 8 a B Bob; 8.1 a A dir=out; 60 h B; 60.1 h A dir=out", 100, "answered Bob 8 52.1"),
     "two strangers from one company number": ("0 n A Alice xcid=a1; 20 h A cancel xcid=a1; 5 n B Bob orig=B xcid=b1; 9 a B Bob orig=B xcid=b1; 60 h B orig=B xcid=b1", 100, "missed - 20 -", "answered Bob 4 51"),
-    "spoke, then left a message": ("0 n A Alice; 5 a A Alice; 30 n B voicemail; 40 a B voicemail; 45 h A; 70 h B", 100, "answered Alice 5 35"),
     "queue, then voicemail": ("0 n A; 2 a A; 60 n B voicemail; 61 a B voicemail; 90 h A; 90 h B", 200, "voicemail - 61 - back"),
-    "menu": ("0 n A Alice; 0.1 r A gather; 5 d A 1; 5.1 r A dial; 14 a A Alice; 74 h A", 100, "answered Alice 14 60"),
     "menu, gave up": ("0 n A Alice; 0.1 r A gather; 9 h A cancel", 100, "missed - 9 - back"),
     "told by us to go": ("0 n A Alice; 0.1 r A gather; 5 d A 9; 5.1 r A hangup; 5.2 h A", 100, "rejected - 5.2 -"),
-    "rejected, hangup lost": ("0 n A; 0.1 r A reject", DAY, "rejected - - -"),
     "transfer, A's hangup lost": ("0 n A Alice; 10 a A Alice; 70 n B Bob; 80 a B Bob; 200 h B", 4000, "answered Alice,Bob 10 190"),
     "transfer, A's hangup not there yet": ("0 n A Alice; 10 a A Alice; 70 n B Bob; 80 a B Bob; 200 h B", 3000, "talking Alice,Bob 10 -"),
-    "clock set back an hour in between": ("0 n A Alice; 10 a A Alice; 10.000001 h A", 100, "answered Alice 10 0"),
     "spoke, then voicemail, whose hangup is lost": ("0 n A Alice; 10 a A Alice; 70 n B voicemail; 70.5 a B voicemail; 71 h A forwarded", DAY, "answered Alice 10 60.5"),
     "the beginning removed, then a transfer": ("0 a A Alice; 60 n B Bob; 70 a B Bob; 80 h A; 180 h B", 300, "answered Alice,Bob - 180"),
     "the same xcid after a lost hangup": ("0 n A Alice; 20 n B Bob; 40 h B cancel; 1800 n C Bob orig=C from=49222; 1805 a C Bob orig=C; 1865 h C orig=C", 3000, "missed - 40 - back", "answered Bob 5 60"),
-    "the same xcid after voicemail without an end": ("0 n A Alice; 20 h A forwarded; 20.1 n B voicemail; 20.5 a B; 7200 n C Bob orig=C from=49222; 7205 a C Bob orig=C; 7265 h C orig=C", 8000, "voicemail - 20.5 - back", "answered Bob 5 60"),
-    "newCall removed with old events": ("0 h A cancel; 1 d A 1", DAY, "lost - - -"),
+    # what retention leaves of a call is no missed one
+    "newCall removed": ("0 h A cancel; 1 d A 1", DAY, "lost - - -"),
+    "all but a digit removed": ("0 d A 1", DAY, "lost - - -"),
+    "all but a reply removed": ("0 r A dial", DAY, "lost - - -"),
 }
 
 
@@ -1977,13 +1785,10 @@ def plain_row(number, event, leg, body):
 
 
 def fill(database, rows):
+    database.execute("BEGIN")
     database.executemany("INSERT INTO events(id, event, call_id, orig_call_id, xcid, body) "
                          "VALUES (?, ?, ?, ?, ?, ?)", rows)
-
-
-def database_at(path):
-    """A connection to a call log, as another program has it."""
-    return contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=10))
+    database.execute("COMMIT")
 
 
 def call_of(database, event, now):
@@ -1993,15 +1798,7 @@ def call_of(database, event, now):
 
 
 def calls_of(database, now):
-    """The calls, the latest first."""
     return [call for call, _ in sc.listed_calls(database, now)]
-
-
-def printed(function, *arguments):
-    """What a function prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        function(*arguments)
-    return out.getvalue()
 
 
 # The environment without settings of this script.
@@ -2022,17 +1819,10 @@ def environment(**changed):
 
 
 def serve(test, server):
-    """Have it serve until the test is over."""
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     for end in (server.server_close, thread.join, server.shutdown):
         test.addCleanup(end)
-
-
-def run_server(test, *arguments, **options):
-    running = Running(*arguments, **options)
-    test.addCleanup(running.stop)
-    return running
 
 
 class InFolder(unittest.TestCase):
@@ -2046,6 +1836,12 @@ class InFolder(unittest.TestCase):
         path = pathlib.Path(self.folder, name)
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
         return str(path)
+
+    def store(self, rows):
+        """Put rows into the call log, a new one if there is none."""
+        CallLog(self.path, 30).close(5)
+        with database_at(self.path) as database:
+            fill(database, rows)
 
     @contextlib.contextmanager
     def place(self, environ):
@@ -2065,7 +1861,6 @@ class InFolder(unittest.TestCase):
                 signal.signal(number, handler)
 
     def run_command(self, *arguments, **environ):
-        """Exit status, stdout and stderr of a command."""
         out, err = io.StringIO(), io.StringIO()
         with self.place(environ), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             sys.argv = ["sipgate_callevents.py", *arguments]
@@ -2077,7 +1872,7 @@ class InFolder(unittest.TestCase):
 
     def assert_refused(self, said, *arguments, status=2, lines=None, **environ):
         found, out, err = self.run_command(*arguments, **environ)
-        self.assertEqual((found, out, said in err), (status, "", True), err)
+        self.assertEqual((found, out, said in err), (status, "", True), f"{said}: {err}")
         self.assertIn(len(err.splitlines()), [lines] if lines else range(99), err)
 
 
@@ -2090,12 +1885,12 @@ class CallsTest(unittest.TestCase):
         return database
 
     def calls(self, database, now):
-        """The calls, the earliest first."""
         return sorted(calls_of(database, now), key=lambda call: (call.started, call.legs))
 
     def said(self, database, now):
         """What a person says of the calls, as the flows have it."""
-        callers, _ = sc.to_ring_back(calls_of(database, now))
+        callers, withheld = sc.to_ring_back(calls_of(database, now))
+        self.assertEqual(withheld, 0)
         back = [call for calls in callers for call in calls]
         said = []
         for call in self.calls(database, now):
@@ -2133,8 +1928,7 @@ class CallsTest(unittest.TestCase):
             call, = calls_of(self.database(rows), 1e9 + after)
             return sorted(call.legs), call.outcome, sorted(call.answered_by), call.from_number
 
-        for name in ("answered", "voicemail", "transfer", "Dial to a mobile", "group with overflow",
-                     "outgoing"):
+        for name in ("answered", "voicemail", "transfer", "Dial to a mobile", "outgoing"):
             text, after, *_ = FLOWS[name]
             rows = rows_of(text)
             for place in range(len(rows) - 1):
@@ -2146,16 +1940,9 @@ class CallsTest(unittest.TestCase):
 
     def test_random_logs_give_the_same_calls_in_any_order_and_from_any_leg(self):
         chance, now = random.Random(10), 1e9 + 200_000
-        words = {"n": ["Alice"], "a": ["Alice", "voicemail", "4917"], "h": ["cancel", "forwarded"]}
+        parts = [part for text, *_ in FLOWS.values() for part in text.split(";")]
         for _ in range(250):  # many more were compared; here they are to be quick
-            legs = "ABCDEF"[:chance.randrange(2, 7)]
-            parts = []
-            for _ in range(chance.randrange(3, 14)):
-                at = chance.choice([1, 100, 5000, 50_000]) * chance.random()
-                kind = chance.choice("nahh")
-                parts.append(f"{at:.3f} {kind} {chance.choice(legs)} {chance.choice(words[kind])} "
-                             f"orig={chance.choice(legs)} xcid={chance.choice('xyz')}")
-            rows = list({row[0]: row for row in rows_of(";".join(parts))}.values())
+            rows = rows_of(";".join(chance.sample(parts, chance.randrange(3, 14))))
             database = self.database(rows)
             expected = self.calls(database, now)
             self.assertEqual(sorted(leg for call in expected for leg in call.legs),
@@ -2166,15 +1953,14 @@ class CallsTest(unittest.TestCase):
             self.assertEqual(self.calls(database, now), expected)
 
     def test_nobody_joins_strangers(self):
-        for links, step in (("orig=L0 xcid=ab", DAY), ("orig=Z xcid=ab", 3600),
+        for links, step in (("orig=L0 xcid=ab", 13 * 3600), ("orig=Z xcid=ab", 3600),
                             ("orig=L19 xcid=cd", DAY), ("orig=Z xcid=", 6 * 3600)):
             office = ";".join(missed_call(n, n * step, f"49{n}", links) for n in range(20))
             calls = calls_of(self.database(rows_of(office)), 1e9 + 50 * DAY)
             self.assertEqual([len(call.legs) for call in calls], [1] * 20, links)
         rows = [plain_row(n, "newCall", "", b"direction=in") for n in (1, 2)]
         self.assertEqual([call.legs for call in calls_of(self.database(rows), 1e9)], [(), ()])
-        chain = ";".join(f"{n * 3000} n L{n} Alice orig=L{max(n - 1, 0)}; "
-                         f"{n * 3000 + 1} a L{n} Alice orig=L{max(n - 1, 0)}" for n in range(60))
+        chain = ";".join(f"{n * 3000} n L{n} Alice orig=L{max(n - 1, 0)}" for n in range(60))
         for call in calls_of(self.database(rows_of(chain)), 1e9 + 50 * DAY):
             numbers = [int(leg[1:]) for leg in call.legs]
             self.assertLess(max(numbers) - min(numbers), 30, "no call is endless")
@@ -2186,55 +1972,33 @@ class CallsTest(unittest.TestCase):
         rows += [plain_row(10**15 + 2_000_500 + 1000 * n, "dtmf", "X",
                            b"event=dtmf&callId=X&dtmf=1") for n in range(1, 10_000)]
         database = self.database(rows)
-        began = time.monotonic()
-        self.assertEqual(call_of(database, HangupEvent(call_id="L7"), 1e9 + DAY).legs, ("L7",))
-        call = call_of(database, HangupEvent(call_id="X"), 1e9 + DAY)
+        with within(1):
+            alone, call = (call_of(database, HangupEvent(call_id=leg), 1e9 + DAY)
+                           for leg in ("L7", "X"))
+        self.assertEqual(alone.legs, ("L7",))
         self.assertEqual((call.legs, call.outcome, call.digits[:3]), (("X",), "missed", "1,1"))
-        self.assertLess(time.monotonic() - began, 1)
 
     def test_a_month_of_a_small_office_is_read_in_a_second(self):
-        rows, chance, now = [], random.Random(3), 1e9 + 40 * DAY
-        for n in range(3333):
-            text = FLOWS[chance.choice(["answered", "gave up", "busy", "outgoing"])][0]
-            for number, event, leg, _, _, body in rows_of(text):
-                body = body.replace(b"49157111", b"49157%d" % (n % 900))
-                body = body.replace(b"callId=", b"callId=%d" % n)
-                rows.append((number + n * 776_000_000, event, f"{n}{leg}", None, f"{n}x", body))
-        database = self.database(rows)
-        began = time.monotonic()
-        callers, _ = sc.to_ring_back(calls_of(database, now))
-        self.assertLess(time.monotonic() - began, 1 * SLOWNESS)
-        self.assertGreater(len(callers), 100)
-        began = time.monotonic()
-        self.assertEqual(len(list(itertools.islice(sc.listed_calls(database, now), 20))), 20)
-        self.assertLess(time.monotonic() - began, 0.05 * SLOWNESS,
-                        "the latest cost the same in any log")
-
-    def test_what_retention_leaves_is_no_missed_call(self):
-        remains = [plain_row(10**15, "dtmf", "D", b"event=dtmf&callId=D&dtmf=1"),
-                   plain_row(10**15 + 1, "reply", "R", response_xml(dial(MOBILE))),
-                   plain_row(10**15 + 2, "?reply", "U", b"event=reply&callId=U")]
-        calls = calls_of(self.database(remains), 1e9 + DAY)
-        self.assertEqual((len(calls), sc.to_ring_back(calls)), (3, ([], 0)))
+        month = ";".join(missed_call(n, n * 776, f"49157{n % 900}") for n in range(3333))
+        database, now = self.database(rows_of(month)), 1e9 + 40 * DAY
+        with within(3):  # where the machine has something else to do
+            callers, _ = sc.to_ring_back(calls_of(database, now))
+        self.assertEqual(len(callers), 900)
+        with within(0.15):  # the latest cost the same in any log
+            self.assertEqual(len(list(itertools.islice(sc.listed_calls(database, now), 20))), 20)
 
 
 class CallFinderTest(InFolder):
     def setUp(self):
         super().setUp()
-        log = CallLog(self.path, 30)
-        self.addCleanup(log.close, 5)
-        log.record(parse_event(NEW_CALL, ""), time.time(), None)
+        new_log(self, self.path).record(parse_event(NEW_CALL, ""), time.time(), None)
         self.event = HangupEvent(call_id="123456")
         self.find = sc.call_finder(self.path)
         self.assertEqual(self.find(self.event).outcome, "ringing")
 
     def test_a_call_that_cannot_be_found_in_time_is_none(self):
-        with database_at(self.path) as other:
-            other.execute("BEGIN")
-            fill(other, [plain_row(n, "dtmf", "123456", "dtmf=1") for n in range(1, 3000)])
-            other.execute("COMMIT")
-        self.addCleanup(setattr, sc, "CALL_SECONDS", sc.CALL_SECONDS)
-        sc.CALL_SECONDS = 0
+        self.store(plain_row(n, "dtmf", "123456", "dtmf=1") for n in range(1, 3000))
+        change(self, sc, "CALL_SECONDS", 0)
         self.assertIsNone(self.find(self.event))
         self.assertIsNone(sc.call_finder(self.path + "none")(self.event))
 
@@ -2249,20 +2013,15 @@ class CallFinderTest(InFolder):
         self.assertIn(b"locked", other.stderr)
 
 
-# ------------------------------------------------------------------------------------------
-# Page
-# ------------------------------------------------------------------------------------------
+# ---- Page ----
 
 class PageTest(InFolder):
-    def setUp(self):
-        super().setUp()
-        CallLog(self.path, 30).close(5)
-
     def serve(self, port=0):
-        self.settings = Settings(call_log=self.path, webhook_port=port or free_port(),
-                                 call_page_key="k" * 16)
+        settings = Settings(call_log=self.path, webhook_port=port or free_port(),
+                            call_page_key="k" * 16)
+        self.store(())
         sc.Overview.POLL_SECONDS = 0.02
-        self.server = sc.PageServer(self.settings, 0)
+        self.server = sc.PageServer(settings, 0)
         serve(self, self.server)
         self.cookie = f"{self.server.cookie_name}={self.server.cookie}"
         wait_until(lambda: self.server.overview.version)
@@ -2270,11 +2029,9 @@ class PageTest(InFolder):
     def add(self, text, ago):
         """Store a flow that began so many seconds ago."""
         shift = int((time.time() - ago) * 1e6) - 10**15
-        with database_at(self.path) as database:
-            fill(database, [(row[0] + shift, *row[1:]) for row in rows_of(text)])
+        self.store((row[0] + shift, *row[1:]) for row in rows_of(text))
 
     def get(self, target, **headers):
-        """Status, headers and text of what comes back."""
         connection = http.client.HTTPConnection("127.0.0.1", self.server.server_port, timeout=10)
         with contextlib.closing(connection):
             connection.request(headers.pop("method", "GET"), target,
@@ -2325,8 +2082,7 @@ class PageTest(InFolder):
                 ("/none", {}, 404),
                 ("/", {"method": "HEAD"}, 200),
                 ("/", {"method": "POST"}, 501)]:
-            with self.subTest(f"{target} {headers}"):
-                self.assertEqual(self.get(target, **headers)[0], status)
+            self.assertEqual(self.get(target, **headers)[0], status, f"{target} {headers}")
 
     def test_it_shows_who_rings_and_talks_and_whom_to_ring_back(self):
         self.add("0 n M Alice orig=M xcid=m; 20 h M cancel orig=M xcid=m", ago=3600)
@@ -2350,20 +2106,19 @@ class PageTest(InFolder):
         self.add("0 a A Alice; 1 h A", ago=2)
         wait_until(lambda: self.data(f"/data?version={version}").get("open") == [])
         self.assertEqual([call["outcome"] for call in self.data("/calls")["calls"]], ["answered"])
-        printed(sc.forget_number, argparse.Namespace(number=P, yes=True), self.settings)
+        self.run_command("forget", "--yes", P)
         wait_until(lambda: P not in self.get("/data")[2] + self.get("/calls")[2])
         names = ["<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "\u202eevil"]
         body = urllib.parse.urlencode({"from": "49222", "user[]": names}, doseq=True).encode()
+        self.store([plain_row(int(time.time() * 1e6), "newCall", "", body)])
+        self.wait_for_open("49222")
+        self.assertEqual(self.data()["open"][0]["users"], [*names[:2], "\\u202eevil"])
         with database_at(self.path) as database:
-            fill(database, [plain_row(int(time.time() * 1e6), "newCall", "", body)])
-            self.wait_for_open("49222")
-            self.assertEqual(self.data()["open"][0]["users"], [*names[:2], "\\u202eevil"])
             database.execute("DELETE FROM events")  # the log begins anew
-            self.wait_for_open()
+        self.wait_for_open()
 
     def test_calls_are_found_and_opened(self):
-        for n in range(60):
-            self.add(missed_call(n, n, f"4917{n:02}"), ago=4000)
+        self.add(";".join(missed_call(n, n, f"4917{n:02}") for n in range(60)), ago=4000)
         self.add("0 n A Zoe dir=out; 0.1 r A reject; 4 h A busy dir=out", ago=100)
         self.serve()
         wait_until(lambda: len(self.data("/calls?count=100")["calls"]) == 61)
@@ -2409,44 +2164,54 @@ class PageTest(InFolder):
         self.assertEqual((status, err), (0, ""))
 
 
-# ------------------------------------------------------------------------------------------
-# Rehearsal
-# ------------------------------------------------------------------------------------------
+# ---- Rehearsal ----
+
+def always(action):
+    """Your functions, if they do the same whatever comes."""
+    return CallFunctions(on_new_call=lambda event: action, on_dtmf=lambda event: action)
+
 
 class RehearsalTest(unittest.TestCase):
+    ROWS = (  # scenario, decision; of the call: events, by whom, outcome, cause, direction, reply
+        ("answered", None, "3 Alice answered normalClearing in "),
+        ("missed", None, "2  missed cancel in "),
+        ("busy", None, "2  missed busy in "),
+        ("declined", None, "2  missed noAnswer in "),
+        ("outgoing", None, "3  answered normalClearing out "),
+        ("voicemail", None, "5  voicemail normalClearing in "),
+        ("transfer", None, "6 Alice,Carl answered normalClearing in "),
+        ("menu", None, "3 Alice answered normalClearing in "),
+        ("answered", reject("busy"), "2  rejected busy in Reject busy"),
+        ("transfer", reject(), "2  rejected noAnswer in Reject"),
+        ("answered", hang_up(), "2  rejected normalClearing in Hangup"),
+        ("answered", dial("49211", "492"), "3 49211 answered normalClearing in Dial 49211 492"),
+        ("answered", voicemail(), "3  voicemail normalClearing in Dial voicemail"),
+        ("answered", play("http://x/a"), "3 Alice answered normalClearing in Play http://x/a"),
+    )
+
     def rehearse(self, name="answered", functions=NO_FUNCTIONS, **changed):
         """What is said, the call that the log holds then, the events, and the errors."""
         options = argparse.Namespace(**{"sender": "492111234567", "to": "4915791234567",
                                         "user": None, "digits": "1", **changed})
-        log = CallLog(os.path.join(temporary_folder(self), "calls.db"), 1)
+        log = new_log(self)
         talk = Conversation(TRIAL, functions, call_log=log)
         player = sc.Rehearsal(talk.receiver, name, options)
-        levels = []
-        with diagnostics(lambda record: levels.append(record.levelno)) as messages:
-            said = printed(player.play).splitlines()
-        errors = [text for text, level in zip(messages, levels) if level == logging.ERROR]
+        with diagnostics() as errors, contextlib.redirect_stdout(io.StringIO()) as out:
+            player.play()
         events = talk.events()
         log.close(5)
         with database_at(log.path) as database:
             call, = calls_of(database, time.time())
-        return said, call, events, errors
+        return out.getvalue().splitlines(), call, events, errors
 
-    def test_each_scenario_leaves_its_call_in_the_log(self):
-        rows = {
-            "answered": "Alice answered normalClearing in",
-            "missed": " missed cancel in",
-            "busy": " missed busy in",
-            "declined": " missed noAnswer in",
-            "outgoing": " answered normalClearing out",
-            "voicemail": " voicemail normalClearing in",
-            "transfer": "Alice,Carl answered normalClearing in",
-            "menu": "Alice answered normalClearing in",
-        }
-        self.assertEqual(list(rows), list(sc.SCENARIOS))
-        for name, row in rows.items():
-            _, call, _, errors = self.rehearse(name)
-            found = f"{','.join(call.answered_by)} {call.outcome} {call.cause} {call.direction}"
+    def test_each_scenario_leaves_the_call_that_your_code_decides_in_the_log(self):
+        self.assertEqual({name for name, _, _ in self.ROWS}, set(sc.SCENARIOS))
+        for name, action, row in self.ROWS:
+            said, call, events, errors = self.rehearse(name, always(action))
+            found = (f"{len(events)} {','.join(call.answered_by)} {call.outcome} {call.cause} "
+                     f"{call.direction} {call.reply}")
             self.assertEqual((found, errors), (row, []), name)
+            self.assertIn(f"ms  {call.reply or 'no action'}, asks for answer and hangup", said[3])
 
     def test_the_conversation_is_shown_in_both_directions(self):
         said = self.rehearse()[0]
@@ -2456,29 +2221,11 @@ class RehearsalTest(unittest.TestCase):
             "--> answer   Alice", "<-- 200 in N ms", "--> hangup   normalClearing",
             "<-- 200 in N ms"])
 
-    def test_what_your_code_decides_is_done(self):
-        refused, heard = "newCall hangup", "newCall answer hangup"
-        for name, action, said_of_it, outcome, by, kinds in [
-                ("answered", reject("busy"), "Reject busy", "rejected", (), refused),
-                ("transfer", reject(), "Reject", "rejected", (), refused),
-                ("answered", hang_up(), "Hangup", "rejected", (), refused),
-                ("answered", dial("49211", "492"), "Dial 49211 492", "answered", ("49211",), heard),
-                ("answered", voicemail(), "Dial voicemail", "voicemail", (), heard),
-                ("answered", play("http://x/a"), "Play http://x/a", "answered", ("Alice",), heard)]:
-            with self.subTest(said_of_it):
-                functions = CallFunctions(lambda event, action=action: action)
-                said, call, events, _ = self.rehearse(name, functions)
-                self.assertIn(f"ms  {said_of_it}, asks for answer and hangup", said[3])
-                self.assertEqual((call.outcome, call.answered_by, call.reply),
-                                 (outcome, by, said_of_it))
-                self.assertEqual(" ".join(event.event for event in events), kinds)
-
     def test_each_leg_has_all_that_sipgate_sends_and_answers_for_itself(self):
-        events = self.rehearse("transfer", CallFunctions(
+        first, answer, second, other, *_ = self.rehearse("transfer", CallFunctions(
             lambda event: dial("4921100") if event.first_leg else None))[2]
-        self.assertEqual([event.answering_number for event in events if event.event == "answer"],
-                         ["4921100", "4915791234567"])
-        first, _, second, *_ = events
+        self.assertEqual((answer.answering_number, other.answering_number),
+                         ("4921100", "4915791234567"))
         self.assertEqual((first.user_ids, first.full_user_ids, first.diversion),
                          (("w0", "w1"), ("1234567w0", "1234567w1"), ""))
         self.assertEqual((second.user_ids, second.diversion), (("w0",), "4915791234567"))
@@ -2495,6 +2242,7 @@ class RehearsalTest(unittest.TestCase):
         self.assertEqual((call.digits, call.outcome, call.answered_by),
                          ("1,0042", "answered", ("4921100",)))
         self.assertIn("--> dtmf     0042", said)
+        self.assertIn("  Gather up to 4 digits, asks for", said[5])
         for functions, digits, line in [
                 (menu, "", "--> dtmf     (no key pressed)"),
                 (menu, "1,2,7,8", "    (your functions do not ask for 7,8)"),
@@ -2509,32 +2257,14 @@ class RehearsalTest(unittest.TestCase):
                 ("answered", gather(none), 1, "    (on_dtmf does nothing with the digits)"),
                 ("missed", gather(other), 0, f"    {other} is on another server: it is not"),
                 ("missed", play(none), 0, f"    is {none} a WAV file? sipgate plays no other")]:
-            functions = CallFunctions(lambda event, action=action: action)
-            if name == "menu":
-                functions = functions._replace(on_dtmf=functions.on_new_call)
+            functions = always(action)
+            if name == "answered":
+                functions = functions._replace(on_dtmf=sc.on_dtmf)
             said, _, _, errors = self.rehearse(name, functions)
             self.assertEqual((str(said + errors).count(line), len(errors)), (1, faults), said)
 
-    def test_a_sound_that_sipgate_would_skip_is_named(self):
-        path = os.path.join(temporary_folder(self), "a.wav")
-        for channels, width, rate, said in [
-                (1, 2, 8000, "sipgate plays it"),
-                (2, 2, 8000, "2 channels, 16 bit, 8000 Hz"),
-                (1, 1, 8000, "1 channels, 8 bit, 8000 Hz"),
-                (1, 2, 44100, "1 channels, 16 bit, 44100 Hz"),
-                (0, 0, 0, "no PCM WAV")]:
-            pathlib.Path(path).write_bytes(b"ID3 mp3")
-            if channels:
-                with wave.open(path, "wb") as sound:
-                    sound.setparams((channels, width, rate, 0, "NONE", ""))
-            faults = []
-            self.assertIn(said, printed(lambda: faults.append(sc.check_sound(path))))
-            self.assertEqual(faults, [said != "sipgate plays it"])
 
-
-# ------------------------------------------------------------------------------------------
-# Check
-# ------------------------------------------------------------------------------------------
+# ---- Check ----
 
 class OtherServer(http.server.BaseHTTPRequestHandler):
     """Another program, which says on two paths that it is "me"."""
@@ -2555,13 +2285,13 @@ class OtherServer(http.server.BaseHTTPRequestHandler):
 
 class CheckTest(InFolder):
     def other_server(self):
-        """The port of another program's server."""
         server = http.server.HTTPServer(("127.0.0.1", 0), OtherServer)
         serve(self, server)
         return server.server_port
 
     def test_the_way_in_is_proven_for_each_path(self):
-        server = run_server(self, Settings(webhook_url="https://x.example/p")).server
+        settings = Settings(webhook_url="https://x.example/p")
+        server = run_server(self, settings).server
         here, other = f"127.0.0.1:{server.port}", f"localhost:{self.other_server()}"
         unreached = "/new-call does not lead here ("
         for base, asked, kind, said in [
@@ -2572,13 +2302,14 @@ class CheckTest(InFolder):
                 (f"http://localhost:{free_port()}", "me", "problem", unreached),
                 ("http://127.0.0.1..x:1", "me", "problem", unreached),
                 (f"https://{other}", "me", "problem", f"{unreached}[SSL")]:
-            with self.subTest(said):
-                found, text = sc.check_way_in(base, asked)
-                self.assertEqual((found, said in text), (kind, True), text)
+            found, text = sc.check_way_in(base, asked)
+            self.assertEqual((found, said in text), (kind, True), f"{said}: {text}")
+
+        settings = replace(settings, webhook_port=server.port)
+        self.assertEqual(sc.local_health(settings).instance, server.instance, "/p/healthz")
 
     def test_a_way_in_that_drips_is_not_waited_for(self):
-        self.addCleanup(setattr, sc, "GET_SECONDS", sc.GET_SECONDS)
-        sc.GET_SECONDS = 0.2
+        change(self, sc, "GET_SECONDS", 0.2)
         kind, text = sc.check_way_in(f"http://localhost:{self.other_server()}/drip", "me")
         self.assertEqual((kind, "(timed out)" in text), ("warning", True), "or the router")
 
@@ -2608,13 +2339,7 @@ class CheckTest(InFolder):
 
         assert_port(mine, "ok", ": a copy of this script runs")
         assert_port(other, "problem", " is held by another program")
-        for port, url, said in [
-                (mine, "", "warning  no WEBHOOK_URL: trial mode, sipgate cannot reach"),
-                (other, "", "held by another program"),
-                (free_port(), "https://x.example", "no server runs with these settings")]:
-            settings = Settings(call_log="off", webhook_port=port, webhook_url=url)
-            text = printed(sc.check, argparse.Namespace(sources=""), settings)
-            self.assertIn(said, text.splitlines()[-1])
+        assert_port(free_port(), "warning", ": no server runs with these settings")
         running.receiver.refused = 3
         assert_port(mine, "warning", ": the running copy says: webhooks were refused (3)")
         running.receiver.health = lambda: "the call log is behind"
@@ -2628,9 +2353,8 @@ class CheckTest(InFolder):
         missing = os.path.join(self.folder, "none", "calls.db")
         for kind, said, path in [
                 ("ok", "^call log: off, nothing is kept$", "off"), ("ok", "will be created$", ""),
-                ("problem", f"{missing} is no file in a folder that this user may write", missing),
-                ("problem", "is no file in .*: set CALL_LOG to one, or to off", self.folder),
-                ("problem", "is no file in .*: set CALL_LOG to one, or to off", os.devnull)]:
+                ("problem", f"{missing} is not a file in a folder that this user may", missing),
+                ("problem", "is not a file in .*: set CALL_LOG", self.folder)]:
             self.assert_log(kind, said, path)
         self.assertEqual(os.listdir(self.folder), [])
         with database_at(self.path) as foreign:
@@ -2645,87 +2369,68 @@ class CheckTest(InFolder):
         log.record(HangupEvent(call_id="0"), 1e9, None)
         self.assert_log("ok", "calls.db, the last event came on 20")
         log.close(5)
-        with open(self.path, "r+b") as file:
-            file.seek(100)
-            file.write(b"\xff" * 9000)
+        damage(self.path)
         self.assert_log("problem", "malformed|not a database|disk image")
 
-    def test_files_and_what_is_probably_not_meant(self):
-        mine = self.write("mine.py", "")
-        for text, more, kinds in [
-                ("def on_hangup(event): pass\n", {}, ["ok"]),
-                ("def on_new_call(): pass\n", {}, ["problem"]),
-                ("", {"signature_key_file": mine, "webhook_url": "http://x.example"},
-                 ["warning", "warning", "problem"])]:
-            self.write("mine.py", text)
-            found = sc.check_files(Settings(call_handlers=mine, **more))
-            self.assertEqual([kind for kind, _ in found], kinds)
+
+# ---- Serving and the command line: whole programs ----
+
+CALL = sc.Call("in", "492111234567", "4915791234567", ("Alice", "Bob"), ("Alice",), 1e9, 1e9 + 4,
+               1e9 + 96.5, 4.0, 92.5, "answered", "normalClearing", "1,0042", "", ("A", "B"))
 
 
-# ------------------------------------------------------------------------------------------
-# Serving and the command line: whole programs
-# ------------------------------------------------------------------------------------------
+def finding(**changed):
+    """A find_call that finds this call, but for what is changed."""
+    return lambda event: replace(CALL, **changed)
+
 
 class OutputTest(unittest.TestCase):
-    CALL = sc.Call("in", "492111234567", "4915791234567", ("Alice", "Bob"), ("Alice",), 1e9,
-                   1e9 + 4, 1e9 + 96.5, 4.0, 92.5, "answered", "normalClearing", "1,0042", "",
-                   ("A", "B"))
+    SENTENCES = (  # event, line
+        (AnswerEvent(answering_number="211"), "211 answered call from [unknown]"),
+        (AnswerEvent(), "[unknown] answered call from [unknown]"),
+        (HangupEvent(), "The call has been hung up"),
+        (NewCallEvent(from_number="\x1b[2J\u202e", to_number="a\nb"),
+         "New call from \\x1b[2J\\u202e to a\\nb is ringing..."),
+        (parse_event(b"event=pause", ""), "Unknown event pause"),
+        (HangupEvent(find_call=finding()), "The call has been hung up (talked 1:32)"),
+        (HangupEvent(cause="cancel", find_call=finding(outcome="missed", talk_s=None)),
+         "The call has been hung up (cancel, missed after 0:04)"),
+        (HangupEvent(cause="forwarded", find_call=finding(outcome="missed", ended=None)),
+         "The call has been hung up (forwarded)"),
+        (DtmfEvent(dtmf="12", find_call=finding(from_number="")), "[unknown] pressed 12"),
+    )
 
     def test_sentences(self):
-        def find(**changed):
-            return lambda event: replace(self.CALL, **changed)
-
-        for event, line in [
-                (AnswerEvent(answering_number="211"), "211 answered call from [unknown]"),
-                (AnswerEvent(), "[unknown] answered call from [unknown]"),
-                (HangupEvent(cause="busy"), "The call has been hung up (busy)"),
-                (HangupEvent(), "The call has been hung up"),
-                (NewCallEvent(), "New call from [unknown] to [unknown] is ringing..."),
-                (NewCallEvent(from_number="\x1b[2J\u202e", to_number="a\nb"),
-                 "New call from \\x1b[2J\\u202e to a\\nb is ringing..."),
-                (parse_event(b"event=pause", ""), "Unknown event pause"),
-                (HangupEvent(find_call=find()), "The call has been hung up (talked 1:32)"),
-                (HangupEvent(cause="cancel", find_call=find(outcome="missed", talk_s=None)),
-                 "The call has been hung up (cancel, missed after 0:04)"),
-                (HangupEvent(cause="forwarded", find_call=find(outcome="missed", ended=None)),
-                 "The call has been hung up (forwarded)"),
-                (DtmfEvent(dtmf="12", find_call=find(from_number="")), "[unknown] pressed 12")]:
-            with self.subTest(line):
-                self.assertEqual(sc.event_line(event), line)
+        for event, line in self.SENTENCES:
+            self.assertEqual(sc.event_line(event), line)
         self.assertEqual([sc.duration(seconds) for seconds in (0, 59.9, 3599, 3600, 36_061)],
                          ["0:00", "0:59", "59:59", "1:00:00", "10:01:01"])
 
     def test_the_time_stands_first_unless_something_else_adds_it(self):
-        answered = sc.Replied(DtmfEvent(dtmf="1"), sc.DISCARDED, 1e9, True, reject("busy"))
-        said = "[unknown] pressed 1\nReplied with Reject busy\n"
-        self.assertEqual(sc.told(answered, "text", False), said)
-        self.assertEqual(sc.told(answered, "text", True),
-                         re.sub("(?m)^(?=.)", sc.local_time(1e9) + " ", said))
-        self.assertEqual(json.loads(sc.told(answered, "json", True))["reply"], "Reject busy")
-        self.assertEqual(sc.told(answered, "off", True), "")
+        replied = sc.Replied(DtmfEvent(dtmf="1"), sc.DISCARDED, 1e9, True, reject("busy"))
+        for form, with_time, said in [
+                ("text", False, "[unknown] pressed 1\nReplied with Reject busy\n"),
+                ("text", True, "{0} [unknown] pressed 1\n{0} Replied with Reject busy\n"),
+                ("off", True, "")]:
+            self.assertEqual(sc.told(replied, form, with_time), said.format(sc.local_time(1e9)))
         with tempfile.TemporaryFile("w") as stream:
             status = os.fstat(stream.fileno())
-            with environment():
-                self.assertFalse(sc.has_own_time(stream))
-            with environment(JOURNAL_STREAM=f"{status.st_dev}:{status.st_ino}"):
-                self.assertTrue(sc.has_own_time(stream))
-                self.assertFalse(sc.has_own_time(io.StringIO()))
+            for journal, is_this in (("1:2", False), (f"{status.st_dev}:{status.st_ino}", True)):
+                with environment(JOURNAL_STREAM=journal):
+                    self.assertIs(sc.has_own_time(stream), is_this)
 
     def test_messages_wrap_between_words_on_a_terminal_and_text_from_outside_stays_one_line(self):
-        terminal, word = io.StringIO(), "a-very-long-word-that-stays-in-one-piece-whatever"
+        terminal, out, word = io.StringIO(), io.StringIO(), "one-piece" * 6
         terminal.isatty = lambda: True
         with environment(COLUMNS="40"):
             self.assertEqual(sc.wrapped("ab " * 20 + word, terminal).split("\n"),
                              ["ab " * 12 + "ab", "  " + "ab " * 6 + "ab", "  " + word])
-        self.assertEqual(sc.wrapped("ab " * 50, io.StringIO()), "ab " * 50)
-        try:
-            raise ValueError("a\nERROR: forged")
-        except ValueError:
-            record = logging.LogRecord("a", logging.WARNING, "", 0, "event %s",
-                                       ("\x1b[2J\u202e\nERROR: forged",), sys.exc_info())
-        lines = sc.DiagnosticFormatter(io.StringIO(), False).format(record).split("\n")
-        self.assertEqual(lines[0], "WARNING: event \\x1b[2J\\u202e\\nERROR: forged")
-        self.assertEqual([line[:4] for line in lines[1:]], ["    "] * 5)
+        with sc.diagnostics(out):
+            sc.logger.warning("event %s", "\x1b[2J\u202e\nERROR: forged" + " ab" * 50,
+                              exc_info=ValueError("a\nERROR: forged"))
+        self.assertEqual(out.getvalue(), (
+            "WARNING: event \\x1b[2J\\u202e\\nERROR: forged" + " ab" * 50
+            + "\n    ValueError: a\n    ERROR: forged\n"))
 
     def test_a_console_is_a_stream_like_any_other(self):
         with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
@@ -2748,20 +2453,18 @@ class OutputTest(unittest.TestCase):
             console.output.worker.limit = 100
             for n in range(20_000):
                 print(f"{n:99}", file=console)
-            lines = []
-            thread = threading.Thread(target=lambda: lines.extend(taken))
-            thread.start()
-            self.assertEqual(console.output.worker.finish(10), [])
-            stream.close()
-            thread.join()
-        dropped = re.findall(r"\((\d+) lines were dropped here: too many were waiting\)", str(lines))
-        self.assertGreater(len(dropped), 0)
-        self.assertEqual(len(lines) - len(dropped) + sum(map(int, dropped))
-                         + console.output._dropped, 20_000)
+            with ThreadPoolExecutor() as pool:
+                lines = pool.submit(list, taken)
+                self.assertEqual(console.output.worker.finish(10), [])
+                stream.close()
+        found = re.findall(r"\((\d+) lines were dropped here: too many", str(lines.result()))
+        dropped = sum(map(int, found)) + console.output._dropped
+        self.assertGreater(dropped, 0)
+        self.assertEqual(len(lines.result()) - len(found) + dropped, 20_000)
 
     def test_a_table_fits_80_columns_and_uses_more(self):
-        long = replace(self.CALL, answered_by=("Somebody with a very long name indeed", "Bob"))
-        hostile = replace(self.CALL, answered_by=("\x1b[2J" * 30,), from_number="\xad" + "9" * 70)
+        long = replace(CALL, answered_by=("Somebody with a very long name indeed", "Bob"))
+        hostile = replace(CALL, answered_by=("\x1b[2J" * 30,), from_number="\xad" + "9" * 70)
         for call in (long, hostile):
             with environment():
                 line = sc.table([call]).splitlines()[1]
@@ -2771,7 +2474,7 @@ class OutputTest(unittest.TestCase):
             self.assertTrue(sc.table([long]).endswith("name indeed, Bob"))
 
     def test_json_is_raw_and_csv_is_for_people_and_safe_in_a_spreadsheet(self):
-        row = sc.call_row(replace(self.CALL, from_number="", answered=None))
+        row = sc.call_row(replace(CALL, from_number="", answered=None))
         text = io.StringIO()
         sc.write_rows([row], "json", text)
         row = json.loads(text.getvalue())
@@ -2831,51 +2534,62 @@ class Program:
 class HangingTest(unittest.TestCase):
     """With the real time limit, which passes while other tests run."""
 
+    CODE = """\
+import time
+
+class Slow(Exception):
+    def __str__(self):
+        time.sleep(60)
+
+def on_new_call(event):
+    print(event)
+    if event.call_id == "slow":
+        raise Slow
+"""
+
     @classmethod
     def begin(cls):
         folder = tempfile.mkdtemp()
         unittest.addModuleCleanup(shutil.rmtree, folder)
-        pathlib.Path(folder, "mine.py").write_text(
-            "import time\n"
-            "def on_new_call(event):\n    time.sleep(event.call_id == 'slow' and 60)\n")
+        pathlib.Path(folder, "mine.py").write_text(cls.CODE)
         reader, writer = os.pipe()
         unittest.addModuleCleanup(os.close, reader)
         cls.program = Program(folder=folder, stdout=writer, CALL_HANDLERS="mine.py")
         unittest.addModuleCleanup(cls.program.kill)
         os.close(writer)
-        cls.threads = [threading.Thread(target=target) for target in (cls.slow, cls.many)]
+        cls.slow, cls.quick = [], []
+        cls.threads = [threading.Thread(target=cls.call, args=arguments) for arguments in (
+            (cls.slow, b"callId=slow", b"callId=1"), (cls.quick, *[NEW_CALL] * 5000))]
         for thread in cls.threads:
             thread.start()
 
     @classmethod
-    def slow(cls):
-        began = time.monotonic()
-        with contextlib.suppress(OSError):  # with its test left out, it is ended before
-            cls.program.post("/new-call", b"callId=slow")
-        cls.took = time.monotonic() - began
-
-    @classmethod
-    def many(cls):
-        cls.replies = 0
+    def call(cls, replies, *bodies):
+        """Send these over one connection; note each reply and how long it took."""
+        # With its test left out, the program is ended before.
         with cls.program.connect() as connection, \
                 contextlib.suppress(OSError, http.client.HTTPException):
-            for _ in range(5000):
-                connection.request("POST", "/new-call", NEW_CALL)
-                cls.replies += connection.getresponse().read().startswith(b"<Response")
+            for body in bodies:
+                began = time.monotonic()
+                connection.request("POST", "/new-call", body)
+                replies.append((connection.getresponse().read(), time.monotonic() - began))
 
     def test_neither_a_stuck_reader_of_stdout_nor_code_that_hangs_delays_a_call(self):
         for thread in self.threads:
-            thread.join()
-        self.assertEqual(self.replies, 5000)
-        self.assertLess(self.took, 3.2)
+            thread.join(30)
+        self.assertEqual(len(self.quick), 5000)
+        self.assertLess(max(took for _, took in self.quick), 2)
+        self.assertLess(self.slow[0][1], 3.2)
+        self.assertEqual(len(self.slow), 2, "nor is its connection lost")
+        for reply, _ in self.slow + self.quick:
+            self.assertTrue(reply.startswith(b"<Response onAnswer="), reply)
         status, _, err = self.program.end()
         self.assertEqual(status, 0)
-        self.assertIn("mine.py\", line 3, in on_new_call", err)
+        self.assertIn("mine.py\", line 5, in __str__", err)
 
 
 class SettingsFromTest(InFolder):
     def read(self, *arguments, **environ):
-        """The settings, and what was said of them."""
         err = io.StringIO()
         with self.place(environ), contextlib.redirect_stderr(err), sc.diagnostics(err):
             found = sc.read_settings(sc.command_line().parse_args(arguments), os.environ)
@@ -2914,40 +2628,43 @@ class SettingsFromTest(InFolder):
                      "webhookurl; is WEBHOOK_URL meant?", "WEBHOOK_PROT; is WEBHOOK_PORT meant?"):
             self.assertIn(f"there is no setting {name}\n", said)
 
+    FILES = (  # name, text
+        ("syntax.py", "def on_new_call(event):\n    retrun None\n"),
+        ("raises.py", "\n\nimport sys\nsys.exit('no')\n"),
+        ("empty.py", "def decide(event): pass\n"),
+        ("none_left.py", "def on_answer(): pass\n"),
+        ("async.py", "async def on_hangup(event): pass\n"),
+        ("utf16.env", "WEBHOOK_PORT=1\n".encode("utf-16")),
+        ("latin.env", b"A=b\nB=\xe4\n"),
+    )
+
+    WRONG = (  # setting, value, what is said
+        ("WEBHOOK_PORT", "x", 'WEBHOOK_PORT is "x": expected a whole number from 0 to'),
+        ("CALL_HANDLERS", "syntax.py", "(syntax.py, line 2)"),
+        ("CALL_HANDLERS", "raises.py", 'raises.py": line 4: SystemExit: no'),
+        ("CALL_HANDLERS", "none.py", 'none.py": FileNotFoundError: [Errno 2] No'),
+        ("CALL_HANDLERS", "empty.py", "expected one of on_new_call, on_answer, on_hangup"),
+        ("CALL_HANDLERS", "none_left.py", "on_answer has to be a plain function of one argument"),
+        ("CALL_HANDLERS", "async.py", "one argument, the event, without async"),
+        ("SIGNATURE_KEY_FILE", "syntax.py", "expected a PEM file"),
+        ("SIGNATURE_KEY_FILE", "none.pem", "No such file"),
+        ("CALL_LOG", "latin.env", "is not a call log of this program, and is left alone"),
+        ("CALL_LOG", "none/calls.db", "expected a file in a folder that this user may"),
+        ("WEBHOOK_HOST", "192.0.2.1", "set WEBHOOK_HOST to 127.0.0.1"),
+        ("WEBHOOK_HOST", "no.such.invalid", "set WEBHOOK_HOST to 127.0.0.1"),
+        ("--env-file", "utf16.env", "is not in UTF-8 (PowerShell's > writes UTF-16): save it"),
+        ("--env-file", "latin.env", "is not in UTF-8"),
+        ("--env-file", "none.env", "cannot be read: No such file"),
+    )
+
     def test_a_start_that_cannot_be_says_why_in_one_line(self):
-        for name, text in [
-                ("syntax.py", "def on_new_call(event):\n    retrun None\n"),
-                ("raises.py", "\n\nimport sys\nsys.exit('no')\n"),
-                ("empty.py", "def decide(event): pass\n"),
-                ("none_left.py", "def on_answer(): pass\n"),
-                ("async.py", "async def on_hangup(event): pass\n"),
-                ("utf16.env", "WEBHOOK_PORT=1\n".encode("utf-16")),
-                ("latin.env", b"A=b\nB=\xe4\n")]:
+        for name, text in self.FILES:
             self.write(name, text)
-        one_argument = "has to be a plain function of one argument, the event"
-        for name, value, said in [
-                ("WEBHOOK_PORT", "x", 'WEBHOOK_PORT is "x": expected a whole number from 0 to'),
-                ("CALL_HANDLERS", "syntax.py", "(syntax.py, line 2)"),
-                ("CALL_HANDLERS", "raises.py", 'raises.py": line 4: SystemExit: no'),
-                ("CALL_HANDLERS", "none.py", 'none.py": FileNotFoundError: [Errno 2] No'),
-                ("CALL_HANDLERS", "none", "No such file or directory"),
-                ("CALL_HANDLERS", "empty.py", "expected one of on_new_call, on_answer, on_hangup"),
-                ("CALL_HANDLERS", "none_left.py", f"on_answer {one_argument}"),
-                ("CALL_HANDLERS", "async.py", f"on_hangup {one_argument}, without async"),
-                ("SIGNATURE_KEY_FILE", "syntax.py", "expected a PEM file"),
-                ("SIGNATURE_KEY_FILE", "none.pem", "No such file"),
-                ("CALL_LOG", "latin.env", "is not a call log of this program, and is left alone"),
-                ("CALL_LOG", "none/calls.db", "expected a file in a folder that this user may"),
-                ("WEBHOOK_HOST", "192.0.2.1", "set WEBHOOK_HOST to 127.0.0.1"),
-                ("WEBHOOK_HOST", "no.such.invalid", "set WEBHOOK_HOST to 127.0.0.1"),
-                ("--env-file", "utf16.env", "is not in UTF-8 (PowerShell's > writes UTF-16): save it"),
-                ("--env-file", "latin.env", "is not in UTF-8"),
-                ("--env-file", "none.env", "cannot be read: No such file")]:
-            with self.subTest(said):
-                environ = {"WEBHOOK_URL": "https://x.example/p", "WEBHOOK_PORT": "0", name: value}
-                arguments = (name, environ.pop(name)) if name == "--env-file" else ()
-                self.assert_refused(said, *arguments, lines=1, **environ,
-                                    status=1 if name == "WEBHOOK_HOST" else 2)
+        for name, value, said in self.WRONG:
+            environ = {"WEBHOOK_URL": "https://x.example/p", "WEBHOOK_PORT": "0", name: value}
+            arguments = (name, environ.pop(name)) if name == "--env-file" else ()
+            self.assert_refused(said, *arguments, lines=1, **environ,
+                                status=1 if name == "WEBHOOK_HOST" else 2)
 
 
 @unittest.skipIf(os.name == "nt", "signals")
@@ -2969,14 +2686,9 @@ class ProgramTest(InFolder):
             self.assertIn(part, err)
         return out
 
-    def stored(self):
-        with database_at(self.path) as database:
-            return [row[0] for row in database.execute("SELECT call_id FROM events ORDER BY id")]
-
     def test_the_documented_examples_in_an_empty_folder(self):
         program = self.start(CALL_LOG="calls.db", CALL_LOG_DAYS="7")
-        expected = (f'<Response onAnswer="http://localhost:{program.port}/on-answer" '
-                    f'onHangup="http://localhost:{program.port}/on-hangup" />\n')
+        expected = TRIAL_XML.decode().replace("8080", str(program.port))
         discarded = "This response will be discarded"
         for path, body, reply in [
                 ("/new-call", NEW_CALL, expected), ("/new-call", NEW_CALL, expected),
@@ -2985,13 +2697,11 @@ class ProgramTest(InFolder):
             self.assertEqual(program.post(path, body), (200, reply))
         status, out, err = program.end(signal.SIGINT)
         self.assertEqual(status, 0)
-        new_call = "New call from 492111234567 to 4915791234567 is ringing..."
-        self.assertEqual([line[20:] for line in out.splitlines()], [
-            new_call, new_call,
-            "492111234567 pressed 1", "John Doe answered call from 492111234567",
-            "The call has been hung up (normalClearing, talked 0:00)",
-            "New call from [unknown] to [unknown] is ringing..."])
-        self.assertRegex(out, r"\A\d{4}-\d\d-\d\d \d\d:\d\d:\d\d New call")
+        self.assertEqual(re.subn(r"(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", out), (
+            2 * "New call from 492111234567 to 4915791234567 is ringing...\n"
+            + "492111234567 pressed 1\nJohn Doe answered call from 492111234567\n"
+            "The call has been hung up (normalClearing, talked 0:00)\n"
+            "New call from [unknown] to [unknown] is ringing...\n", 6))
         self.assertIn("ssh -R 80:127.0.0.1:", err)
         self.assertIn(f"CALL_LOG is {self.path}\nIt keeps numbers for 7 days; off keeps none.", err)
         self.assertLessEqual(max(map(len, err.replace(self.folder, "").splitlines())), 80)
@@ -3002,7 +2712,8 @@ class ProgramTest(InFolder):
                           "def onAnswer(event): pass\n"
                           "def on_hangup(event): print('it was', event.call.outcome)\n"
                           "def on_new_call(event):\n    assert isinstance(event, NewCallEvent)\n"
-                          "    print('deciding', event.from_number)\n    return dial('4921100')\n")
+                          "    print('deciding\\33ü', event.from_number)\n"
+                          "    return dial('4921100')\n")
         env = self.write("my.env", "WEBHOOK_URL=https://x.example/p\nSIGNATURE_KEY_FILE=key.pem\n"
                          "CALL_HANDLERS=mine.py\nCALL_OUTPUT=json\n")
         elsewhere = temporary_folder(self)
@@ -3019,8 +2730,8 @@ class ProgramTest(InFolder):
         os.utime(path, (1, 1))
         self.assertEqual(signed("/p/on-hangup", HANGUP)[0], 200)
         out = self.assert_ended(
-            program, "https://x.example/p/new-call\n", "deciding 492111234567", "it was missed",
-            "VERIFY_SIGNATURE is on\n", "signature missing",
+            program, "https://x.example/p/new-call\n", "deciding\\x1bü 492111234567",
+            "it was missed", "VERIFY_SIGNATURE is on\n", "signature missing",
             "mine.py has changed: restart this program to use it",
             "mine.py: onAnswer is never called; is on_answer meant?")
         first, second = map(json.loads, out.splitlines())
@@ -3043,31 +2754,27 @@ class ProgramTest(InFolder):
                         acknowledged.append(f"{prefix}-{n}")
 
         for turn in range(3):
-            began, before = time.monotonic(), len(acknowledged)
-            program = self.start(CALL_LOG="calls.db")
-            self.assertEqual(program.post("/new-call", b"callId=start")[0], 200)
-            self.assertLess(time.monotonic() - began, 1.5)
-            threads = [threading.Thread(target=load, args=(program, f"{turn}-{n}"))
-                       for n in range(4)]
-            for thread in threads:
-                thread.start()
-            wait_until(lambda before=before: len(acknowledged) > before + 100)
-            program.process.kill()
-            for thread in threads:
-                thread.join()
+            before = len(acknowledged)
+            with within(1.5):
+                program = self.start(CALL_LOG="calls.db")
+                self.assertEqual(program.post("/new-call", b"callId=start")[0], 200)
+            with ThreadPoolExecutor(4) as pool:
+                for n in range(4):
+                    pool.submit(load, program, f"{turn}-{n}")
+                wait_until(lambda before=before: len(acknowledged) > before + 100)
+                program.process.kill()
         self.start(CALL_LOG="calls.db")
-        self.assertEqual(set(acknowledged) - set(self.stored()), set())
+        self.assertEqual(set(acknowledged) - set(stored(self.path)), set())
 
     @unittest.skipUnless(sys.platform == "linux", "prlimit")
     def test_a_full_disk_delays_no_call_and_loses_no_event(self):
         program, sent, status = self.start(CALL_LOG="calls.db"), [], 200
         self.limit(program, "RLIMIT_FSIZE", 1_000_000)
         while status == 200:
-            began = time.monotonic()
-            sent.append(f"call{len(sent)}")
-            body = f"callId={sent[-1]}&a=".encode() + b"b" * 60_000
-            self.assertEqual(program.post("/new-call", body)[0], 200)
-            self.assertLess(time.monotonic() - began, 1.5)
+            with within(1.5):
+                sent.append(f"call{len(sent)}")
+                body = f"callId={sent[-1]}&a=".encode() + b"b" * 60_000
+                self.assertEqual(program.post("/new-call", body)[0], 200)
             self.assertLess(len(sent), 100)
             status, said = program.post("/healthz", None, "GET")
         self.assertEqual(said, "the call log is behind\n", "strangers are not told where it is")
@@ -3075,7 +2782,7 @@ class ProgramTest(InFolder):
         program.post("/new-call", b"callId=last")
         self.limit(program, "RLIMIT_FSIZE", -1)
         self.assert_ended(program, "the call log is behind (")
-        self.assertEqual(self.stored(), sent)
+        self.assertEqual(stored(self.path), sent)
 
     @unittest.skipUnless(sys.platform == "linux", "prlimit")
     def test_used_up_memory_or_file_descriptors_are_no_end(self):
@@ -3092,9 +2799,8 @@ class ProgramTest(InFolder):
         for _ in range(36):
             self.addCleanup(socket.create_connection(("127.0.0.1", other.port), 10).close)
         for server, said in ((program, "can't start new thread"), (other, "[Errno 24] Too many")):
-            began = time.monotonic()
-            self.assertEqual(server.post("/new-call", NEW_CALL)[0], 200)
-            self.assertLess(time.monotonic() - began, 5)
+            with within(5):
+                self.assertEqual(server.post("/new-call", NEW_CALL)[0], 200)
             self.assert_ended(server, refused + said)
 
     def test_a_port_in_use_ends_the_start_with_the_remedy_and_nohup_means_it(self):
@@ -3103,19 +2809,17 @@ class ProgramTest(InFolder):
             first = self.start()
         finally:
             signal.signal(signal.SIGHUP, before)
-        status, _, err = self.run_command("--port", str(first.port))
-        self.assertEqual(status, 1)
-        self.assertIn(f"cannot listen on 127.0.0.1 port {first.port}: Address already in use", err)
-        self.assertIn("or use --port", err)
+        self.assert_refused(f"port {first.port}: Address already in use: another program has this "
+                            "port, or another copy of this one; stop it or use --port ",
+                            "--port", str(first.port), status=1)
         first.process.send_signal(signal.SIGHUP)
         self.assertEqual(first.post("/new-call", NEW_CALL)[0], 200)
-        self.assert_ended(first)
+        self.assert_ended(first, "No numbers are kept (CALL_LOG=off)")
 
     def test_part_one_serves_with_part_two_cut_off(self):
-        source = text_of("sipgate_callevents.py")
-        path = self.write("part_one.py", source[:source.index("# PART II")] + (
-            "\nimport sys\n"
-            "sys.exit(serve(Settings(webhook_port=int(sys.argv[1]), call_log='off'), announce=\n"
+        part_one = text_of("sipgate_callevents.py").partition("# PART II")[0]
+        path = self.write("part_one.py", part_one + (
+            "\nsys.exit(serve(Settings(webhook_port=int(sys.argv[1]), call_log='off'), announce=\n"
             "    lambda settings: f'listens on x:{settings.webhook_port} Ctrl-C stops\\n'))\n"))
         program = self.start("0", script=path)
         for path, body in (("/new-call", NEW_CALL), ("/on-hangup", HANGUP)):
@@ -3132,14 +2836,11 @@ class ProgramTest(InFolder):
 class CommandTest(InFolder):
     def fill_log(self, *numbers):
         """25 missed calls of three callers, one of them withheld."""
-        CallLog(self.path, 30).close(5)
         numbers = numbers or ("49157111222", "", "49222333444") * 2
-        with database_at(self.path) as database:
-            fill(database, rows_of(";".join(missed_call(n, n * 500, numbers[n % 6])
-                                            for n in range(25))))
+        self.store(rows_of(";".join(
+            missed_call(n, n * 500, numbers[n % 6]) for n in range(25))))
 
     def calls(self, *arguments):
-        """The lines that the command prints."""
         return self.run_command("calls", *arguments)[1].splitlines()
 
     def entries(self, *arguments):
@@ -3149,22 +2850,22 @@ class CommandTest(InFolder):
         self.assert_refused(f"no calls yet: there is nothing in {self.path}\n", "calls", status=0)
         self.assertEqual(os.listdir(self.folder), [])
         self.fill_log()
-        lines = self.calls()
-        self.assertEqual((len(lines), lines[-1]),
-                         (23, "These are the latest 20; --limit N shows more."))
-        lines = self.calls("--limit", "25")
-        self.assertEqual((len(lines), lines[-1]), (27, (
-            "25 calls, 0 answered, 25 missed, average wait 0:20, average talk -")))
-        for form, count in (("csv", 26), ("excel", 26), ("json", 25)):
-            self.assertEqual(len(self.calls("--format", form)), count)
-            self.assertEqual(len(self.calls("--format", form, "--limit", "3")), count - 22)
+        for limit, count, last in [
+                ((), 23, "These are the latest 20; --limit N shows more."),
+                (("--limit", "25"), 27,
+                 "25 calls, 0 answered, 25 missed, average wait 0:20, average talk -")]:
+            lines = self.calls(*limit)
+            self.assertEqual((len(lines), lines[-1]), (count, last))
         head = ("direction,from,to,users,answered_by,started,answered,ended,wait_s,talk_s,outcome,"
                 "cause,digits,reply,legs")
         times = f"{sc.local_time(1e9 + 12_000)},,{sc.local_time(1e9 + 12_020)}"
         line = f"in,'49157111222,'4930200,Alice,,{times},20,,missed,cancel,,,L24"
-        self.assertEqual(self.calls("--format", "csv")[:2], [head, line])
-        self.assertEqual(self.calls("--format", "excel")[:2],
-                         ["\ufeff" + head.replace(",", ";"), line.replace(",", ";")])
+        for form, limit, count, first in [
+                ("csv", "3", 4, [head, line]), ("csv", "99", 26, [head, line]),
+                ("excel", "99", 26, ["\ufeff" + head.replace(",", ";"), line.replace(",", ";")]),
+                ("json", "3", 3, []), ("json", "99", 25, [])]:
+            lines = self.calls("--format", form, "--limit", limit)
+            self.assertEqual((len(lines), lines[:len(first)]), (count, first))
 
     def test_calls_are_found_by_number_and_date_and_shown_with_their_events(self):
         self.fill_log()
@@ -3172,10 +2873,9 @@ class CommandTest(InFolder):
         for n, body in enumerate((NEW_CALL, DTMF, ANSWER, HANGUP)):
             log.record(parse_event(body, ""), time.time() - 60 + 4 * n, None)
         log.close(5)
-        with database_at(self.path) as database:
-            fill(database, rows_of(f"50000 n A Alice; 50004 a A {MOBILE}; 50060 h A"))
+        self.store(rows_of(f"50000 n A Alice; 50004 a A {MOBILE}; 50060 h A"))
         for number, count in ((MOBILE, 1), ("+" + MOBILE, 1), (P, 1), ("49171*", 1), ("4917", 0),
-                              ("+49.157 (111) 222", 9)):
+                              ("+49.157 (111) 222", 9), ("+49 (0) 157 111222", 9)):
             self.assertEqual(len(self.entries("--number", number)), count, number)
         entry, = self.entries("--since", "2026-01-01", "--events")
         self.assertEqual((entry["from"], entry["users"], entry["digits"]),
@@ -3197,8 +2897,6 @@ class CommandTest(InFolder):
             f"{times[1][:16]} +49222333444     8 missed  +4930200", "and 8 with no number"])
         self.assertEqual([entry["from"] for entry in self.entries("--missed")],
                          ["49157111222", "49222333444"])
-        for spelling in ("+49 (0) 157 111222", "0049157111222", "tel:49157111222"):
-            self.assertEqual(len(self.entries("--number", spelling)), 9, spelling)
         self.assertEqual(self.calls("--missed", "--format", "csv")[1],
                          f"'49157111222,9,{times[0]},missed,'4930200")
         self.assertEqual(len(self.entries("--missed", "--all")), 17)
@@ -3219,31 +2917,54 @@ class CommandTest(InFolder):
         self.assertEqual(status, 1)
         self.assertIn("on_new_call returned a str, not an action", err)
 
+    def test_a_sound_that_sipgate_would_skip_is_named(self):
+        path = self.write("a.wav", "ID3 mp3")
+        self.assertIn("no PCM WAV", self.run_command("simulate", "--sound", path)[1])
+        for channels, width, rate, said in [
+                (1, 2, 8000, "sipgate plays it"), (2, 2, 8000, "2 channels, 16 bit, 8000 Hz"),
+                (1, 1, 8000, "1 channels, 8 bit, 8000 Hz"), (1, 2, 44100, ", 16 bit, 44100 Hz")]:
+            with wave.open(path, "wb") as sound:
+                sound.setparams((channels, width, rate, 0, "NONE", ""))
+            status, out, _ = self.run_command("simulate", "--sound", path)
+            self.assertEqual((status, said in out), (said != "sipgate plays it", True), out)
+
+    WRONG = (  # command line, what is said
+        ("--prot 8081", "there is no --prot; is --port meant?"),
+        ("--port x", '--port is "x": expected a whole number from 0'),
+        ("--prot=8081 calls", "unrecognized arguments: --prot=8081"),
+        ("call --missed", "invalid choice: 'call' (choose from "),
+        ("simulate mised", "invalid choice: 'mised'"),
+        ("calls --limt 3", "unrecognized arguments: --limt 3"),
+        ("calls --since yesterday", "expected a date such as 2026-11-01"),
+        ("calls --limit 0", "expected a whole number from 1 to 65535"),
+        ("page --port 65536", "expected a whole number from 1 to 65535"),
+        ("forget Alice", "expected a complete number"),
+        ("forget 12*", "expected a complete number"),
+    )
+
     def test_wrong_words_are_named(self):
         self.fill_log()
-        for text, said in [
-                ("--prot 8081", "there is no --prot; is --port meant?"),
-                ("--prot=8081 calls", "unrecognized arguments: --prot=8081"),
-                ("call --missed", "invalid choice: 'call' (choose from "),
-                ("simulate mised", "invalid choice: 'mised'"),
-                ("calls --limt 3", "unrecognized arguments: --limt 3"),
-                ("calls --since yesterday", "expected a date such as 2026-11-01"),
-                ("calls --limit 0", "expected a whole number from 1 to 65535"),
-                ("page --port 65536", "expected a whole number from 1 to 65535"),
-                ("forget Alice", "expected a whole number"),
-                ("forget 12*", "expected a whole number")]:
-            with self.subTest(text):
-                self.assert_refused(said, *text.split())
+        for text, said in self.WRONG:
+            self.assert_refused(said, *text.split())
         self.assert_refused("no call matches\n", "calls", "--number", "4999", status=0)
         for argument, said in [("--version", "sipgate_callevents 2."), ("-h", "--env-file FILE")]:
             self.assertIn(said, self.run_command(argument)[1])
 
     def test_check_names_every_slip(self):
         self.assert_refused("WEBHOOK_URL", "check", WEBHOOK_URL="x", VERIFY_SIGNATURE="x", lines=2)
-        port = run_server(self).server.port
-        status, out, _ = self.run_command("check", WEBHOOK_PORT=str(port))
-        self.assertEqual((status, [line.split()[0] for line in out.splitlines()]),
-                         (0, ["ok", "ok", "ok", "ok", "warning"]))
+        right = self.write("right.py", "def on_hangup(event): pass\n")
+        wrong = self.write("wrong.py", "def on_new_call(): pass\n")
+        port = str(run_server(self).server.port)
+        for environ, kinds, said in [
+                ({}, "ok ok ok ok warning", "no WEBHOOK_URL: trial mode"),
+                ({"CALL_HANDLERS": right}, "ok ok ok ok ok warning", "right.py is loaded"),
+                ({"CALL_HANDLERS": wrong}, "ok ok problem ok ok warning", "on_new_call has to be"),
+                ({"WEBHOOK_URL": "http://x.example", "SIGNATURE_KEY_FILE": wrong,
+                  "WEBHOOK_PORT": str(free_port())}, "ok ok warning warning problem ok warning",
+                 "no server runs with these settings")]:
+            status, out, _ = self.run_command("check", **{"WEBHOOK_PORT": port, **environ})
+            self.assertEqual((" ".join(re.findall("(?m)^[a-z]+", out)), status, said in out),
+                             (kinds, "problem" in kinds, True), out)
 
 
 class ForgetTest(InFolder):
@@ -3251,16 +2972,15 @@ class ForgetTest(InFolder):
 
     def hidden(self):
         """Events in which the number hides, or a longer one stands, and their bodies afterwards."""
-        number = self.NUMBER
-        spellings = [number, f"+{number}", f"00{number}", f"sip:{number}@host", f"cause {number}",
-                     "tel:+49-157-999111", "49.157.999.111", f"{number} 49222", f"ü({number})"]
-        others = [f"{number}2", f"1{number}", number[:-1], f"77{number}0"]
-        blank, plain = b"%5Bforgotten%5D", b"user[]=A&user[]=B&from="
-        blanked = [("newCall", f"x=1&a={urllib.parse.quote(value)}".encode(), b"x=1&a=" + blank)
-                   for value in spellings]
-        blanked += [("newCall", plain + value.encode(), plain + value.encode()) for value in others]
+        number, blank, plain = self.NUMBER, b"%5Bforgotten%5D", b"user[]=A&user[]=B&from="
+        rows = [("newCall", f"x=1&a={urllib.parse.quote(value)}".encode(), b"x=1&a=" + blank)
+                for value in (
+                    number, f"+{number}", f"00{number}", f"sip:{number}@host", f"cause {number}",
+                    "tel:+49-157-999111", "49.157.999.111", f"{number} 49222", f"ü({number})")]
+        rows += [("newCall", plain + other.encode(), plain + other.encode())
+                 for other in (f"{number}2", f"1{number}", number[:-1], f"77{number}0")]
         return [
-            *blanked, ("newCall", b"<x=1&from=49157999111", b"%3Cx=1&from=" + blank),
+            *rows, ("newCall", b"<x=1&from=49157999111", b"%3Cx=1&from=" + blank),
             ("reply", response_xml(dial(number, "49157999112"), on_hangup=f"https://x/{number}/h"),
              b'<Response onHangup="[forgotten]"><Dial><Number>[forgotten]</Number>'
              b"<Number>49157999112</Number></Dial></Response>\n"),
@@ -3269,17 +2989,13 @@ class ForgetTest(InFolder):
              b"</Response>\n")]
 
     def test_no_byte_of_a_forgotten_number_is_left_however_it_hides(self):
-        CallLog(self.path, 30).close(5)
         number, blanked = self.NUMBER, self.hidden()
         rows = [("newCall", f"leg{n}", b"direction=in&from=49211%d" % n) for n in range(3000)]
         rows += [(event, f"x{n}", body) for n, (event, body, _) in enumerate(blanked)]
         rows += [("newCall", number, b"callId=49157999111&origCallId=49157999111"),
                  ("hangup", number, b"event=hangup")]
         now = int(time.time() * 1e6) - 3600 * 10**6
-        with database_at(self.path) as other:
-            other.execute("BEGIN")
-            fill(other, [plain_row(now + n, *row) for n, row in enumerate(rows)])
-            other.execute("COMMIT")
+        self.store(plain_row(now + n, *row) for n, row in enumerate(rows))
         self.write("calls.db.damaged-1", f"...{number}...")
         self.write("calls.db.damaged-2", "...")
         self.assert_refused("no call holds 0157999111; with the country code? +",
@@ -3297,10 +3013,9 @@ class ForgetTest(InFolder):
         self.assertIn(f"It is gone from {self.path}: no byte of it is left there.\n", out)
         self.assertLessEqual(max(map(len, out.replace(self.folder, "").splitlines())), 80)
         self.assertEqual(sorted(os.listdir(self.folder)), ["calls.db", "calls.db.damaged-2"])
-        with database_at(self.path) as other:
-            found = other.execute("SELECT event, call_id, body FROM events ORDER BY id").fetchall()
-        self.assertEqual([row[2] for row in found[3000:-2]], [after for _, _, after in blanked])
-        (_, token, body), (_, other, _) = found[-2:]
+        found = stored(self.path, "call_id, body")
+        self.assertEqual([body for _, body in found[3000:-2]], [after for _, _, after in blanked])
+        (token, body), (other, _) = found[-2:]
         self.assertEqual(other, token, "still one call")
         self.assertEqual(parse_event(body, "newCall").call_id, token)
         self.assertIsNone(re.search(rb"(?<![0-9])49157999111(?![0-9])",
@@ -3308,9 +3023,7 @@ class ForgetTest(InFolder):
         self.assertEqual(self.run_command("forget", number)[0], 1)
 
 
-# ------------------------------------------------------------------------------------------
-# The README and the other files
-# ------------------------------------------------------------------------------------------
+# ---- The README and the other files ----
 
 def text_of(name):
     path = pathlib.Path(HERE, name)
@@ -3358,23 +3071,16 @@ class ReadmeTest(unittest.TestCase):
         def take():
             connection, _ = listener.accept()
             with connection, connection.makefile("rwb", 0) as stream:
-                stream.write(b"220 x\r\n")
-                for _ in iter(stream.readline, b"data\r\n"):
-                    stream.write(b"250 x\r\n")
-                stream.write(b"354 x\r\n")
-                received.extend(iter(stream.readline, b".\r\n"))
-                stream.write(b"250 x\r\n221 x\r\n")
+                for status in (220, 250, 250, 250, 354, 250, 221):
+                    stream.write(b"%d x\r\n" % status)
+                received.extend(stream)
 
-        mine = self.functions(2)
-        original = mine["smtplib"].SMTP
-        self.addCleanup(setattr, mine["smtplib"], "SMTP", original)
         with socket.create_server(("127.0.0.1", 0)) as listener:
             thread = threading.Thread(target=take)
             thread.start()
-            port = listener.getsockname()[1]
-            mine["smtplib"].SMTP = lambda host, timeout: original("127.0.0.1", port)
-            for call in (replace(OutputTest.CALL, outcome="missed"), OutputTest.CALL):
-                mine["on_hangup"](HangupEvent(find_call=lambda event, call=call: call))
+            change(self, smtplib.SMTP, "default_port", listener.getsockname()[1])
+            for outcome in ("missed", "answered"):
+                self.functions(2)["on_hangup"](HangupEvent(find_call=finding(outcome=outcome)))
             thread.join()
         self.assertIn(b"Subject: Missed call from +492111234567\r\n", received)
 
@@ -3385,8 +3091,7 @@ class ReadmeTest(unittest.TestCase):
             at = datetime.datetime(2026, 11, 26, hour, 30)
             self.assertEqual(decide(incoming, lambda at=at: at, path), action)
         path.write_text("49111\n49222\n")
-        self.assertEqual(decide(replace(incoming, from_number="49222"), datetime.datetime.now,
-                                path), reject())
+        self.assertEqual(decide(NewCallEvent(from_number="49222"), blocked=path), reject())
 
     def test_its_recipe_passes_an_event_on_as_it_came(self):
         running = run_server(self, LIVE)
@@ -3397,11 +3102,9 @@ class ReadmeTest(unittest.TestCase):
 
     def test_its_tables_and_its_licence_are_those_of_the_script(self):
         for action in (dial, voicemail, play, gather, reject, hang_up):
-            signature = inspect.signature(action)
-            plain = signature.replace(return_annotation=signature.empty, parameters=[
-                parameter.replace(annotation=signature.empty)
-                for parameter in signature.parameters.values()])
-            self.assertIn(f"\n| `{action.__name__}{plain}`", self.README.replace('"', "'"))
+            plain = re.sub(": '[^']*'| -> .*", "", str(inspect.signature(action)))
+            self.assertIn(f"\n| `{action.__name__}{plain.replace(' = ', '=')}`",
+                          self.README.replace('"', "'"))
         self.assertIn(f"The scenarios: {', '.join(sc.SCENARIOS)}.", self.README)
         self.assertIn("SPDX-License-Identifier: Unlicense", text_of("sipgate_callevents.py"))
         self.assertTrue(self.README.rstrip().endswith("please refer to <https://unlicense.org/>"))
