@@ -459,7 +459,7 @@ def parse_event(body: bytes, default_event: str, state: str = "", **more: Any) -
     field twice, 404 if there is no event at all. (sipgate's Push API, "Events".)
     """
     if body and b"=" not in body:
-        raise WebhookError(400, "the body is no form (application/x-www-form-urlencoded)")
+        raise WebhookError(400, "the body is not a form (application/x-www-form-urlencoded)")
     try:
         # Decoded before parse_qs, which fails on bytes above 127 in Python 3.8 to 3.12.1; and the
         # brackets too, which it takes a quarter of its time for.
@@ -1102,7 +1102,7 @@ class YourCode:
             return None
         if action is None or isinstance(action, Action):
             return action
-        meant = f"; is {action.__name__}() meant?" if inspect.isfunction(action) else ""
+        meant = f" (is {action.__name__}() meant?)" if inspect.isfunction(action) else ""
         logger.error("%s returned a %s, not an action such as dial(...)%s; the call goes through "
                      "undecided", name, type(action).__name__, meant)
         return None
@@ -2321,16 +2321,18 @@ def load_keys(path: str) -> list[PublicKey]:
 
 TRIAL_TEXT = """\
 Trial mode proves nothing: any program on this machine can invent calls.
-For a first real call, book sipgate.io, open a tunnel in a second terminal:
+For a first real call, book sipgate.io, then open a tunnel in a second terminal:
   ssh -R 80:127.0.0.1:{port} nokey@localhost.run
 and restart this program with the address that it prints, and a secret path:
   --url https://ADDRESS/{secret}
 """
 
 LIVE_TEXT = """\
-At https://console.sipgate.com, enter this under Webhooks > URLs, and choose
-the phone lines under Webhooks > Sources:
+At https://console.sipgate.com, Webhooks > URLs, enter for incoming calls, for
+outgoing ones, or for both:
   {url}/new-call
+There under Webhooks > Sources, choose the phone lines and groups.
+VERIFY_SIGNATURE is {verify}
 """
 
 
@@ -2340,12 +2342,14 @@ def announcement(settings: Settings) -> str:
     host = f"[{host}]" if ":" in host else host
     text = f"sipgate_callevents {__version__} listens on {host}:{port}\n"
     text += (TRIAL_TEXT if settings.trial else LIVE_TEXT).format(
-        port=port, secret=os.urandom(8).hex(), url=settings.webhook_url)
-    for name in ("VERIFY_SIGNATURE", *PATHS):
+        port=port, secret=os.urandom(8).hex(), url=settings.webhook_url,
+        verify=settings.verify_signature)
+    for name in PATHS:
         value = getattr(settings, name.lower())
         text += f"{name} is {value}\n" if value else ""
     if settings.call_log != "off":
-        text += f"It keeps numbers for {plural(settings.call_log_days, 'day')}; off keeps none.\n"
+        text += (f"It keeps numbers for {plural(settings.call_log_days, 'day')}; CALL_LOG=off "
+                 "keeps none.\n")
     return text + "Waiting for calls. Ctrl-C stops.\n"
 
 
@@ -2457,6 +2461,7 @@ LINK_EVENTS = 300  # an xcid or origCallId in more events than that joins nothin
 CALL_EVENTS = 1500  # of one call
 FORWARD_SECONDS = 60  # after the end of a leg, in which the next one begins
 RINGING_LOST_SECONDS = 3600  # after its last event, a call whose end was not reported is lost
+FORGOTTEN = "[forgotten]"  # stands in place of what `forget` has removed
 TALKING_LOST_SECONDS = 12 * 3600  # people do talk for seven hours; a leg joins no later, too
 
 
@@ -2748,7 +2753,7 @@ def to_ring_back(calls: Iterable[Call]) -> tuple[list[list[Call]], int]:
         is_lost = call.outcome == "lost" and call.direction and not (call.answered or call.ended)
         if is_out or not (is_lost or call.outcome in ("missed", "voicemail")):
             continue
-        if number in ("", "anonymous"):
+        if number in ("", "anonymous", FORGOTTEN):
             withheld += 1
         elif number not in spoken:
             callers.setdefault(number, []).append(call)
@@ -2762,7 +2767,6 @@ def to_ring_back(calls: Iterable[Call]) -> tuple[list[list[Call]], int]:
 # ------------------------------------------------------------------------------------------
 
 TABLE_LIMIT = 20
-FORGOTTEN = "[forgotten]"
 FORGET_ROWS = 200  # rewritten in one transaction: the server waits for it
 CALL_SECONDS = 0.2  # that looking up the call of an event may take
 
@@ -2787,8 +2791,12 @@ def open_log(path: str, timeout: float = 5.0) -> sqlite3.Connection:
                          + " ".join(map(shlex.quote, command + sys.argv[1:])))
     database = sqlite3.connect(pathlib.Path(path).as_uri() + "?mode=rw", uri=True, timeout=timeout,
                                isolation_level=None)
-    marks = [database.execute(f"PRAGMA {name}").fetchone()[0]
-             for name in ("application_id", "user_version")]
+    try:
+        marks = [database.execute(f"PRAGMA {name}").fetchone()[0]
+                 for name in ("application_id", "user_version")]
+    except sqlite3.Error as error:
+        database.close()
+        raise CommandEnd(f"{path}: {error}") from None
     if marks != [APPLICATION_ID, SCHEMA_VERSION]:
         database.close()
         raise CommandEnd(f"{path} is not a call log of this version of the program")
@@ -2986,7 +2994,7 @@ def number_of(text: str) -> tuple[str, str]:
     """
     digits = bare_number(text)
     if not re.fullmatch("[0-9]{3,32}", digits):
-        raise SettingsError(f'"{text}": expected a whole number, such as +49 157 91234567')
+        raise SettingsError(f'"{text}": expected a complete number, such as +49 157 91234567')
     # Before it is no digit; what looks like one behind a % is part of another character.
     return digits, (r"(?:(?<![0-9])|(?<=%[0-9A-Fa-f][0-9A-Fa-f]))(?:00)?"
                     + r"[\s()/.#*+-]*".join(digits) + "(?![0-9])")
@@ -3019,7 +3027,8 @@ def rows_with(database: sqlite3.Connection, number: str, token: str
 
 def forget_number(options: argparse.Namespace, settings: Settings) -> int:
     """The command `forget`: every trace of a number leaves the files."""
-    (digits, number), path = number_of(options.number), os.path.realpath(settings.call_log)
+    typed, path = "".join(options.number), os.path.realpath(settings.call_log)
+    digits, number = number_of(typed)
     files, damaged = (path, path + "-wal"), glob.glob(glob.escape(path) + ".damaged-*")
     with contextlib.closing(open_log(settings.call_log)) as database:
         # When each event came, and the first leg of its call, as far as one event tells that.
@@ -3032,7 +3041,7 @@ def forget_number(options: argparse.Namespace, settings: Settings) -> int:
         print(f"{plural(count, 'call')}, from {first} to {last}, hold{'s' * (count == 1)} "
               f"{with_plus(digits)}.", flush=True)
     elif not any(is_in(name, number) for name in (*files, *damaged)):
-        raise CommandEnd(f"no call holds {options.number}; with the country code?{hint}")
+        raise CommandEnd(f"no call holds {typed}; with the country code?{hint}")
     said = "yes" if options.yes else ""
     with contextlib.suppress(EOFError):
         said = said or input("Forget it? The calls stay. (yes/no) ")
@@ -3233,7 +3242,7 @@ def check_sound(path: str) -> int:
             found = (f"{sound.getnchannels()} channels, {sound.getsampwidth() * 8} bit, "
                      f"{sound.getframerate()} Hz")
     except (wave.Error, EOFError) as error:
-        found = f"no PCM WAV file ({str(error) or 'it is cut off'})"
+        found = f"not a PCM WAV file ({str(error) or 'it is cut off'})"
     if found == "1 channels, 16 bit, 8000 Hz":
         print(f"{path}: sipgate plays it")
         return 0
@@ -3344,31 +3353,32 @@ def check_files(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "problem", str(error)
 
 
-def check_log(path: str) -> tuple[str, str]:
+def check_log(settings: Settings) -> tuple[str, str]:
     """Whether the call log can be written and is whole, and what its latest events tell."""
+    path = settings.call_log
     if path == "off":
         return "ok", "call log: off, nothing is kept"
     # SQLite keeps files beside it.
     is_writable = os.access(os.path.dirname(path), os.W_OK | os.X_OK)
     if not is_writable or (os.path.lexists(path) and not os.path.isfile(path)):
-        return "problem", (f"call log: {path} is no file in a folder that this user may write: set "
-                           "CALL_LOG to one, or to off")
+        return "problem", (f"call log: {path} is not a file in a folder that this user may write: "
+                           "set CALL_LOG to one, or to off")
     try:
         with contextlib.closing(open_log(path)) as database:
             fault = database.execute("PRAGMA quick_check(1)").fetchone()[0]
             if fault != "ok":
-                raise CommandEnd(fault)
+                return "problem", f"call log: {path}: {fault}"
             count, follow_ups, last_id = database.execute(
                 "SELECT count(*), sum(event IN ('answer', 'hangup')), max(id) FROM (SELECT * FROM "
                 "events WHERE event <> 'reply' ORDER BY id DESC LIMIT 1000)").fetchone()
     except NothingToShow:
         return "ok", f"call log: {path} will be created"
     except (CommandEnd, sqlite3.Error) as error:
-        return "problem", f"call log: {path}: {error}"
+        return "problem", f"call log: {error}"
     if not count:
         return "warning", (f"call log: {path} has no events yet; enter the URL in sipgate's "
                            "console, choose the sources, and call")
-    if count >= 5 and not follow_ups:
+    if count >= 5 and not follow_ups and not settings.trial:
         return "problem", (f"call log: {path} has no answer and no hangup after the newCalls: "
                            "sipgate sends these to WEBHOOK_URL, and does not reach it")
     return "ok", f"call log: {path}, the last event came on {local_time(last_id / 1e6)}"
@@ -3416,7 +3426,7 @@ def check(options: argparse.Namespace, settings: Settings) -> int:
         yield "ok", f"Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}"
         yield "ok", f"settings: {options.sources}"
         yield from check_files(settings)
-        yield check_log(settings.call_log)
+        yield check_log(settings)
         health = local_health(settings)
         yield check_port(settings, health)
         if health.instance:
@@ -4081,9 +4091,9 @@ class PageServer(http.server.ThreadingHTTPServer):
         self.key = settings.call_page_key or os.urandom(16).hex()
         # Cookies know no ports: another page on this machine is not to take ours away.
         self.cookie = os.urandom(16).hex()
+        self._follower = threading.Thread(target=self.overview.run, daemon=True)
         super().__init__(("127.0.0.1", port), PageHandler)
         self.cookie_name = f"page{self.server_port}"
-        self._follower = threading.Thread(target=self.overview.run, daemon=True)
         self._follower.start()
 
     def server_bind(self) -> None:
@@ -4093,7 +4103,8 @@ class PageServer(http.server.ThreadingHTTPServer):
 
     def server_close(self) -> None:
         self.overview.is_stopping.set()
-        self._follower.join(1)
+        if self._follower.is_alive():  # it has not begun where the port is taken
+            self._follower.join(1)
         super().server_close()
 
 
@@ -4147,12 +4158,12 @@ def read_settings(options: argparse.Namespace, environ: Mapping[str, str]) -> Se
         print(f"Settings are read from {path}", file=sys.stderr)
     problems = []
     for number, name in unread.items():
-        problem = (f"{path} line {number}: {name or 'it'} cannot be read: expected NAME=value, "
-                   "quotes closed, without ${...}, \\ or text behind them")
+        place = f"{path} line {number}"
+        expected = "expected NAME=value, quotes closed, without ${...}, \\ or text behind them"
         if name in SETTINGS:
-            problems.append(problem)
+            problems.append(f"{place}: {name} cannot be read: {expected}")
         else:
-            logger.warning("%s; the line is skipped", problem)
+            logger.warning("%s is skipped: %s", place, expected)
     if problems:
         raise SettingsError(*problems)
     typed = {name: text for name, text in vars(options).items() if name in SETTINGS}
@@ -4199,7 +4210,7 @@ def command_line() -> argparse.ArgumentParser:
     """The commands and their options; a command is a function, in `run`."""
     parser = Parser(
         prog=os.path.basename(__file__), allow_abbrev=False,
-        description="Receive the call events of sipgate.io. Without a command: serve.",
+        description="Receive the call events of sipgate.io. Without a command: take calls.",
         epilog="Further settings, in the environment or in a .env file: "
         + ", ".join(SETTINGS[2:]) + ". See the README.")
     parser.add_argument("--version", action="version", version=f"sipgate_callevents {__version__}")
@@ -4226,7 +4237,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--format", choices=("table", "csv", "excel", "json"), default="table",
         help="excel: CSV as a German Excel reads it")
     add = command(forget_number, "forget", "remove every trace of a number")
-    add("number", help="the number with its country code, written as you like")
+    add("number", nargs="+", help="the number with its country code, written as you like")
     add("--yes", action="store_true", help="do not ask")
     add = command(simulate, "simulate", "rehearse calls without a phone")
     add("scenario", nargs="?", choices=list(SCENARIOS), default="answered", metavar="SCENARIO",
