@@ -1737,7 +1737,7 @@ FLOWS = {
     "overflow, nobody at last": ("0 n A Alice; 20 h A forwarded; 20.1 n B Bob; 40 h B forwarded; 40.1 n C Carl; 60 h C cancel", 200, "missed - 60 - back"),
     "consultation while the caller holds": ("0 n A Alice; 5 a A Alice; 30 n B Bob; 35 a B Bob; 50 h B; 100 h A", 200, "answered Alice,Bob 5 95"),
     "picked up by another phone": ("0 n A Alice; 9 a A 4930299; 60 h A", 100, "answered 4930299 9 51"),
-    "clock set back an hour in between": ("0 n A Alice; 10 a A Alice; 10.000001 h A", 100, "answered Alice 10 0"),
+    "clock set back an hour in between": ("0 n A Alice; 10 a A Alice; 10.0001 h A", 100, "answered Alice 10 0"),
     # what retention leaves of a call is no missed one
     "newCall removed": ("0 h A cancel; 1 d A 1", DAY, "lost - - -"),
     "all but a digit removed": ("0 d A 1", DAY, "lost - - -"),
