@@ -76,8 +76,8 @@ Time limits, and what happens then:
     on_answer, on_hangup                        no end    after 60 s stderr and /healthz say so
 
 The 3 s hold while Python runs: code of yours that never lets go of the interpreter (a regular
-expression that takes minutes) stops every thread, and so every caller. With over 5,000 lines
-that wait to be printed, or 1,000 events for on_answer and on_hangup, a new one is dropped.
+expression that takes minutes) stops every thread, and so every caller. With over 5,000 prints
+that wait for stdout, or 1,000 events for on_answer and on_hangup, a new one is dropped.
 
 Words: an *event* is one of sipgate's; the *response* is its XML document, the *reply* the
 HTTP answer that carries it; a *handler* is http.server's class. A *call* is what a person
@@ -609,13 +609,19 @@ def response_xml(action: Action | None = None, *, on_answer: str = "", on_hangup
 
     `on_answer` and `on_hangup` are the absolute URLs to send those events to (empty: they are
     not sent); `on_data` is the one for a gather() without a URL. Raises ValueError where it
-    needs one and there is none.
+    needs one and there is none, and for an action that does not give well-formed XML.
     """
     follow_ups = {"onAnswer": on_answer, "onHangup": on_hangup}
     response = ET.Element("Response", {name: url for name, url in follow_ups.items() if url})
-    if action is not None:
-        _append(response, action, on_data)
-    return ET.tostring(response) + b"\n"
+    if action is None:
+        return ET.tostring(response) + b"\n"
+    _append(response, action, on_data)
+    document = ET.tostring(response) + b"\n"
+    try:
+        ET.fromstring(document)
+    except ET.ParseError as error:  # such as a control character in its text
+        raise ValueError(f"{action.tag} gives no well-formed XML: {error}") from None
+    return document
 
 
 def _append(parent: ET.Element, action: Action, on_data: str) -> None:
@@ -1281,10 +1287,11 @@ class Receiver:
             is_new = self._record(event, received_at)
             if not event.is_decided:
                 return Replied(event, DISCARDED, received_at, is_new)
-            document = response_xml()
             if event.function:
                 action = self.your_code.decide(event.function, event, deadline)
                 action, document = self._document(action, outside)
+            else:  # of a kind that is not known
+                document = response_xml()
         except Exception:
             logger.exception("an error in this program; the call goes through undecided")
             action, document = self._document(None, outside)
@@ -1511,7 +1518,7 @@ class Connection:
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.deadline = math.inf  # past it, the server cuts the connection
-        self.is_leaving = False
+        self.is_leaving = self.is_cut = False
         self.in_flight = False  # a complete request is being replied to
         self.spare(self.BEGUN_SPARED)
 
@@ -1533,13 +1540,15 @@ class Connection:
         return True
 
     def leave(self) -> None:
-        """Take no more input. A request that has come all the same is replied to."""
+        """Have it end soon. A request that has come all the same is replied to."""
         self.is_leaving = True
         self.allow(self.LEAVE_SECONDS)
-        self._shut(socket.SHUT_RD)
+        if os.name != "nt":  # where that would be a reset, for what has come
+            self._shut(socket.SHUT_RD)
 
     def cut(self) -> None:
-        """Have the connection's thread find the end of its input."""
+        """Have it end at once: its thread finds the end of the input."""
+        self.is_cut = True
         self._shut(socket.SHUT_RDWR)
 
     def _shut(self, how: int) -> None:
@@ -1571,6 +1580,8 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
             # Here and not in the accepting thread, which a silent client would hold up.
             self.request = self.tracked.sock = self.server.tls.context().wrap_socket(
                 self.request, True, do_handshake_on_connect=False)
+            if self.tracked.is_leaving or self.tracked.is_cut:  # as what it was before: no effect
+                raise ConnectionAbortedError
             self.request.do_handshake()
             self.tracked.spare(Connection.BEGUN_SPARED)
         super().setup()
@@ -1601,7 +1612,8 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
         """Wait for the first byte of a request; False if the client closes, or speaks TLS."""
         first = self.rfile.peek(1)[:1]  # type: ignore[attr-defined]
         self.tracked.spare(Connection.BEGUN_SPARED)
-        self.tracked.allow(self.request_seconds)
+        if not self.tracked.is_leaving:
+            self.tracked.allow(self.request_seconds)
         if first == b"\x16":
             logger.warning("https on the http port: a TLS handshake came in; the tunnel or proxy "
                            "must speak http to this port")
@@ -1836,9 +1848,9 @@ class WebhookServer(socketserver.ThreadingTCPServer):
         return self.is_stopping or len(self.connections) > self.max_connections * 3 // 4
 
     def begin(self, connection: Connection) -> bool:
-        """Whether the complete request may be replied to: not past the connection's deadline."""
+        """Whether the complete request may be replied to: not past its deadline, or the stop."""
         with self._changed:
-            is_late = connection.deadline < time.monotonic()
+            is_late = connection.is_cut or connection.deadline < time.monotonic()
             connection.in_flight = not (self.is_stopping or is_late)
             connection.deadline = math.inf  # the reply has a limit of its own
             return connection.in_flight
@@ -1908,7 +1920,7 @@ class QueuedOutput(io.RawIOBase):
         self._is_terminal = stream is not None and stream.isatty()
         self._dropped = 0
         # A pause, or each line of a busy hour would wake this thread, and cost the calls time.
-        self.worker = Worker("output", self._write, limit, pause=0.01)
+        self.worker = Worker("output", self._write, limit, most=200, pause=0.01)
 
     def writable(self) -> bool:
         return True
@@ -1933,7 +1945,7 @@ class QueuedOutput(io.RawIOBase):
         with self.worker.lock:
             dropped, self._dropped = self._dropped, 0
         if dropped:
-            rest += b"(%d lines were dropped here: too many were waiting)\n" % dropped
+            rest += b"(%d prints were dropped here: too many were waiting)\n" % dropped
         try:
             while self._raw and rest:
                 written = self._raw.write(rest)
@@ -1959,7 +1971,12 @@ class Console(io.TextIOWrapper):
     def write_later(self, text: Callable[[], str]) -> None:
         """Write what `text` returns, which may be slow: it is asked when its turn has come."""
         def piece() -> bytes:
-            return printable(text(), keep="\n\t").encode(self.encoding, "backslashreplace")
+            try:
+                line = printable(text(), keep="\n\t").replace("\n", os.linesep)
+                return line.encode(self.encoding, "backslashreplace")
+            except Exception:  # the other lines are printed all the same
+                logger.exception("an error in this program; an event is not printed")
+                return b""
         self.output.put(piece)
 
 
@@ -2112,8 +2129,9 @@ def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
 
 ENV_NAME = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)")
 ENV_VALUE = re.compile(r"""
-    \s* = \s* (?: (?P<quote>['"]) (?P<quoted>(?:(?!(?P=quote))[^\\\0])*) (?P=quote) \s* (?:\#.*)?
-                | (?P<plain>(?![\s'"])[^\0]*) )""", re.VERBOSE)
+    \s* = (?!\s+\#) \s*
+    (?: (?P<quote>['"]) (?P<quoted>(?:(?!(?P=quote))[^\\\0])*) (?P=quote) \s* (?:\#.*)?
+      | (?P<plain>(?![\s'"])[^\0]*) )""", re.VERBOSE)
 
 
 def parse_dotenv(text: str) -> tuple[dict[str, str], dict[int, str]]:
@@ -2162,7 +2180,11 @@ def read_setting(name: str, text: str, folder: str) -> Any:
     if name == "WEBHOOK_URL":
         return read_url(text)
     if name == "WEBHOOK_HOST":
-        return text.strip("[]")
+        text = text.strip("[]")
+        if not re.fullmatch("[0-9A-Fa-f.]*:[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*(%[A-Za-z0-9._-]+)?|"
+                            "[A-Za-z0-9._-]+", text):
+            raise ValueError("expected an address such as 127.0.0.1 or ::1, without a port")
+        return text
     if name == "CALL_PAGE_KEY" and not re.fullmatch("[A-Za-z0-9_-]{16,128}", text):
         raise ValueError("expected 16 to 128 letters and digits, such as " + os.urandom(8).hex())
     return os.path.abspath(os.path.join(folder, text)) if name in PATHS and text != "off" else text
@@ -2324,7 +2346,7 @@ Trial mode proves nothing: any program on this machine can invent calls.
 For a first real call, book sipgate.io, then open a tunnel in a second terminal:
   ssh -R 80:127.0.0.1:{port} nokey@localhost.run
 and restart this program with the address that it prints, and a secret path:
-  --url https://ADDRESS/{secret}
+  --url https://ADDRESS/{secret}{flags}
 """
 
 LIVE_TEXT = """\
@@ -2343,7 +2365,7 @@ def announcement(settings: Settings) -> str:
     text = f"sipgate_callevents {__version__} listens on {host}:{port}\n"
     text += (TRIAL_TEXT if settings.trial else LIVE_TEXT).format(
         port=port, secret=os.urandom(8).hex(), url=settings.webhook_url,
-        verify=settings.verify_signature)
+        verify=settings.verify_signature, flags="" if port == 8080 else f" --port {port}")
     for name in PATHS:
         value = getattr(settings, name.lower())
         text += f"{name} is {value}\n" if value else ""
@@ -2409,12 +2431,13 @@ def event_line(event: CallEvent, call: Any = None) -> str:
     if isinstance(event, AnswerEvent):
         who = known(event.user, event.answering_number)
         return f"{who} answered call from {known(event.from_number)}"
-    call = call or event.call
     if isinstance(event, HangupEvent):
+        call = call or event.call
         outcome = outcome_text(call) if call and call.ended is not None else ""
         remarks = ", ".join(filter(None, (printable(event.cause), outcome)))
         return "The call has been hung up" + (f" ({remarks})" if remarks else "")
     if isinstance(event, DtmfEvent):
+        call = call or event.call
         return f"{known(call.from_number if call else '')} pressed {known(event.dtmf)}"
     return f"Unknown event {known(event.event)}"
 
@@ -2557,7 +2580,8 @@ def put_together(legs: Sequence[Leg], now: float) -> Call:
     ended = end_of(legs, now)
     waited = answered if spoken else voicemails[0] if voicemails else ended
     talked = next((at for at in voicemails if answered and at > answered), ended)
-    hangups = sorted((leg.hangup for leg in legs if leg.hangup), reverse=True)
+    hangups = [leg.hangup for leg in legs if leg.hangup]
+    hangups.sort(key=lambda hangup: hangup.at, reverse=True)
     causes = [hangup.event.cause for hangup in hangups]
     reply = next((entry.words for entry in reversed(stored) if entry.words), "")
     return Call(
@@ -2611,7 +2635,7 @@ def end_of(legs: Sequence[Leg], now: float) -> float | None:
         patience = RINGING_LOST_SECONDS if leg.people else 0
         is_open = not last or now - last.at < patience
         if leg.hangup:
-            last = max(leg.hangup, last or leg.hangup)
+            last = max(last or leg.hangup, leg.hangup, key=lambda hangup: hangup.at)
         elif is_open and (leg.people or not leg.voicemails):
             return None
     if last and last.event.cause == "forwarded" and now - last.at < FORWARD_SECONDS:
@@ -2661,6 +2685,8 @@ def linked_legs(database: sqlite3.Connection, name: str) -> list[Leg]:
         leg = Leg(each, rows)
         legs.append(leg)
         room -= len(rows)
+        if each.startswith("#"):
+            continue  # without a callId it is a call of its own
         links = linked(database, "orig_call_id", each)
         links |= {orig for orig in leg.origs if linked(database, "orig_call_id", orig)}
         links = links.union(*(linked(database, "xcid", xcid) for xcid in leg.xcids))
@@ -2906,7 +2932,7 @@ def read_since(text: str) -> float:
     """The Unix time at which a day begins. Raises SettingsError."""
     try:
         return datetime.datetime.fromisoformat(text).timestamp()
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, OSError):
         raise SettingsError(f'--since is "{text}": expected a date such as 2026-11-01') from None
 
 
@@ -3298,11 +3324,11 @@ class Health(NamedTuple):
 
 def fetch(url: str, context: ssl.SSLContext | None) -> Health:
     """GET `url`, however long that takes. Raises nothing."""
-    parts = urllib.parse.urlsplit(url)
     kind: Any = http.client.HTTPConnection
-    if parts.scheme == "https":
-        kind = functools.partial(http.client.HTTPSConnection, context=context)
     try:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme == "https":
+            kind = functools.partial(http.client.HTTPSConnection, context=context)
         with contextlib.closing(kind(parts.netloc, timeout=GET_SECONDS)) as link:
             link.request("GET", parts.path)
             reply = link.getresponse()
@@ -3825,19 +3851,25 @@ class Overview:
     def run(self) -> None:
         """Follow the call log until told to stop."""
         while not self.is_stopping.is_set():
-            is_new, fault = False, ""
             try:
-                with contextlib.closing(open_log(self.settings.call_log)) as database:
-                    is_new = self._follow(database)
-            except NothingToShow:
-                is_new = bool(self.days)
-                self._begin_anew()
-            except (CommandEnd, sqlite3.Error) as error:
-                fault = str(error)
+                self._look()
             except Exception:  # the page goes on with what comes later
                 logger.exception("an error in this program; the page may be incomplete")
-            self._publish(is_new, fault)
             self.is_stopping.wait(self.POLL_SECONDS)
+
+    def _look(self) -> None:
+        """Take in what is new, and publish it."""
+        is_new, fault = False, ""
+        try:
+            with contextlib.closing(open_log(self.settings.call_log)) as database:
+                is_new = self._follow(database)
+        except NothingToShow:
+            is_new = bool(self.days)
+            self._begin_anew()
+        except (CommandEnd, sqlite3.Error) as error:
+            fault = str(error)
+            self._begin_anew()  # or what was not read now would stay unread
+        self._publish(is_new, fault)
 
     def _begin_anew(self) -> None:
         with self.lock:
@@ -4296,7 +4328,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # rather than end at an odd name
     try:
         status = run(options)
-        sys.stdout.flush()
+        if sys.stdout:  # pythonw has none
+            sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         return 130
