@@ -2148,10 +2148,10 @@ class PageTest(InFolder):
         wait_until(lambda: "webhooks were refused (2)" in self.data()["trouble"])
 
     def test_a_log_that_cannot_be_read_is_told_and_one_that_is_not_there_changes_nothing(self):
-        pathlib.Path(self.path).write_bytes(b"")
+        empty = sc.Overview(Settings(call_log=self.path, webhook_port=free_port()))
+        versions = [(empty._look(), empty.version)[1] for _ in range(2)]
+        self.assertEqual(versions[0], versions[1])
         self.serve()
-        looks = [self.data()["version"] for _ in range(3)]
-        self.assertEqual((len(set(looks)), self.data()["days"][0][1:]), (1, [0, 0, 0]))
         with database_at(self.path) as database:
             database.execute("PRAGMA user_version=99")
             wait_until(lambda: "is not a call log of this version" in self.data()["trouble"])
