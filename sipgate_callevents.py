@@ -5,7 +5,7 @@
 
 Copy this one file to a server and start it; Python 3.8 or newer is all it needs:
 
-    python3 sipgate_callevents.py               take calls; without --url from this machine only
+    python3 sipgate_callevents.py               take calls; without WEBHOOK_URL (--url) for trials
     python3 sipgate_callevents.py simulate      rehearse a call, without a phone
     python3 sipgate_callevents.py check         find out why nothing arrives
     python3 sipgate_callevents.py calls         the latest calls, with their outcome
@@ -17,7 +17,8 @@ for the later events: answer, hangup, and dtmf (the digits of a <Gather>).
 
 Part I answers the phone: everything that a byte from the internet or a waiting caller can
 reach. Read it before you trust this file. Part II starts the program, and looks at what Part I
-has stored; no reply waits for it, unless a function of yours asks for event.call.
+has stored; no reply waits for it, but for event.call in a function of yours, and for up to
+half a second while `forget` writes.
 
     socket bytes
       |  WebhookRequestHandler    a complete, strictly framed request, in time, within limits
@@ -36,27 +37,32 @@ What an administrator asks, and where it is decided:
 
     who can invent events   Nobody who cannot sign them: 403, stored and run nowhere. But
                             VERIFY_SIGNATURE=new-call takes answer, hangup and dtmf unsigned, and
-                            off takes anything, as trial mode does from this machine.
-                            Receiver._verify, Receiver.admit
-    what a signature        That sipgate sent this body to one of its customers: not to which,
-    proves                  not when, and not on which path, with which query. So the path of
+                            off takes anything, as trial mode does from this machine, by its
+                            headers. A forged hangup falsifies the log, and ends no call.
+                            Receiver.admit, with _verify
+    what a signature        That sipgate (or who has the key of SIGNATURE_KEY_FILE) signed this
+    proves                  body for some customer: not for which, not when, not on which path and
+                            query. A replayed newCall is decided again. So the path of
                             WEBHOOK_URL is to be a secret. is_signed
-    who sees numbers        Who reads the call log (mode 0600, CALL_LOG_DAYS days), stdout
-                            (CALL_OUTPUT), or what your functions do with them. stderr has none
-                            but what your functions print or raise. CallLog._open, CallLog._remove
-    the disk is full,       The call goes on. Its event waits in memory, as up to 10,000 do, and
-    slow, or hangs          is tried again by the Worker call-log; stderr and /healthz say so, and
-                            what was lost at the end. CallLog.record, CallLog._work
+    who sees numbers        Who reads the call log (mode 0600, for CALL_LOG_DAYS days and about one
+                            more), stdout, for as long as that is kept (CALL_OUTPUT), or the page;
+                            and where your functions put them. The server's stderr has none but
+                            what these print or raise. CallLog._open, CallLog._remove
+    the disk is full,       The call goes on; only the start needs the file. Its event waits in
+    slow, or hangs          memory, as up to 10,000 do, and is tried again by the Worker call-log;
+                            stderr and /healthz say so, and at the end what is lost.
+                            CallLog.record, CallLog._work
     how long a caller       3 s for the reply, set in WebhookRequestHandler._receive; each wait
     waits                   within it has its own limit. YourCode.decide, CallLog.record
-    a client that sends     It holds a connection and a thread for 10 s. With over 256 connections
-    a byte a second         the one that has waited longest for more of a request is closed for a
-                            new one, which waits where all are being replied to.
+    a client that sends     It holds a connection and a thread for 20 s at most. With over 256
+    a byte a second         connections the one that has waited longest for more of a request is
+                            closed for a new one, which waits while there is none.
                             WebhookServer._sweep, WebhookServer._make_room
     SIGTERM                 No new connection; what is in flight gets its reply; then your
                             functions, lines and the call log are finished, as far as time allows.
                             serve, WebhookServer.stop
-    blocking a caller       return reject("busy") in on_new_call; numbers have no +
+    blocking a caller       return reject("busy") in on_new_call, below, or in the file that
+                            CALL_HANDLERS names; sipgate's numbers have no +
     a further action        a function beside dial
     a further event         a class, and what the comment above EVENTS says
 
@@ -70,7 +76,7 @@ Time limits, and what happens then:
       of these, event.call in your function      0.2 s    it is None
     the client taking the reply                   10 s    closed
     between two requests of a connection          75 s    closed
-    reading on after a refusal                     1 s    closed
+    reading on after a malformed request           1 s    closed
     ending, to make room for another               1 s    closed
     stopping: replies, on_answer, on_hangup        4 s    given up; the call log has 1 s more
     on_answer, on_hangup                        no end    after 60 s stderr and /healthz say so
@@ -436,9 +442,10 @@ class UnknownEvent(CallEvent):
     event: str = ""  # type: ignore[misc]
 
 
-# A further event: a class above, named here; its fields below; a line in ROUTES; its function in
-# CallFunctions; what event_line prints. If a reply has to ask for it, so that sipgate sends it:
-# its URL in Receiver.urls, and its attribute in response_xml.
+# A further event: a class above (is_decided=False, if its function is to run later), named here;
+# its fields below; a line in ROUTES; its function in CallFunctions; what event_line prints. If a
+# reply has to ask for it, so that sipgate sends it: its URL in Receiver.urls, and its attribute in
+# response_xml.
 EVENTS: dict[str, type[CallEvent]] = {
     kind.event: kind for kind in (NewCallEvent, AnswerEvent, HangupEvent, DtmfEvent)}
 TEXT_FIELDS = {
@@ -1241,7 +1248,7 @@ class Receiver:
             event = parse_event(body, self.routes[path], state, signature=signature,
                                 find_call=self.find_call)
             if not self._is_open(outside):
-                if signature is None and event.event not in ("answer", "hangup", "dtmf"):
+                if signature is None and isinstance(event, (NewCallEvent, UnknownEvent)):
                     raise refusal(MISSING)  # VERIFY_SIGNATURE=new-call has to read it first
                 if not event.call_id:
                     raise WebhookError(400, "callId is missing")
