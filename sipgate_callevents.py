@@ -1550,7 +1550,7 @@ class Connection:
         """Have it end soon. A request that has come all the same is replied to."""
         self.is_leaving = True
         self.allow(self.LEAVE_SECONDS)
-        if os.name != "nt":  # where that would be a reset, for what has come
+        if os.name != "nt":  # Windows would answer what has come with a reset
             self._shut(socket.SHUT_RD)
 
     def cut(self) -> None:
@@ -1587,7 +1587,8 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
             # Here and not in the accepting thread, which a silent client would hold up.
             self.request = self.tracked.sock = self.server.tls.context().wrap_socket(
                 self.request, True, do_handshake_on_connect=False)
-            if self.tracked.is_leaving or self.tracked.is_cut:  # as what it was before: no effect
+            # What was shut while it was wrapped was the socket's old form: that had no effect.
+            if self.tracked.is_leaving or self.tracked.is_cut:
                 raise ConnectionAbortedError
             self.request.do_handshake()
             self.tracked.spare(Connection.BEGUN_SPARED)
