@@ -200,11 +200,7 @@ ROUTES = {
 
 
 class SettingsError(Exception):
-    """The program cannot start as it is set up; `problems` holds one sentence for each fault."""
-
-    def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+    """The program cannot start as it is set up; `args` holds one sentence for each fault."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -2125,126 +2121,94 @@ def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
 
 # ------------------------------------------------------------------------------------------
 # Settings from text
-# The .env reader, and how the text of a setting becomes a value. No file, no environment and
-# no argument is read here.
+# The .env reader, and how the text of a setting becomes a value. No file and no environment is
+# read here.
 # ------------------------------------------------------------------------------------------
 
-ENV_NAME = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)")
-ENV_VALUE = re.compile(r"""
-    \s* = (?!\s+\#) \s*
-    (?: (?P<quote>['"]) (?P<quoted>(?:(?!(?P=quote))[^\\\0])*) (?P=quote) \s* (?:\#.*)?
-      | (?P<plain>(?![\s'"])[^\0]*) )""", re.VERBOSE)
+# A line that sets something; in the last group that took part is the value. Or an empty line.
+ENV_LINE = re.compile(r"""
+    (?!.*\$\{) \s* (?:export\s+)? ([A-Za-z_][A-Za-z0-9_]*) \s* = (?!\s+\#) \s*
+    (?: (?: "([^"\\\0]*)" | '([^'\\\0]*)' ) \s* (?:\#.*)?
+      | ((?:[^\s'"\0][^\0]*?)?) (?:\s+\#.*)? \s* )
+    | \s* (?:\#.*)?""", re.VERBOSE)
 
 
 def parse_dotenv(text: str) -> tuple[dict[str, str], dict[int, str]]:
-    """Return what the lines of a `.env` file set, and the numbers and names of those not read.
+    """Return what the lines of a `.env` file set, and those that are not read, by number.
 
     A line is read only where python-dotenv makes the same of it: nothing is guessed.
     """
     values, unread = {}, {}
     for number, line in enumerate(re.split("\r\n|\r|\n", text.lstrip("\ufeff")), 1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        name = ENV_NAME.match(line)
-        value = ENV_VALUE.fullmatch(line, name.end()) if name else None
-        if not name or not value or "${" in value[0]:
-            unread[number] = name[1] if name else ""
-        elif value["quote"]:
-            values[name[1]] = value["quoted"]
-        else:
-            values[name[1]] = re.sub(r"\s+#.*", "", value["plain"]).rstrip()
+        found = ENV_LINE.fullmatch(line)
+        if not found:
+            unread[number] = line
+        elif found.lastindex:
+            values[found[1]] = found[found.lastindex]
     return values, unread
 
 
-SETTINGS = [known.name.upper() for known in fields(Settings)]
+SETTINGS = [setting.name.upper() for setting in fields(Settings)]
 PATHS = ("WEBHOOK_TLS_CERT", "WEBHOOK_TLS_KEY", "SIGNATURE_KEY_FILE", "CALL_HANDLERS", "CALL_LOG")
-CHOICES = {"VERIFY_SIGNATURE": ("on", "new-call", "off"), "CALL_OUTPUT": ("text", "json", "off")}
-NUMBERS = {"WEBHOOK_PORT": range(65536), "CALL_LOG_DAYS": range(1, 100_000)}  # port 0: any free one
-PUBLIC_URL = re.compile(
-    r"(?!.*(ADDRESS|SECRET-PATH))(?i:https?)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+\])"
-    r"(:[0-9]{1,5})?(/[A-Za-z0-9/._~!$&'()*+,;=:@%-]*)?")
+PORT = "[0-5]?[0-9]{1,4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
+EXPECTED = {  # what the text of a setting looks like, and how that is said; of others: any text
+    "WEBHOOK_URL": (
+        rf"(?!.*(ADDRESS|SECRET-PATH|({'|'.join(ROUTES)})/*$))https?://[A-Za-z0-9._-]+"
+        rf"(:(?!0)({PORT}))?(/[A-Za-z0-9/._~!$&'()*+,;=:@%-]*)?",
+        "an address such as https://example.org/3f9c2a, without /new-call, user, query or "
+        "fragment; ADDRESS and SECRET-PATH stand for yours"),
+    "WEBHOOK_PORT": (PORT, "a whole number from 0 to 65535"),  # 0: any free one
+    "VERIFY_SIGNATURE": ("on|new-call|off", "on, new-call or off"),
+    "CALL_LOG_DAYS": ("[1-9][0-9]{0,4}", "a whole number from 1 to 99999"),
+    "CALL_OUTPUT": ("text|json|off", "text, json or off"),
+    "CALL_PAGE_KEY": ("[A-Za-z0-9_-]{16,128}", "16 to 128 letters and digits"),
+}
 
 
-def read_setting(name: str, text: str, folder: str) -> Any:
-    """Return the value of a setting; a relative path counts from `folder`.
-
-    Raises ValueError that says what was expected.
-    """
-    if name in CHOICES:
-        if text.lower() not in CHOICES[name]:
-            raise ValueError("expected " + " or ".join(CHOICES[name]))
-        return text.lower()
-    if name in NUMBERS:
-        numbers = NUMBERS[name]
-        if not re.fullmatch("[0-9]{1,5}", text) or int(text) not in numbers:
-            raise ValueError(f"expected a whole number from {numbers[0]} to {numbers[-1]}")
-        return int(text)
-    if name == "WEBHOOK_URL":
-        return read_url(text)
-    if name == "WEBHOOK_HOST":
-        text = text.strip("[]")
-        if not re.fullmatch("[0-9A-Fa-f.]*:[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*(%[A-Za-z0-9._-]+)?|"
-                            "[A-Za-z0-9._-]+", text):
-            raise ValueError("expected an address such as 127.0.0.1 or ::1, without a port")
-        return text
-    if name == "CALL_PAGE_KEY" and not re.fullmatch("[A-Za-z0-9_-]{16,128}", text):
-        raise ValueError("expected 16 to 128 letters and digits, such as " + os.urandom(8).hex())
-    return os.path.abspath(os.path.join(folder, text)) if name in PATHS and text != "off" else text
+def read_setting(name: str, text: str) -> Any:
+    """Return the value of a setting; ArgumentTypeError says what was expected."""
+    pattern, expected = EXPECTED.get(name, ("", ""))
+    if text and pattern and not re.fullmatch(pattern, text):
+        raise argparse.ArgumentTypeError(f'"{text}": expected {expected}')
+    return type(getattr(Settings, name.lower()))(text.rstrip("/"))
 
 
-def read_url(text: str) -> str:
-    """Return the base URL `text` without a slash at its end; ValueError says what was expected."""
-    base = text.rstrip("/")
-    try:
-        is_url = PUBLIC_URL.fullmatch(text) and urllib.parse.urlsplit(text).port != 0
-    except ValueError:  # a port above 65535, brackets that hold no IPv6 address
-        is_url = False
-    if not is_url:
-        raise ValueError("expected an address such as https://example.org/3f9c2a, without user, "
-                         "query or fragment; ADDRESS and SECRET-PATH stand for yours")
-    for route in ROUTES:
-        if base.endswith(route):
-            raise ValueError(f"leave out {route}, it is added to {base[:-len(route)]}")
-    return base
+def checked(values: Mapping[str, str], folder: str = "") -> Settings:
+    """Return the settings of `values` (name to text; empty: the default).
 
-
-def checked(values: Mapping[str, str], folder: str = "",
-            typed: Mapping[str, str] | None = None) -> Settings:
-    """Return the settings of `values` (name to text; empty means not set).
-
-    A relative path counts from `folder`; `typed` has the flags that settings were typed as.
-    Raises SettingsError with one sentence for each value that is wrong.
+    A relative path counts from `folder`. SettingsError has a sentence for each wrong value.
     """
     found, problems = {}, []
     for name in SETTINGS:
         text = values.get(name, "").strip() or str(getattr(Settings, name.lower()))
+        if name in PATHS and text not in ("", "off"):
+            text = os.path.abspath(os.path.join(folder, text))
         try:
-            if text:
-                found[name.lower()] = read_setting(name, text, folder)
-        except ValueError as error:
-            problems.append(f'{(typed or {}).get(name, name)} is "{text}": {error}')
-    settings = Settings(**found)
-    if not problems and settings.trial and not is_loopback(settings.webhook_host):
-        problems.append(f'WEBHOOK_HOST is "{settings.webhook_host}" but WEBHOOK_URL is not set: '
-                        "set it too, or leave WEBHOOK_HOST at 127.0.0.1")
-    if bool(settings.webhook_tls_cert) != bool(settings.webhook_tls_key):
-        problems.append("WEBHOOK_TLS_CERT and WEBHOOK_TLS_KEY are set together or not at all")
+            found[name.lower()] = read_setting(name, text)
+        except argparse.ArgumentTypeError as error:
+            problems.append(f"{name} is {error}")
     if problems:
         raise SettingsError(*problems)
+    settings = Settings(**found)
+    if settings.trial and not is_loopback(settings.webhook_host):
+        raise SettingsError(f'WEBHOOK_HOST is "{settings.webhook_host}" but WEBHOOK_URL is not '
+                            "set: set it too, or leave WEBHOOK_HOST at 127.0.0.1")
+    if bool(settings.webhook_tls_cert) != bool(settings.webhook_tls_key):
+        raise SettingsError("WEBHOOK_TLS_CERT and WEBHOOK_TLS_KEY are set together or not at all")
     return settings
 
 
 def warnings_of(settings: Settings) -> Iterator[str]:
     """What is allowed but probably not meant, a sentence each."""
     url = urllib.parse.urlsplit(settings.webhook_url)
-    if url.hostname and not is_loopback(url.hostname):
-        if url.scheme == "http":
-            yield "WEBHOOK_URL begins with http: sipgate's newer accounts take https only"
-        if not url.path:
-            yield ("WEBHOOK_URL has no path, and every sipgate customer's webhooks carry the same "
-                   "signature: a long random path keeps theirs out, such as "
-                   f"WEBHOOK_URL={settings.webhook_url}/{os.urandom(8).hex()}")
-    if url.hostname and settings.verify_signature == "off":
+    is_public = not settings.trial and not is_loopback(url.hostname or "")
+    if is_public and url.scheme == "http":
+        yield "WEBHOOK_URL begins with http: sipgate's newer accounts take https only"
+    if is_public and not url.path:
+        yield ("WEBHOOK_URL has no path: only a long random one keeps out the webhooks of "
+               "sipgate's other customers, which are signed alike; such as "
+               f"WEBHOOK_URL={settings.webhook_url}/{os.urandom(8).hex()}")
+    if not settings.trial and settings.verify_signature == "off":
         yield "VERIFY_SIGNATURE=off: anyone who knows the address can invent calls"
     if time.localtime().tm_year < 2020:
         yield "the clock of this machine is wrong: set it, or calls get wrong times"
@@ -2256,53 +2220,52 @@ def warnings_of(settings: Settings) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------
 
 class CommandEnd(Exception):
-    """The command ends here, with exit status 1; the text says why, in a sentence."""
+    """The command ends here, with exit status 1; the text says why."""
 
 
 class NothingToShow(CommandEnd):
-    """There is nothing to show, which is no failure: the exit status is 0."""
+    """That is no failure: the exit status is 0."""
 
 
-def likely(name: str, names: Iterable[str]) -> str:
-    """The words "; is X meant?" where `name` is a slip of the pen for one of `names`, or ""."""
-    import difflib  # seldom needed, and each import delays the start
-    close = difflib.get_close_matches(name, list(names), 1, 0.8)
-    return f"; is {close[0]} meant?" if close else ""
+def warn_of_slips(found: Iterable[str], names: Iterable[str]) -> None:
+    """Warn of what is no name of ours, but looks like one."""
+    import difflib
+    meant = {name.upper(): name for name in names}
+    for name in sorted(set(found).difference(names)):
+        for close in difflib.get_close_matches(name.upper(), meant, 1, 0.8):
+            logger.warning("nothing uses %s; is %s meant?", name, meant[close])
 
 
 def load_functions(path: str) -> CallFunctions:
-    """Return the functions of the file CALL_HANDLERS names, ours where it has none.
+    """Run the file CALL_HANDLERS names; return its functions, ours where it has none.
 
-    Runs that file. Raises SettingsError that names file, line and error.
+    Raises SettingsError that names file, line and error.
     """
     if not path:
         return CallFunctions()
+    import runpy
     wrong, names = f'CALL_HANDLERS is "{path}": ', CallFunctions._fields
-    module = sys.modules["call_handlers"] = types.ModuleType("call_handlers")
-    module.__file__ = path
+    # It imports this very module, whatever the script is called.
+    sys.modules["sipgate_callevents"] = sys.modules[__name__]
     try:
-        importlib.machinery.SourceFileLoader("call_handlers", path).exec_module(module)
+        module = runpy.run_path(path, run_name="call_handlers")
     except BaseException as error:  # noqa: BLE001 - sys.exit() in the file included
         lines = [f"line {frame.lineno}: " for frame in traceback.extract_tb(error.__traceback__)
                  if frame.filename == path]
         why = f"{type(error).__name__}: {error}"
         raise SettingsError(wrong + "".join(lines[-1:]) + why) from None
-    for name in set(vars(module)).difference(names):
-        meant = likely(name, names)
-        if meant:
-            logger.warning("%s: %s is never called%s", path, name, meant)
-    found = {name: getattr(module, name) for name in names if hasattr(module, name)}
+    warn_of_slips(module, names)
+    found = {name: module[name] for name in names if name in module}
     if not found:
         raise SettingsError(wrong + f"expected one of {', '.join(names)} in it")
     for name, function in found.items():
         if not takes_an_event(function):
-            raise SettingsError(wrong + f"{name} has to be a plain function of one argument, the "
+            raise SettingsError(f"{wrong}{name} has to be a plain function of one argument, the "
                                 "event, without async")
     return CallFunctions(**found)
 
 
 def takes_an_event(function: Any) -> bool:
-    """Whether this is a plain function that can be called with an event, and nothing else."""
     try:
         inspect.signature(function).bind(CallEvent())
     except (TypeError, ValueError):
@@ -2310,79 +2273,53 @@ def takes_an_event(function: Any) -> bool:
     return not inspect.iscoroutinefunction(function)
 
 
-# The DER form of an RSA key of 2048 bits or more, up to 65536, with the exponent 65537: each value
-# has a tag and, where it is that long, 0x82 and two octets of length (RFC 3279 2.3.1).
-RSA_KEY = re.compile(
-    rb"\x30\x82..\x30\x0d\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01\x05\x00"
-    rb"\x03\x82..\x00\x30\x82..\x02\x82..\x00([\x80-\xff].{255,8191})\x02\x03\x01\x00\x01",
-    re.DOTALL)
-
-
-def key_from_pem(text: str) -> PublicKey:
-    """Return the first RSA key that `text` holds as "BEGIN PUBLIC KEY" (RFC 7468 13).
-
-    Raises ValueError that says what was expected.
-    """
-    base64_text = text.partition("-----BEGIN PUBLIC KEY-----")[2].partition("-----END")[0]
-    try:
-        found = RSA_KEY.fullmatch(base64.b64decode(base64_text))
-    except ValueError:
-        found = None
-    if not found:
-        raise ValueError('expected a PEM file with "-----BEGIN PUBLIC KEY-----" and an RSA key of '
-                         "at least 2048 bits with the exponent 65537 in it")
-    return PublicKey(int.from_bytes(found[1], "big"), 65537)
+# An RSA key of 2048 bits or more with the exponent 65537, of the kind that sipgate's is: in DER
+# each part has a tag and, where it is that long, 0x82 and two octets of length (RFC 3279 2.3.1).
+RSA_KEY = re.compile(rb"\x30\x82..%b\x03\x82..\x00\x30\x82..\x02\x82..\x00([\x80-\xff].{255,})"
+                     rb"\x02\x03\x01\x00\x01" % re.escape(_DER[4:19]), re.DOTALL)
 
 
 def load_keys(path: str) -> list[PublicKey]:
     """Return the key in the file SIGNATURE_KEY_FILE names, if any. Raises SettingsError."""
+    if not path:
+        return []
     try:
-        return [key_from_pem(pathlib.Path(path).read_text("ascii", "replace"))] if path else []
+        text = pathlib.Path(path).read_text("ascii", "replace")
+        in_base64 = text.partition("-----BEGIN PUBLIC KEY-----")[2].partition("-----END")[0]
+        found, why = RSA_KEY.fullmatch(base64.b64decode(in_base64)), ""
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", error)
-        raise SettingsError(f'SIGNATURE_KEY_FILE is "{path}": {reason}') from None
+        found, why = None, f" ({getattr(error, 'strerror', error)})"
+    if not found:
+        raise SettingsError(f'SIGNATURE_KEY_FILE is "{path}": expected a PEM file with "-----BEGIN '
+                            f'PUBLIC KEY-----" and an RSA key of at least 2048 bits{why}')
+    return [PublicKey(int.from_bytes(found[1], "big"), 65537)]
 
 
 TRIAL_TEXT = """\
 Trial mode proves nothing: any program on this machine can invent calls.
 For a first real call, book sipgate.io, then open a tunnel in a second terminal:
-  ssh -R 80:127.0.0.1:{port} nokey@localhost.run
+  ssh -R 80:127.0.0.1:{0.webhook_port} nokey@localhost.run
 and restart this program with the address that it prints, and a secret path:
-  --url https://ADDRESS/{secret}{flags}
+  --url https://ADDRESS/{1}
 """
-
 LIVE_TEXT = """\
 At https://console.sipgate.com, Webhooks > URLs, enter for incoming calls, for
 outgoing ones, or for both:
-  {url}/new-call
+  {0.webhook_url}/new-call
 There under Webhooks > Sources, choose the phone lines and groups.
-VERIFY_SIGNATURE is {verify}
+VERIFY_SIGNATURE is {0.verify_signature}
 """
 
 
 def announcement(settings: Settings) -> str:
     """What a person needs next, now that the server listens."""
-    host, port = settings.webhook_host, settings.webhook_port
-    host = f"[{host}]" if ":" in host else host
-    text = f"sipgate_callevents {__version__} listens on {host}:{port}\n"
-    text += (TRIAL_TEXT if settings.trial else LIVE_TEXT).format(
-        port=port, secret=os.urandom(8).hex(), url=settings.webhook_url,
-        verify=settings.verify_signature, flags="" if port == 8080 else f" --port {port}")
-    for name in PATHS:
+    text = "sipgate_callevents {2} listens on {0.webhook_host} port {0.webhook_port}\n"
+    text += TRIAL_TEXT if settings.trial else LIVE_TEXT
+    text = text.format(settings, os.urandom(8).hex(), __version__)
+    for name in (*PATHS, "CALL_LOG_DAYS"):
         value = getattr(settings, name.lower())
         text += f"{name} is {value}\n" if value else ""
-    if settings.call_log != "off":
-        text += (f"It keeps numbers for {plural(settings.call_log_days, 'day')}; CALL_LOG=off "
-                 "keeps none.\n")
     return text + "Waiting for calls. Ctrl-C stops.\n"
-
-
-def modified(path: str) -> float:
-    """When the file was changed last, as Unix time; 0 if there is none."""
-    try:
-        return os.stat(path).st_mtime
-    except OSError:
-        return 0.0
 
 
 # ------------------------------------------------------------------------------------------
@@ -4163,22 +4100,25 @@ def page(options: argparse.Namespace, settings: Settings) -> int:
 # The only place that reads the environment and arguments.
 # ------------------------------------------------------------------------------------------
 
-def read_env_file(path: str) -> str:
-    """Return the text of a .env file. Raises SettingsError."""
+def read_env_file(path: str) -> dict[str, str]:
+    """Return what a .env file sets. Raises SettingsError."""
     try:
-        return pathlib.Path(path).read_text("utf-8")
-    except OSError as error:
-        raise SettingsError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise SettingsError(f"{path} is not in UTF-8 (PowerShell's > writes UTF-16): save it as "
-                            "UTF-8") from None
-
-
-def find_env_file() -> str:
-    """Return the path of the .env file beside the script, or here; "" if there is none."""
-    folders = (os.path.dirname(os.path.abspath(__file__)), os.getcwd())
-    paths = [os.path.join(folder, ".env") for folder in folders]
-    return next(filter(os.path.isfile, paths), "")
+        values, unread = parse_dotenv(pathlib.Path(path).read_text("utf-8"))
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", "save it as UTF-8 (PowerShell's > writes UTF-16)")
+        raise SettingsError(f"{path} cannot be read: {why}") from None
+    print(f"Settings are read from {path}", file=sys.stderr)
+    problems = []
+    for number, line in unread.items():
+        problem = (f"{path} line {number} cannot be read: expected NAME=value, quotes closed, "
+                   "without ${...}, \\ or text behind them")
+        if re.match(rf"\s*(export\s+)?({'|'.join(SETTINGS)})\b", line):
+            problems.append(problem)
+        else:
+            logger.warning("%s; it is skipped", problem)
+    if problems:
+        raise SettingsError(*problems)
+    return values
 
 
 def read_settings(options: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
@@ -4186,87 +4126,59 @@ def read_settings(options: argparse.Namespace, environ: Mapping[str, str]) -> Se
 
     Says in `options.sources` where they are from. Raises SettingsError.
     """
-    path = os.path.abspath(options.env_file) if options.env_file else find_env_file()
-    in_file, unread = parse_dotenv(read_env_file(path)) if path else ({}, {})
-    if path:
-        print(f"Settings are read from {path}", file=sys.stderr)
-    problems = []
-    for number, name in unread.items():
-        place = f"{path} line {number}"
-        expected = "expected NAME=value, quotes closed, without ${...}, \\ or text behind them"
-        if name in SETTINGS:
-            problems.append(f"{place}: {name} cannot be read: {expected}")
-        else:
-            logger.warning("%s is skipped: %s", place, expected)
-    if problems:
-        raise SettingsError(*problems)
-    typed = {name: text for name, text in vars(options).items() if name in SETTINGS}
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".env")
+    path = options.env_file or next(filter(os.path.isfile, (beside, ".env")), "")
+    path = path and os.path.abspath(path)
+    in_file = read_env_file(path) if path else {}
+    typed = {name: str(value) for name, value in vars(options).items()
+             if name in SETTINGS and value is not None}
     values = {**in_file, **environ, **typed}
-    for name in sorted(set(values).difference(SETTINGS)):
-        meant = likely(name.upper(), SETTINGS)
-        if meant:
-            logger.warning("there is no setting %s%s", name, meant)
-    flags = {name: "--" + name.partition("_")[2].lower() for name in typed}
-    sources = {**dict.fromkeys(in_file, path), **dict.fromkeys(environ, "environment"), **flags}
+    warn_of_slips(values, SETTINGS)
+    sources = {**dict.fromkeys(in_file, path), **dict.fromkeys(environ, "environment"),
+               **dict.fromkeys(typed, "command line")}
     said = [f"{name} ({sources[name]})" for name in SETTINGS if values.get(name)]
     options.sources = ", ".join(said) or "all are defaults"
-    return checked(values, os.path.dirname(path or os.path.abspath(__file__)), flags)
+    return checked(values, os.path.dirname(path or beside))
 
 
-def whole_number(text: str) -> int:
-    """For argparse: a port, or a count of 1 or more."""
-    if not re.fullmatch("[0-9]{1,5}", text) or int(text) not in range(1, 65536):
-        raise argparse.ArgumentTypeError(f'"{text}": expected a whole number from 1 to 65535')
-    return int(text)
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that takes an unknown flag for the fault, and not the word behind it."""
-
-    def error(self, message: str) -> NoReturn:
-        for flag, word in zip(sys.argv, sys.argv[1:]):
-            is_unknown = flag.startswith("-") and flag not in self._option_string_actions
-            if is_unknown and f"invalid choice: {word!r}" in message:
-                message = f"there is no {flag}{likely(flag, self._option_string_actions)}"
-        super().error(message)
-
-
-def add_places(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that may stand before a command or behind it."""
-    # Without defaults: that of the command would undo what stands before it.
-    add = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
-    add("--url", dest="WEBHOOK_URL", metavar="URL", help="public base URL of the webhooks")
-    add("--port", dest="WEBHOOK_PORT", metavar="PORT", help="port to listen on (8080)")
-    add("--env-file", metavar="FILE", help="read this file instead of .env")
-
-
-def command_line() -> argparse.ArgumentParser:
-    """The commands and their options; a command is a function, in `run`."""
-    parser = Parser(
-        prog=os.path.basename(__file__), allow_abbrev=False,
+def command_line(words: Sequence[str]) -> argparse.Namespace:
+    """Return what was typed; in `run` the function of the command, None for the server."""
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag, name, text in (("--url", "WEBHOOK_URL", "public base URL of the webhooks"),
+                             ("--port", "WEBHOOK_PORT", "port to listen on (8080; page: 8081)")):
+        flags.add_argument(flag, dest=name, metavar=flag[2:].upper(), help=text,
+                           type=functools.partial(read_setting, name))
+    flags.add_argument("--env-file", metavar="FILE", help="read this file instead of .env")
+    parser = argparse.ArgumentParser(
+        parents=[flags],
         description="Receive the call events of sipgate.io. Without a command: take calls.",
-        epilog="Further settings, in the environment or in a .env file: "
-        + ", ".join(SETTINGS[2:]) + ". See the README.")
+        epilog=f"Settings, in the environment or a .env file: {', '.join(SETTINGS)}.")
     parser.add_argument("--version", action="version", version=f"sipgate_callevents {__version__}")
-    parser.set_defaults(run=None, env_file="")
-    add_places(parser)
-    commands = parser.add_subparsers(metavar="COMMAND")
+    parser.set_defaults(run=None)
+    commands = parser.add_subparsers()
+    add_commands(commands)
+    # First the flags, which may stand anywhere; then --prot is known for what it is.
+    options, rest = flags.parse_known_args(words)
+    if rest and rest[0] not in (*commands.choices, "-h", "--help", "--version"):
+        parser.error(f"there is no {rest[0]}")
+    return parser.parse_args(rest, options)
 
-    def command(function: Callable[..., int], name: str, words: str) -> Any:
-        # The page has a --port of its own, which takes the place of the other.
-        each = commands.add_parser(name, help=words, description=words, allow_abbrev=False,
-                                   conflict_handler="resolve")
-        each.set_defaults(run=function)
-        add_places(each)
-        return each.add_argument
+
+def add_commands(commands: Any) -> None:
+    """Add the commands and their options."""
+    def command(function: Callable[..., int], name: str, text: str) -> Any:
+        parser = commands.add_parser(name, help=text)
+        parser.set_defaults(run=function)
+        return parser.add_argument
 
     add = command(show_calls, "calls", "show the latest calls")
     add("--missed", action="store_true",
         help="whom to ring back: missed or on voicemail, not spoken to since")
     add("--all", action="store_true", help="with --missed: each call, not caller")
-    add("--since", metavar="DATE", default="2000-01-01", help="from this day on, as 2026-11-01")
+    add("--since", default="2000-01-01", help="from this day on, as 2026-11-01")
     add("--number", default="", help="with this number; * stands for any digits")
-    add("--limit", metavar="N", type=whole_number, help="at most so many (calls in a table: 20)")
+    add("--limit", type=functools.partial(read_setting, "CALL_LOG_DAYS"),
+        help="at most so many (calls in a table: 20)")
     add("--events", action="store_true", help="with their events (not in CSV)")
     add("--format", choices=("table", "csv", "excel", "json"), default="table",
         help="excel: CSV as a German Excel reads it")
@@ -4274,27 +4186,22 @@ def command_line() -> argparse.ArgumentParser:
     add("number", nargs="+", help="the number with its country code, written as you like")
     add("--yes", action="store_true", help="do not ask")
     add = command(simulate, "simulate", "rehearse calls without a phone")
-    add("scenario", nargs="?", choices=list(SCENARIOS), default="answered", metavar="SCENARIO",
-        help=f"{', '.join(SCENARIOS)} (default: answered)")
+    add("scenario", nargs="?", choices=list(SCENARIOS), default="answered")
     add("--all", action="store_true", help="every scenario in turn")
-    add("--from", dest="sender", metavar="NUMBER", type=bare_number, default="492111234567",
-        help="the caller")
-    add("--to", metavar="NUMBER", type=bare_number, default="4915791234567",
-        help="the number called")
-    add("--user", metavar="NAME", action="append", help="who rings (repeatable)")
-    add("--digits", metavar="1,0042", default="1",
-        help="what the caller presses, menu by menu; empty: nothing")
-    add("--sound", metavar="FILE", help="only check whether sipgate would play this file")
+    add("--from", dest="sender", type=bare_number, default="492111234567", help="the caller")
+    add("--to", type=bare_number, default="4915791234567", help="the number called")
+    add("--user", action="append", help="who rings (repeatable)")
+    add("--digits", default="1", help="what the caller presses, menu by menu, as 1,0042")
+    add("--sound", help="only check whether sipgate would play this file")
     command(check, "check", "find out why nothing arrives")
-    add = command(page, "page", "show calls in a browser")
-    add("--port", dest="page_port", type=whole_number, default=8081,
-        help="port of the page, on 127.0.0.1 (8081)")
-    return parser
+    command(page, "page", "show calls in a browser")
 
 
 def run(options: argparse.Namespace) -> int:
     """Do what the command says, or serve until a signal comes; return the exit status."""
     with diagnostics(sys.stderr):
+        if options.run is page:  # then --port is the page's
+            options.page_port, options.WEBHOOK_PORT = options.WEBHOOK_PORT or 8081, None
         settings = read_settings(options, os.environ)
         if options.run:
             return int(options.run(options, settings))
@@ -4303,10 +4210,14 @@ def run(options: argparse.Namespace) -> int:
         keys = load_keys(settings.signature_key_file)
         functions = load_functions(settings.call_handlers)
     path, with_time = settings.call_handlers, not has_own_time(sys.stdout)
-    loaded = modified(path)
+
+    def changed_at() -> float:
+        return os.path.getmtime(path) if os.path.isfile(path) else 0.0
+
+    loaded = changed_at()
 
     def tell(replied: Replied) -> str:
-        if path and modified(path) != loaded:
+        if changed_at() != loaded:
             logger.warning("%s has changed: restart this program to use it", path)
         return told(replied, settings.call_output, with_time)
 
@@ -4314,24 +4225,19 @@ def run(options: argparse.Namespace) -> int:
         return serve(settings, keys=keys, functions=functions, tell=tell, announce=announcement,
                      find_call=call_finder(settings.call_log))
     except (OSError, UnicodeError) as error:
-        advice = "set WEBHOOK_HOST to 127.0.0.1, or to 0.0.0.0 for all addresses of this machine"
-        if getattr(error, "errno", 0) in (errno.EADDRINUSE, errno.EACCES):
-            advice = "stop what has it, perhaps another copy, or use --port with one above 1024"
         raise CommandEnd(f"cannot listen on {settings.webhook_host} port {settings.webhook_port}: "
-                         f"{getattr(error, 'strerror', error)}: {advice}") from None
+                         f"{getattr(error, 'strerror', error)}: set WEBHOOK_HOST to an address of "
+                         "this machine, and WEBHOOK_PORT to a free port above 1024") from None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main() -> int:
     """Run the command line; return the exit status."""
-    options = command_line().parse_args(argv)
-    # A file named in CALL_HANDLERS imports this very module, whatever the script is called.
-    sys.modules["sipgate_callevents"] = sys.modules[__name__]
+    options = command_line(sys.argv[1:])
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # rather than end at an odd name
     try:
         status = run(options)
-        if sys.stdout:  # pythonw has none
-            sys.stdout.flush()
+        print(end="", flush=True)
         return status
     except KeyboardInterrupt:
         return 130
@@ -4339,8 +4245,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - nothing to flush
         return 0
     except (SettingsError, CommandEnd, sqlite3.Error, OSError) as error:
-        for problem in getattr(error, "problems", [str(error)]):
-            text = "sipgate_callevents: " + printable(problem)
+        for problem in error.args if isinstance(error, SettingsError) else [error]:
+            text = f"sipgate_callevents: {printable(str(problem))}"
             print(wrapped(text, sys.stderr), file=sys.stderr)
         return {SettingsError: 2, NothingToShow: 0}.get(type(error), 1)
 
