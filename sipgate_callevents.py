@@ -2120,11 +2120,13 @@ def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
 # ==========================================================================================
 
 # ------------------------------------------------------------------------------------------
-# Settings from text
-# The .env reader, and how the text of a setting becomes a value. No file and no environment is
-# read here.
+# Starting
+# What is read and said before the first call: settings, keys, your functions, the text on the
+# screen. The environment and arguments are not read here.
 # ------------------------------------------------------------------------------------------
 
+SETTINGS = [setting.name.upper() for setting in fields(Settings)]
+OURS = re.compile(rf"\s*(export\s+)?({'|'.join(SETTINGS)})\b")
 # A line that sets something; in the last group that took part is the value. Or an empty line.
 ENV_LINE = re.compile(r"""
     (?!.*\$\{) \s* (?:export\s+)? ([A-Za-z_][A-Za-z0-9_]*) \s* = (?!\s+\#) \s*
@@ -2133,30 +2135,33 @@ ENV_LINE = re.compile(r"""
     | \s* (?:\#.*)?""", re.VERBOSE)
 
 
-def parse_dotenv(text: str) -> tuple[dict[str, str], dict[int, str]]:
-    """Return what the lines of a `.env` file set, and those that are not read, by number.
+def parse_dotenv(text: str, path: str = ".env") -> dict[str, str]:
+    """Return what the lines of a `.env` file set. Raises SettingsError.
 
     A line is read only where python-dotenv makes the same of it: nothing is guessed.
     """
-    values, unread = {}, {}
+    values = {}
     for number, line in enumerate(re.split("\r\n|\r|\n", text.lstrip("\ufeff")), 1):
         found = ENV_LINE.fullmatch(line)
         if not found:
-            unread[number] = line
+            problem = (f"{path} line {number} cannot be read: expected NAME=value, quotes closed, "
+                       "without ${...}, \\ or text behind them")
+            if OURS.match(line):
+                raise SettingsError(problem)
+            logger.warning("%s; it is skipped", problem)
         elif found.lastindex:
             values[found[1]] = found[found.lastindex]
-    return values, unread
+    return values
 
 
-SETTINGS = [setting.name.upper() for setting in fields(Settings)]
 PATHS = ("WEBHOOK_TLS_CERT", "WEBHOOK_TLS_KEY", "SIGNATURE_KEY_FILE", "CALL_HANDLERS", "CALL_LOG")
 PORT = "[0-5]?[0-9]{1,4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
 EXPECTED = {  # what the text of a setting looks like, and how that is said; of others: any text
     "WEBHOOK_URL": (
         rf"(?!.*(ADDRESS|SECRET-PATH|({'|'.join(ROUTES)})/*$))https?://[A-Za-z0-9._-]+"
         rf"(:(?!0)({PORT}))?(/[A-Za-z0-9/._~!$&'()*+,;=:@%-]*)?",
-        "an address such as https://example.org/3f9c2a, without /new-call, user, query or "
-        "fragment; ADDRESS and SECRET-PATH stand for yours"),
+        "an address such as https://example.org/3f9c2a, without /new-call, user, query, "
+        "fragment, ADDRESS or SECRET-PATH"),
     "WEBHOOK_PORT": (PORT, "a whole number from 0 to 65535"),  # 0: any free one
     "VERIFY_SIGNATURE": ("on|new-call|off", "on, new-call or off"),
     "CALL_LOG_DAYS": ("[1-9][0-9]{0,4}", "a whole number from 1 to 99999"),
@@ -2173,14 +2178,14 @@ def read_setting(name: str, text: str) -> Any:
     return type(getattr(Settings, name.lower()))(text.rstrip("/"))
 
 
-def checked(values: Mapping[str, str], folder: str = "") -> Settings:
+def checked(values: Mapping[str, Any], folder: str = "") -> Settings:
     """Return the settings of `values` (name to text; empty: the default).
 
     A relative path counts from `folder`. SettingsError has a sentence for each wrong value.
     """
     found, problems = {}, []
     for name in SETTINGS:
-        text = values.get(name, "").strip() or str(getattr(Settings, name.lower()))
+        text = str(values.get(name, "")).strip() or str(getattr(Settings, name.lower()))
         if name in PATHS and text not in ("", "off"):
             text = os.path.abspath(os.path.join(folder, text))
         try:
@@ -2201,23 +2206,17 @@ def checked(values: Mapping[str, str], folder: str = "") -> Settings:
 def warnings_of(settings: Settings) -> Iterator[str]:
     """What is allowed but probably not meant, a sentence each."""
     url = urllib.parse.urlsplit(settings.webhook_url)
-    is_public = not settings.trial and not is_loopback(url.hostname or "")
+    is_public = url.hostname and not is_loopback(url.hostname)
     if is_public and url.scheme == "http":
         yield "WEBHOOK_URL begins with http: sipgate's newer accounts take https only"
     if is_public and not url.path:
-        yield ("WEBHOOK_URL has no path: only a long random one keeps out the webhooks of "
-               "sipgate's other customers, which are signed alike; such as "
-               f"WEBHOOK_URL={settings.webhook_url}/{os.urandom(8).hex()}")
-    if not settings.trial and settings.verify_signature == "off":
+        yield ("WEBHOOK_URL has no path: only a secret one keeps out other customers of sipgate, "
+               f"such as WEBHOOK_URL={settings.webhook_url}/{os.urandom(8).hex()}")
+    if url.hostname and settings.verify_signature == "off":
         yield "VERIFY_SIGNATURE=off: anyone who knows the address can invent calls"
     if time.localtime().tm_year < 2020:
         yield "the clock of this machine is wrong: set it, or calls get wrong times"
 
-
-# ------------------------------------------------------------------------------------------
-# Starting
-# What is read and said before the first call: your functions, keys, the text on the screen.
-# ------------------------------------------------------------------------------------------
 
 class CommandEnd(Exception):
     """The command ends here, with exit status 1; the text says why."""
@@ -2252,16 +2251,13 @@ def load_functions(path: str) -> CallFunctions:
     except BaseException as error:  # noqa: BLE001 - sys.exit() in the file included
         lines = [f"line {frame.lineno}: " for frame in traceback.extract_tb(error.__traceback__)
                  if frame.filename == path]
-        why = f"{type(error).__name__}: {error}"
-        raise SettingsError(wrong + "".join(lines[-1:]) + why) from None
+        raise SettingsError(
+            f"{wrong}{''.join(lines[-1:])}{type(error).__name__}: {error}") from None
     warn_of_slips(module, names)
     found = {name: module[name] for name in names if name in module}
-    if not found:
-        raise SettingsError(wrong + f"expected one of {', '.join(names)} in it")
-    for name, function in found.items():
-        if not takes_an_event(function):
-            raise SettingsError(f"{wrong}{name} has to be a plain function of one argument, the "
-                                "event, without async")
+    if not found or not all(map(takes_an_event, found.values())):
+        raise SettingsError(f"{wrong}expected {', '.join(names)}: one or more of them, as plain "
+                            "functions of one argument, the event, without async")
     return CallFunctions(**found)
 
 
@@ -2273,25 +2269,24 @@ def takes_an_event(function: Any) -> bool:
     return not inspect.iscoroutinefunction(function)
 
 
-# An RSA key of 2048 bits or more with the exponent 65537, of the kind that sipgate's is: in DER
-# each part has a tag and, where it is that long, 0x82 and two octets of length (RFC 3279 2.3.1).
-RSA_KEY = re.compile(rb"\x30\x82..%b\x03\x82..\x00\x30\x82..\x02\x82..\x00([\x80-\xff].{255,})"
-                     rb"\x02\x03\x01\x00\x01" % re.escape(_DER[4:19]), re.DOTALL)
+# An RSA key of 2048 bits or more with the exponent 65537. Around them lies what lies in SIPGATE_KEY:
+# the algorithm, and tags and lengths.
+RSA_KEY = re.compile(rb".{4}%b.{13}\x00([\x80-\xff].{255,})\x02\x03\x01\x00\x01"
+                     % re.escape(_DER[4:19]), re.DOTALL)
 
 
 def load_keys(path: str) -> list[PublicKey]:
     """Return the key in the file SIGNATURE_KEY_FILE names, if any. Raises SettingsError."""
     if not path:
         return []
-    try:
+    found = None
+    with contextlib.suppress(OSError, ValueError):
         text = pathlib.Path(path).read_text("ascii", "replace")
         in_base64 = text.partition("-----BEGIN PUBLIC KEY-----")[2].partition("-----END")[0]
-        found, why = RSA_KEY.fullmatch(base64.b64decode(in_base64)), ""
-    except (OSError, ValueError) as error:
-        found, why = None, f" ({getattr(error, 'strerror', error)})"
+        found = RSA_KEY.fullmatch(base64.b64decode(in_base64))
     if not found:
-        raise SettingsError(f'SIGNATURE_KEY_FILE is "{path}": expected a PEM file with "-----BEGIN '
-                            f'PUBLIC KEY-----" and an RSA key of at least 2048 bits{why}')
+        raise SettingsError(f'SIGNATURE_KEY_FILE is "{path}": expected a PEM file that can be read, '
+                            'with "BEGIN PUBLIC KEY" and an RSA key of at least 2048 bits')
     return [PublicKey(int.from_bytes(found[1], "big"), 65537)]
 
 
@@ -2313,13 +2308,12 @@ VERIFY_SIGNATURE is {0.verify_signature}
 
 def announcement(settings: Settings) -> str:
     """What a person needs next, now that the server listens."""
-    text = "sipgate_callevents {2} listens on {0.webhook_host} port {0.webhook_port}\n"
-    text += TRIAL_TEXT if settings.trial else LIVE_TEXT
-    text = text.format(settings, os.urandom(8).hex(), __version__)
+    text = f"sipgate_callevents listens on {settings.webhook_host} port {settings.webhook_port}\n"
+    text += (TRIAL_TEXT if settings.trial else LIVE_TEXT).format(settings, os.urandom(8).hex())
     for name in (*PATHS, "CALL_LOG_DAYS"):
         value = getattr(settings, name.lower())
         text += f"{name} is {value}\n" if value else ""
-    return text + "Waiting for calls. Ctrl-C stops.\n"
+    return text + "Ctrl-C stops.\n"
 
 
 # ------------------------------------------------------------------------------------------
@@ -4100,111 +4094,92 @@ def page(options: argparse.Namespace, settings: Settings) -> int:
 # The only place that reads the environment and arguments.
 # ------------------------------------------------------------------------------------------
 
-def read_env_file(path: str) -> dict[str, str]:
-    """Return what a .env file sets. Raises SettingsError."""
-    try:
-        values, unread = parse_dotenv(pathlib.Path(path).read_text("utf-8"))
-    except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", "save it as UTF-8 (PowerShell's > writes UTF-16)")
-        raise SettingsError(f"{path} cannot be read: {why}") from None
-    print(f"Settings are read from {path}", file=sys.stderr)
-    problems = []
-    for number, line in unread.items():
-        problem = (f"{path} line {number} cannot be read: expected NAME=value, quotes closed, "
-                   "without ${...}, \\ or text behind them")
-        if re.match(rf"\s*(export\s+)?({'|'.join(SETTINGS)})\b", line):
-            problems.append(problem)
-        else:
-            logger.warning("%s; it is skipped", problem)
-    if problems:
-        raise SettingsError(*problems)
-    return values
-
-
-def read_settings(options: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
-    """Return the settings: a flag counts before the environment, that before .env.
-
-    Says in `options.sources` where they are from. Raises SettingsError.
-    """
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".env")
-    path = options.env_file or next(filter(os.path.isfile, (beside, ".env")), "")
-    path = path and os.path.abspath(path)
-    in_file = read_env_file(path) if path else {}
-    typed = {name: str(value) for name, value in vars(options).items()
-             if name in SETTINGS and value is not None}
-    values = {**in_file, **environ, **typed}
-    warn_of_slips(values, SETTINGS)
-    sources = {**dict.fromkeys(in_file, path), **dict.fromkeys(environ, "environment"),
-               **dict.fromkeys(typed, "command line")}
-    said = [f"{name} ({sources[name]})" for name in SETTINGS if values.get(name)]
-    options.sources = ", ".join(said) or "all are defaults"
-    return checked(values, os.path.dirname(path or beside))
+COMMANDS = {"calls": show_calls, "forget": forget_number, "simulate": simulate, "check": check,
+            "page": page}
 
 
 def command_line(words: Sequence[str]) -> argparse.Namespace:
-    """Return what was typed; in `run` the function of the command, None for the server."""
-    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag, name, text in (("--url", "WEBHOOK_URL", "public base URL of the webhooks"),
-                             ("--port", "WEBHOOK_PORT", "port to listen on (8080; page: 8081)")):
-        flags.add_argument(flag, dest=name, metavar=flag[2:].upper(), help=text,
-                           type=functools.partial(read_setting, name))
-    flags.add_argument("--env-file", metavar="FILE", help="read this file instead of .env")
+    """Return what was typed; `command` is None for the server."""
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False,
+                                    argument_default=argparse.SUPPRESS)
+    for flag, name in (("--url", "WEBHOOK_URL"), ("--port", "WEBHOOK_PORT")):
+        flags.add_argument(flag, dest=name, type=functools.partial(read_setting, name),
+                           help=EXPECTED[name][1])
+    flags.add_argument("--env-file", default="", help="read this file instead of .env")
     parser = argparse.ArgumentParser(
-        parents=[flags],
-        description="Receive the call events of sipgate.io. Without a command: take calls.",
-        epilog=f"Settings, in the environment or a .env file: {', '.join(SETTINGS)}.")
-    parser.add_argument("--version", action="version", version=f"sipgate_callevents {__version__}")
-    parser.set_defaults(run=None)
-    commands = parser.add_subparsers()
-    add_commands(commands)
+        parents=[flags], description="Take the calls of sipgate.io, or, with a command:",
+        epilog=f"Settings in the environment or .env: {', '.join(SETTINGS)}")
+    parser.add_argument("--version", action="version", version=__version__)
+    add_commands(parser.add_subparsers(dest="command").add_parser)
     # First the flags, which may stand anywhere; then --prot is known for what it is.
     options, rest = flags.parse_known_args(words)
-    if rest and rest[0] not in (*commands.choices, "-h", "--help", "--version"):
+    if rest and rest[0] not in (*COMMANDS, "-h", "--help", "--version"):
         parser.error(f"there is no {rest[0]}")
     return parser.parse_args(rest, options)
 
 
-def add_commands(commands: Any) -> None:
-    """Add the commands and their options."""
-    def command(function: Callable[..., int], name: str, text: str) -> Any:
-        parser = commands.add_parser(name, help=text)
-        parser.set_defaults(run=function)
-        return parser.add_argument
-
-    add = command(show_calls, "calls", "show the latest calls")
-    add("--missed", action="store_true",
-        help="whom to ring back: missed or on voicemail, not spoken to since")
-    add("--all", action="store_true", help="with --missed: each call, not caller")
+def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add each command and its options."""
+    add = command("calls", help="show the latest calls").add_argument
+    add("--missed", action="store_true", help="whom to ring back")
+    add("--all", action="store_true", help="with --missed: each call")
     add("--since", default="2000-01-01", help="from this day on, as 2026-11-01")
     add("--number", default="", help="with this number; * stands for any digits")
-    add("--limit", type=functools.partial(read_setting, "CALL_LOG_DAYS"),
-        help="at most so many (calls in a table: 20)")
+    add("--limit", type=functools.partial(read_setting, "CALL_LOG_DAYS"),  # 1 or more
+        help="at most so many (20 in a table)")
     add("--events", action="store_true", help="with their events (not in CSV)")
     add("--format", choices=("table", "csv", "excel", "json"), default="table",
-        help="excel: CSV as a German Excel reads it")
-    add = command(forget_number, "forget", "remove every trace of a number")
-    add("number", nargs="+", help="the number with its country code, written as you like")
+        help="excel: CSV for a German Excel")
+    add = command("forget", help="remove every trace of a number").add_argument
+    add("number", nargs="+", help="with its country code, written as you like")
     add("--yes", action="store_true", help="do not ask")
-    add = command(simulate, "simulate", "rehearse calls without a phone")
-    add("scenario", nargs="?", choices=list(SCENARIOS), default="answered")
+    add = command("simulate", help="rehearse calls without a phone").add_argument
+    add("scenario", nargs="?", choices=list(SCENARIOS), default="answered", metavar="SCENARIO",
+        help=", ".join(SCENARIOS))
     add("--all", action="store_true", help="every scenario in turn")
     add("--from", dest="sender", type=bare_number, default="492111234567", help="the caller")
     add("--to", type=bare_number, default="4915791234567", help="the number called")
     add("--user", action="append", help="who rings (repeatable)")
     add("--digits", default="1", help="what the caller presses, menu by menu, as 1,0042")
     add("--sound", help="only check whether sipgate would play this file")
-    command(check, "check", "find out why nothing arrives")
-    command(page, "page", "show calls in a browser")
+    command("check", help="find out why nothing arrives")
+    command("page", help="show calls in a browser, on --port (8081)")
+
+
+def read_env_file(path: str) -> dict[str, str]:
+    """Return what a .env file sets. Raises SettingsError."""
+    try:
+        text = pathlib.Path(path).read_text("utf-8")
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", "save it as UTF-8 (PowerShell's > writes UTF-16)")
+        raise SettingsError(f"{path} cannot be read: {why}") from None
+    print(f"Settings are read from {path}", file=sys.stderr)
+    return parse_dotenv(text, path)
+
+
+def read_settings(options: argparse.Namespace) -> Settings:
+    """Return the settings, and say in `options.sources` where they are from."""
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".env")
+    path = options.env_file or next(filter(os.path.isfile, (beside, ".env")), "")
+    path = path and os.path.abspath(path)
+    in_file = read_env_file(path) if path else {}
+    values = {**in_file, **os.environ, **vars(options)}
+    warn_of_slips(values, SETTINGS)
+    sources = {**dict.fromkeys(in_file, path), **dict.fromkeys(os.environ, "environment"),
+               **dict.fromkeys(vars(options), "command line")}
+    said = [f"{name} ({sources[name]})" for name in SETTINGS if values.get(name)]
+    options.sources = ", ".join(said) or "all are defaults"
+    return checked(values, os.path.dirname(path or beside))
 
 
 def run(options: argparse.Namespace) -> int:
     """Do what the command says, or serve until a signal comes; return the exit status."""
+    if options.command == "page":  # then --port is the page's
+        options.page_port = vars(options).pop("WEBHOOK_PORT", 8081)
     with diagnostics(sys.stderr):
-        if options.run is page:  # then --port is the page's
-            options.page_port, options.WEBHOOK_PORT = options.WEBHOOK_PORT or 8081, None
-        settings = read_settings(options, os.environ)
-        if options.run:
-            return int(options.run(options, settings))
+        settings = read_settings(options)
+        if options.command:
+            return COMMANDS[options.command](options, settings)
         for warning in warnings_of(settings):
             logger.warning("%s", warning)
         keys = load_keys(settings.signature_key_file)
@@ -4225,9 +4200,9 @@ def run(options: argparse.Namespace) -> int:
         return serve(settings, keys=keys, functions=functions, tell=tell, announce=announcement,
                      find_call=call_finder(settings.call_log))
     except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", error)
         raise CommandEnd(f"cannot listen on {settings.webhook_host} port {settings.webhook_port}: "
-                         f"{getattr(error, 'strerror', error)}: set WEBHOOK_HOST to an address of "
-                         "this machine, and WEBHOOK_PORT to a free port above 1024") from None
+                         f"{why}: set WEBHOOK_HOST and WEBHOOK_PORT to what is free") from None
 
 
 def main() -> int:
@@ -4241,8 +4216,8 @@ def main() -> int:
         return status
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # such as head, which has seen enough
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - nothing to flush
+    except BrokenPipeError:  # by head, for instance, which has seen enough
+        sys.stdout = None  # nothing is flushed at the exit
         return 0
     except (SettingsError, CommandEnd, sqlite3.Error, OSError) as error:
         for problem in error.args if isinstance(error, SettingsError) else [error]:
