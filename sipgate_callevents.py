@@ -2079,7 +2079,7 @@ def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
     """
     arrived = catch_signals()
     tls = None
-    if settings.webhook_tls_cert:
+    if settings.webhook_tls_cert or settings.webhook_tls_key:
         tls = TlsFiles(settings.webhook_tls_cert, settings.webhook_tls_key)
     with WebhookServer(settings.webhook_host, settings.webhook_port, settings.base_path,
                        tls) as server, consoles() as (out, err):
@@ -2135,13 +2135,18 @@ ENV_LINE = re.compile(r"""
     | \s* (?:\#.*)?""", re.VERBOSE)
 
 
-def parse_dotenv(text: str, path: str = ".env") -> dict[str, str]:
-    """Return what the lines of a `.env` file set. Raises SettingsError.
+def read_env_file(path: str) -> dict[str, str]:
+    """Return what a `.env` file sets. Raises SettingsError.
 
     A line is read only where python-dotenv makes the same of it: nothing is guessed.
     """
+    try:
+        lines = pathlib.Path(path).read_text("utf-8-sig").split("\n")
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", "save it as UTF-8 (PowerShell's > writes UTF-16)")
+        raise SettingsError(f"{path} cannot be read: {why}") from None
     values = {}
-    for number, line in enumerate(re.split("\r\n|\r|\n", text.lstrip("\ufeff")), 1):
+    for number, line in enumerate(lines, 1):
         found = ENV_LINE.fullmatch(line)
         if not found:
             problem = (f"{path} line {number} cannot be read: expected NAME=value, quotes closed, "
@@ -2156,7 +2161,7 @@ def parse_dotenv(text: str, path: str = ".env") -> dict[str, str]:
 
 PATHS = ("WEBHOOK_TLS_CERT", "WEBHOOK_TLS_KEY", "SIGNATURE_KEY_FILE", "CALL_HANDLERS", "CALL_LOG")
 PORT = "[0-5]?[0-9]{1,4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
-EXPECTED = {  # what the text of a setting looks like, and how that is said; of others: any text
+EXPECTED = {  # what a setting looks like, and how that is said; the others may be any text
     "WEBHOOK_URL": (
         rf"(?!.*(ADDRESS|SECRET-PATH|({'|'.join(ROUTES)})/*$))https?://[A-Za-z0-9._-]+"
         rf"(:(?!0)({PORT}))?(/[A-Za-z0-9/._~!$&'()*+,;=:@%-]*)?",
@@ -2196,10 +2201,8 @@ def checked(values: Mapping[str, Any], folder: str = "") -> Settings:
         raise SettingsError(*problems)
     settings = Settings(**found)
     if settings.trial and not is_loopback(settings.webhook_host):
-        raise SettingsError(f'WEBHOOK_HOST is "{settings.webhook_host}" but WEBHOOK_URL is not '
-                            "set: set it too, or leave WEBHOOK_HOST at 127.0.0.1")
-    if bool(settings.webhook_tls_cert) != bool(settings.webhook_tls_key):
-        raise SettingsError("WEBHOOK_TLS_CERT and WEBHOOK_TLS_KEY are set together or not at all")
+        raise SettingsError(f'WEBHOOK_HOST is "{settings.webhook_host}": expected 127.0.0.1, or '
+                            "WEBHOOK_URL set as well")
     return settings
 
 
@@ -2236,10 +2239,7 @@ def warn_of_slips(found: Iterable[str], names: Iterable[str]) -> None:
 
 
 def load_functions(path: str) -> CallFunctions:
-    """Run the file CALL_HANDLERS names; return its functions, ours where it has none.
-
-    Raises SettingsError that names file, line and error.
-    """
+    """Run the file CALL_HANDLERS names; return its functions, and ours. Raises SettingsError."""
     if not path:
         return CallFunctions()
     import runpy
@@ -2269,8 +2269,8 @@ def takes_an_event(function: Any) -> bool:
     return not inspect.iscoroutinefunction(function)
 
 
-# An RSA key of 2048 bits or more with the exponent 65537. Around them lies what lies in SIPGATE_KEY:
-# the algorithm, and tags and lengths.
+# An RSA key of 2048 bits or more, with the exponent 65537. What else the DER form holds, the
+# algorithm, tags and lengths, lies where it does in sipgate's key.
 RSA_KEY = re.compile(rb".{4}%b.{13}\x00([\x80-\xff].{255,})\x02\x03\x01\x00\x01"
                      % re.escape(_DER[4:19]), re.DOTALL)
 
@@ -2285,8 +2285,8 @@ def load_keys(path: str) -> list[PublicKey]:
         in_base64 = text.partition("-----BEGIN PUBLIC KEY-----")[2].partition("-----END")[0]
         found = RSA_KEY.fullmatch(base64.b64decode(in_base64))
     if not found:
-        raise SettingsError(f'SIGNATURE_KEY_FILE is "{path}": expected a PEM file that can be read, '
-                            'with "BEGIN PUBLIC KEY" and an RSA key of at least 2048 bits')
+        raise SettingsError(f'SIGNATURE_KEY_FILE is "{path}": expected a PEM file with an RSA key '
+                            'of at least 2048 bits ("BEGIN PUBLIC KEY")')
     return [PublicKey(int.from_bytes(found[1], "big"), 65537)]
 
 
@@ -2302,7 +2302,6 @@ At https://console.sipgate.com, Webhooks > URLs, enter for incoming calls, for
 outgoing ones, or for both:
   {0.webhook_url}/new-call
 There under Webhooks > Sources, choose the phone lines and groups.
-VERIFY_SIGNATURE is {0.verify_signature}
 """
 
 
@@ -2310,7 +2309,7 @@ def announcement(settings: Settings) -> str:
     """What a person needs next, now that the server listens."""
     text = f"sipgate_callevents listens on {settings.webhook_host} port {settings.webhook_port}\n"
     text += (TRIAL_TEXT if settings.trial else LIVE_TEXT).format(settings, os.urandom(8).hex())
-    for name in (*PATHS, "CALL_LOG_DAYS"):
+    for name in ("VERIFY_SIGNATURE", *PATHS, "CALL_LOG_DAYS"):
         value = getattr(settings, name.lower())
         text += f"{name} is {value}\n" if value else ""
     return text + "Ctrl-C stops.\n"
@@ -3303,7 +3302,7 @@ def check_files(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "warning", warning
     try:
         load_keys(settings.signature_key_file)
-        if settings.webhook_tls_cert:
+        if settings.webhook_tls_cert or settings.webhook_tls_key:
             TlsFiles(settings.webhook_tls_cert, settings.webhook_tls_key)
         load_functions(settings.call_handlers)
         if settings.call_handlers:
@@ -4099,7 +4098,7 @@ COMMANDS = {"calls": show_calls, "forget": forget_number, "simulate": simulate, 
 
 
 def command_line(words: Sequence[str]) -> argparse.Namespace:
-    """Return what was typed; `command` is None for the server."""
+    """Return what was typed; without a command, `command` is None."""
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False,
                                     argument_default=argparse.SUPPRESS)
     for flag, name in (("--url", "WEBHOOK_URL"), ("--port", "WEBHOOK_PORT")):
@@ -4146,23 +4145,15 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     command("page", help="show calls in a browser, on --port (8081)")
 
 
-def read_env_file(path: str) -> dict[str, str]:
-    """Return what a .env file sets. Raises SettingsError."""
-    try:
-        text = pathlib.Path(path).read_text("utf-8")
-    except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", "save it as UTF-8 (PowerShell's > writes UTF-16)")
-        raise SettingsError(f"{path} cannot be read: {why}") from None
-    print(f"Settings are read from {path}", file=sys.stderr)
-    return parse_dotenv(text, path)
-
-
 def read_settings(options: argparse.Namespace) -> Settings:
     """Return the settings, and say in `options.sources` where they are from."""
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".env")
     path = options.env_file or next(filter(os.path.isfile, (beside, ".env")), "")
-    path = path and os.path.abspath(path)
-    in_file = read_env_file(path) if path else {}
+    in_file = {}
+    if path:
+        path = os.path.abspath(path)
+        in_file = read_env_file(path)
+        print(f"Settings are read from {path}", file=sys.stderr)
     values = {**in_file, **os.environ, **vars(options)}
     warn_of_slips(values, SETTINGS)
     sources = {**dict.fromkeys(in_file, path), **dict.fromkeys(os.environ, "environment"),
@@ -4173,7 +4164,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do what the command says, or serve until a signal comes; return the exit status."""
+    """Do what the command says, or serve until a signal comes."""
     if options.command == "page":  # then --port is the page's
         options.page_port = vars(options).pop("WEBHOOK_PORT", 8081)
     with diagnostics(sys.stderr):
@@ -4185,14 +4176,10 @@ def run(options: argparse.Namespace) -> int:
         keys = load_keys(settings.signature_key_file)
         functions = load_functions(settings.call_handlers)
     path, with_time = settings.call_handlers, not has_own_time(sys.stdout)
-
-    def changed_at() -> float:
-        return os.path.getmtime(path) if os.path.isfile(path) else 0.0
-
-    loaded = changed_at()
+    loaded = path and os.path.getmtime(path)
 
     def tell(replied: Replied) -> str:
-        if changed_at() != loaded:
+        if os.path.exists(path) and os.path.getmtime(path) != loaded:
             logger.warning("%s has changed: restart this program to use it", path)
         return told(replied, settings.call_output, with_time)
 
@@ -4206,7 +4193,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Run the command line; return the exit status."""
+    """Return the exit status."""
     options = command_line(sys.argv[1:])
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # rather than end at an odd name
@@ -4214,11 +4201,9 @@ def main() -> int:
         status = run(options)
         print(end="", flush=True)
         return status
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):  # or `head` has seen enough
+        sys.stdout = None  # not even flushed at the exit
         return 130
-    except BrokenPipeError:  # by head, for instance, which has seen enough
-        sys.stdout = None  # nothing is flushed at the exit
-        return 0
     except (SettingsError, CommandEnd, sqlite3.Error, OSError) as error:
         for problem in error.args if isinstance(error, SettingsError) else [error]:
             text = f"sipgate_callevents: {printable(str(problem))}"
