@@ -4114,7 +4114,10 @@ def command_line(words: Sequence[str]) -> argparse.Namespace:
     options, rest = flags.parse_known_args(words)
     if rest and rest[0] not in (*COMMANDS, "-h", "--help", "--version"):
         parser.error(f"there is no {rest[0]}")
-    return parser.parse_args(rest, options)
+    parser.parse_args(rest, options)
+    if options.command == "page":  # then --port is the page's
+        options.page_port = vars(options).pop("WEBHOOK_PORT", 8081)
+    return options
 
 
 def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -4124,7 +4127,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     add("--all", action="store_true", help="with --missed: each call")
     add("--since", default="2000-01-01", help="from this day on, as 2026-11-01")
     add("--number", default="", help="with this number; * stands for any digits")
-    add("--limit", type=functools.partial(read_setting, "CALL_LOG_DAYS"),  # 1 or more
+    add("--limit", type=functools.partial(read_setting, "CALL_LOG_DAYS"),
         help="at most so many (20 in a table)")
     add("--events", action="store_true", help="with their events (not in CSV)")
     add("--format", choices=("table", "csv", "excel", "json"), default="table",
@@ -4165,8 +4168,6 @@ def read_settings(options: argparse.Namespace) -> Settings:
 
 def run(options: argparse.Namespace) -> int:
     """Do what the command says, or serve until a signal comes."""
-    if options.command == "page":  # then --port is the page's
-        options.page_port = vars(options).pop("WEBHOOK_PORT", 8081)
     with diagnostics(sys.stderr):
         settings = read_settings(options)
         if options.command:
@@ -4189,7 +4190,8 @@ def run(options: argparse.Namespace) -> int:
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", error)
         raise CommandEnd(f"cannot listen on {settings.webhook_host} port {settings.webhook_port}: "
-                         f"{why}: set WEBHOOK_HOST and WEBHOOK_PORT to what is free") from None
+                         f"{why}: set WEBHOOK_HOST to an address of this machine, WEBHOOK_PORT "
+                         "to a free port") from None
 
 
 def main() -> int:
@@ -4201,9 +4203,11 @@ def main() -> int:
         status = run(options)
         print(end="", flush=True)
         return status
-    except (KeyboardInterrupt, BrokenPipeError):  # or `head` has seen enough
-        sys.stdout = None  # not even flushed at the exit
+    except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `head` has seen enough
+        sys.stdout = None  # not even flushed at the exit
+        return 0
     except (SettingsError, CommandEnd, sqlite3.Error, OSError) as error:
         for problem in error.args if isinstance(error, SettingsError) else [error]:
             text = f"sipgate_callevents: {printable(str(problem))}"
