@@ -2161,12 +2161,11 @@ def read_env_file(path: str) -> dict[str, str]:
 
 PATHS = ("WEBHOOK_TLS_CERT", "WEBHOOK_TLS_KEY", "SIGNATURE_KEY_FILE", "CALL_HANDLERS", "CALL_LOG")
 PORT = "[0-5]?[0-9]{1,4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
+URL = (rf"(?!.*(ADDRESS|SECRET-PATH|({'|'.join(ROUTES)})/*$))https?://[A-Za-z0-9._-]+"
+       rf"(:(?!0)({PORT}))?(/[A-Za-z0-9/._~!$&'()*+,;=:@%-]*)?")
 EXPECTED = {  # what a setting looks like, and how that is said; the others may be any text
     "WEBHOOK_URL": (
-        rf"(?!.*(ADDRESS|SECRET-PATH|({'|'.join(ROUTES)})/*$))https?://[A-Za-z0-9._-]+"
-        rf"(:(?!0)({PORT}))?(/[A-Za-z0-9/._~!$&'()*+,;=:@%-]*)?",
-        "an address such as https://example.org/3f9c2a, without /new-call, user, query, "
-        "fragment, ADDRESS or SECRET-PATH"),
+        URL, "an address such as https://example.org/3f9c2a, without /new-call, query or user"),
     "WEBHOOK_PORT": (PORT, "a whole number from 0 to 65535"),  # 0: any free one
     "VERIFY_SIGNATURE": ("on|new-call|off", "on, new-call or off"),
     "CALL_LOG_DAYS": ("[1-9][0-9]{0,4}", "a whole number from 1 to 99999"),

@@ -294,7 +294,7 @@ class SettingsTest(unittest.TestCase):
             "https://[abc]/x", "https://example.org?a=b", "https://example.org/#a",
             "https://example.org/ä", "https://ADDRESS/x", "https://x.example/SECRET-PATH",
             "https://example.org/a/new-call", "https://example.org/on-hangup/"),
-         "expected an address such as https://example.org/3f9c2a, without /new-call, user"),
+         "expected an address such as https://example.org/3f9c2a, without /new-call, query or user"),
     )
 
     def problems(self, **values):
