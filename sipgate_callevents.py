@@ -2261,11 +2261,10 @@ def load_functions(path: str) -> CallFunctions:
 
 
 def takes_an_event(function: Any) -> bool:
-    try:
+    with contextlib.suppress(TypeError, ValueError):
         inspect.signature(function).bind(CallEvent())
-    except (TypeError, ValueError):
-        return False
-    return not inspect.iscoroutinefunction(function)
+        return not inspect.iscoroutinefunction(function)
+    return False
 
 
 # An RSA key of 2048 bits or more, with the exponent 65537. What else the DER form holds, the
@@ -4126,7 +4125,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     add("--all", action="store_true", help="with --missed: each call")
     add("--since", default="2000-01-01", help="from this day on, as 2026-11-01")
     add("--number", default="", help="with this number; * stands for any digits")
-    add("--limit", type=functools.partial(read_setting, "CALL_LOG_DAYS"),
+    add("--limit", type=functools.partial(read_setting, "CALL_LOG_DAYS"),  # 1 or more
         help="at most so many (20 in a table)")
     add("--events", action="store_true", help="with their events (not in CSV)")
     add("--format", choices=("table", "csv", "excel", "json"), default="table",
