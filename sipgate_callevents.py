@@ -3064,18 +3064,17 @@ def similar(database: sqlite3.Connection, digits: str) -> str:
 # URLs of its replies, obeys its actions, and leaves nothing behind.
 # ------------------------------------------------------------------------------------------
 
-# Events in their order; behind a colon who rings, or why it ends. "B." is another leg.
+# Events in their order; behind a colon who rings or answers, or why it ends. "B." is another leg.
 SCENARIOS = {
     "answered": "newCall answer hangup",
     "missed": "newCall hangup:cancel",
     "busy": "newCall hangup:busy",
     "declined": "newCall hangup:noAnswer",
     "outgoing": "newCall answer hangup",
-    "voicemail": "newCall hangup:forwarded B.newCall:voicemail B.answer B.hangup",
-    "transfer": "newCall answer B.newCall:Carl B.answer hangup B.hangup",
+    "voicemail": "newCall hangup:forwarded B.newCall:voicemail B.answer:voicemail B.hangup",
+    "transfer": "newCall answer B.newCall:Carl B.answer:Carl hangup B.hangup",
     "menu": "newCall answer hangup",
 }
-MENU_LIMIT = 20  # of <Gather> in a row
 
 
 class Rehearsal:
@@ -3083,155 +3082,99 @@ class Rehearsal:
 
     def __init__(self, receiver: Receiver, scenario: str, options: argparse.Namespace) -> None:
         self.receiver, self.scenario, self.options = receiver, scenario, options
-        self.base_url = receiver.settings.base_url
-        self.urls = {"newCall": self.base_url + "/new-call"}  # the others are what replies ask for
-        self.pressed = options.digits.split(",")
-        self.call_id, self.xcid = os.urandom(32).hex().upper(), os.urandom(8).hex()
-        self.users, self.number = [""], ""  # who rings; the first one answers, with this number
-        self.cause = ""  # why our reply has ended the call
+        self.base_url, self.call_id = receiver.settings.base_url, os.urandom(32).hex()
+        self.urls = {"newCall": self.base_url + "/new-call"}  # replies ask for the others
+        self.causes: dict[str, str] = {}  # by leg: why our reply has ended it, "" if it has not
+        self.answer: dict[str, str] = {}  # who answers instead, where our reply dials
 
     def play(self) -> None:
         """Send the events of the scenario, as far as our replies let them happen."""
-        print(f"\n{self.scenario}", flush=True)
+        print(f"\n{self.scenario}")
+        to = self.options.to
         for step in SCENARIOS[self.scenario].split():
             place, _, detail = step.partition(":")
-            if self.cause and place != "hangup":
-                continue  # a call that was refused is neither answered nor passed on
             leg, _, event = place.rpartition(".")
-            form, words = self._form(event, leg, detail)
-            action = self._post(self.urls[event], form, words)
+            if any(self.causes.values()) and (event != "hangup" or leg not in self.causes):
+                continue  # what our reply has ended is neither answered nor passed on
+            own = {"newCall": {"user[]": [detail] if detail else ["Alice", "Bob"]},
+                   "answer": {"user": detail or "Alice", "answeringNumber": to, **self.answer},
+                   "hangup": {"cause": self.causes.get(leg) or detail or "normalClearing"}}
+            action = self._post(self.urls[event], {
+                "event": event, "direction": "out" if self.scenario == "outgoing" else "in",
+                "from": self.options.sender, "to": to, "diversion": to if leg else "",
+                "callId": self.call_id + leg, "origCallId": self.call_id, **own[event]})
             if event == "newCall":
-                self._obey(action, form["callId"])
+                self._obey(action, leg)
 
-    def _form(self, event: str, leg: str, detail: str) -> tuple[dict[str, Any], str]:
-        """The fields of an event, and what to print of it."""
-        sender, to, direction = self.options.sender, self.options.to, "in"
-        if self.scenario == "outgoing":
-            sender, to, direction = to, sender, "out"
-        form = {"event": event, "direction": direction, "from": sender, "to": to,
-                "callId": self.call_id + leg, "origCallId": self.call_id, "xcid": self.xcid,
-                "diversion": to if leg else ""}
-        if event == "hangup":
-            form["cause"] = self.cause or detail or "normalClearing"
-            return form, form["cause"]
-        if event == "newCall":
-            self.users = [detail] if detail else self.options.user or ["Alice", "Bob"]
-            self.number = self.options.to
-        is_person = self.users[0] not in ("", "voicemail")
-        ids = [f"w{place}" for place in range(len(self.users)) if is_person]
-        full_ids = ["1234567" + name for name in ids]
-        if event == "newCall":
-            form.update({"user[]": self.users, "userId[]": ids, "fullUserId[]": full_ids})
-            return form, f"{sender} to {to} ({', '.join(self.users)})"
-        form.update({"user": self.users[0], "userId": ids[:1], "fullUserId": full_ids[:1],
-                     "answeringNumber": self.number})
-        return form, self.users[0] or self.number
-
-    def _obey(self, action: ET.Element | None, call_id: str) -> None:
-        """Press keys for each Gather that the replies ask for, and note what comes of the call."""
-        asked = 0
-        while action is not None and action.get("onData", "").startswith(self.base_url + "/"):
-            asked += 1
-            if asked > MENU_LIMIT:
-                logger.error("%d times <Gather> in a row: the menu never ends", MENU_LIMIT)
-                break
-            digits = self.pressed.pop(0) if self.pressed else ""
-            form = {"event": "dtmf", "dtmf": digits, "callId": call_id}
-            action = self._post(action.get("onData", ""), form, digits or "(no key pressed)")
-        if self.scenario == "menu" and any(self.pressed):
-            print(f"    (your functions do not ask for {','.join(self.pressed)})")
-        if action is not None and action.tag == "Dial":
-            self.number = action.findtext("Number") or ""
-            self.users = ["" if self.number else "voicemail"]
-        elif action is not None:
-            rejected = "busy" if action.get("reason") else "noAnswer"
-            self.cause = {"Reject": rejected, "Hangup": "normalClearing"}.get(action.tag, "")
-
-    def _post(self, url: str, form: Mapping[str, Any], words: str) -> ET.Element | None:
-        """Send an event as sipgate does; return the action that the reply asks for."""
-        print(f"--> {form['event']:8} {printable(words)}", flush=True)
-        body = urllib.parse.urlencode(form, doseq=True, errors="replace").encode()
-        receiver, began = self.receiver, time.monotonic()
-        try:
-            event = receiver.admit(url[len(self.base_url):], body)
-        except WebhookError as error:
-            logger.error("%s: %d %s", url, error.status, error.reason)
-            return None
-        replied = receiver.reply_to(event, began + receiver.reply_seconds)
-        took = f"<-- {replied.reply.status} in {(time.monotonic() - began) * 1000:.0f} ms"
-        receiver.follow(replied)
-        while receiver.your_code.hooks.waiting():
-            if receiver.your_code.stuck():
-                logger.error("%s", receiver.your_code.stuck())
-                break
-            time.sleep(0.005)
-        if replied.reply is DISCARDED:
-            print(took, flush=True)
-            return None
-        response = ET.fromstring(replied.reply.body)
-        asked = {name[2:].lower(): target for name, target in response.attrib.items()}
-        self.urls.update(asked)
-        action = printable(described(replied.action)) if replied.action else "no action"
-        print(wrapped(f"{took}  {action}, asks for {' and '.join(asked) or 'nothing more'}",
-                      sys.stdout, 4), flush=True)
-        self._remark(response)
-        return next(iter(response), None)
-
-    def _remark(self, response: ET.Element) -> None:
-        """Say what of a reply would come to nothing at sipgate."""
-        for menu in response.iter("Gather"):
-            url = menu.get("onData", "")
-            if not url.startswith(self.base_url + "/"):
-                print(f"    {printable(url)} is on another server: it is not followed")
-            elif self.receiver.your_code.does_nothing("on_dtmf"):
+    def _obey(self, action: ET.Element, leg: str) -> None:
+        """Press keys for each Gather, and note what comes of the leg."""
+        pressed = [*self.options.digits.split(","), "-1"]  # which says that the caller hung up
+        while action.get("onData", "").startswith(self.base_url + "/on-data"):
+            if self.receiver.your_code.does_nothing("on_dtmf"):
                 print("    (on_dtmf does nothing with the digits)")
-        for sound in response.iter("Url"):
-            if not (sound.text or "").partition("?")[0].lower().endswith(".wav"):
-                print(f"    is {printable(sound.text or '')} a WAV file? sipgate plays no other")
+            form = {"event": "dtmf", "dtmf": pressed.pop(0), "callId": self.call_id + leg}
+            reply = self._post(action.get("onData", ""), form)
+            action = reply if pressed else ET.Element("Hangup")
+        unasked = ",".join(pressed[:-1])
+        if self.scenario == "menu" and unasked:
+            print(f"    (your functions do not ask for {unasked})")
+        number = action.findtext("Number", "")
+        self.answer = {} if action.tag != "Dial" else {
+            "user": "" if number else "voicemail", "answeringNumber": number}
+        usual = {"Hangup": "normalClearing", "Reject": "noAnswer"}.get(action.tag, "")
+        self.causes[leg] = action.get("reason", usual)
+
+    def _post(self, url: str, form: Mapping[str, Any]) -> ET.Element:
+        """Send an event as sipgate does; return the action of the reply, or <Response>."""
+        body = urllib.parse.urlencode(form, doseq=True, errors="replace").encode()
+        event = self.receiver.admit(url[len(self.base_url):], body)
+        # Of a copy: event.call is looked up once, for your functions when the event is stored.
+        print(f"--> {event.event:8} {event_line(replace(event))}", flush=True)
+        deadline = time.monotonic() + self.receiver.reply_seconds
+        replied = self.receiver.reply_to(event, deadline)
+        text = replied.reply.body.decode().strip()
+        print(wrapped(f"<-- {text}", sys.stdout, 4), flush=True)
+        if "<Url>" in text and ".wav" not in text.lower():
+            print("    (is the sound a WAV file? sipgate plays no other)")
+        self.receiver.follow(replied)
+        while self.receiver.your_code.hooks.waiting():
+            time.sleep(0.005)
+        response = ET.fromstring(text if event.is_decided else "<Response />")
+        self.urls.update((name[2:].lower(), target) for name, target in response.items())
+        return next(iter(response), response)
 
 
-def check_sound(path: str) -> int:
-    """Say whether sipgate would play the file; return the exit status. Raises OSError."""
+def _check_sound(path: str) -> int:
     import wave
+    played = "1 channels, 2 bytes a sample, 8000 Hz"
     try:
         with wave.open(path, "rb") as sound:
-            found = (f"{sound.getnchannels()} channels, {sound.getsampwidth() * 8} bit, "
-                     f"{sound.getframerate()} Hz")
-    except (wave.Error, EOFError) as error:
-        found = f"not a PCM WAV file ({str(error) or 'it is cut off'})"
-    if found == "1 channels, 16 bit, 8000 Hz":
-        print(f"{path}: sipgate plays it")
-        return 0
-    print(wrapped(f"{path}: sipgate skips it: {found}; expected mono, 16 bit, 8000 Hz", sys.stdout))
-    return 1
+            found = "{} channels, {} bytes a sample, {} Hz".format(*sound.getparams())
+    except (wave.Error, EOFError):
+        found = "not a PCM WAV file"
+    verdict = "plays it" if found == played else f"skips it: {found}, expected {played}"
+    print(f"{path}: sipgate {verdict}")
+    return int(found != played)
 
 
 def simulate(options: argparse.Namespace, settings: Settings) -> int:
-    """The command `simulate`; the exit status is 1 if your functions failed."""
+    """The command `simulate`; the exit status is 1 if anything went wrong."""
     if options.sound:
-        return check_sound(options.sound)
+        return _check_sound(options.sound)
     functions = load_functions(settings.call_handlers)
-    print("Rehearsal: nothing leaves this machine, but your functions really run\n"
-          f"({settings.call_handlers or 'those in this script: CALL_HANDLERS names none'}).")
-    levels = []
-
-    def note(record: logging.LogRecord) -> bool:
-        levels.append(record.levelno)
-        return True
-
-    logger.addFilter(note)
-    with tempfile.TemporaryDirectory() as folder:
+    print("Your functions really run:", settings.call_handlers or "those in this script")
+    messages = io.StringIO()
+    with diagnostics(messages), tempfile.TemporaryDirectory() as folder:
         log = CallLog(os.path.join(folder, "calls.db"), 1)
-        receiver = Receiver(Settings(webhook_port=settings.webhook_port), [], functions,
-                            call_log=log, find_call=call_finder(log.path))
+        receiver = Receiver(Settings(), [], functions, call_log=log,
+                            find_call=call_finder(log.path))
         for scenario in SCENARIOS if options.all else [options.scenario]:
             Rehearsal(receiver, scenario, options).play()
             with contextlib.closing(open_log(log.path)) as database:
                 call, _ = next(listed_calls(database, time.time()))
-            print(table([call]), flush=True)
+            print(table([call]))
         log.close(5)
-    logger.removeFilter(note)
-    return 1 if logging.ERROR in levels else 0
+    return 1 if messages.getvalue() else 0
 
 
 # ------------------------------------------------------------------------------------------
@@ -3244,58 +3187,98 @@ GET_SECONDS = 10.0  # for one answer from the network, however slowly it drips
 
 
 class Health(NamedTuple):
-    """What a GET gave; `instance` is that of a copy of this script, "" if there is none."""
+    """What a GET gave: how the copy of this script is that replied, or why none did."""
 
-    status: int = 0
     instance: str = ""
+    kind: str = "ok"  # of a finding
     trouble: str = ""
-    error: Exception | None = None  # why there is no answer
+    error: Exception | str = ""
 
 
-def fetch(url: str, context: ssl.SSLContext | None) -> Health:
-    """GET `url`, however long that takes. Raises nothing."""
-    kind: Any = http.client.HTTPConnection
+def _fetch(url: str, context: ssl.SSLContext | None) -> Health:
     try:
         parts = urllib.parse.urlsplit(url)
+        link = http.client.HTTPConnection(parts.netloc, timeout=GET_SECONDS)
         if parts.scheme == "https":
-            kind = functools.partial(http.client.HTTPSConnection, context=context)
-        with contextlib.closing(kind(parts.netloc, timeout=GET_SECONDS)) as link:
+            link = http.client.HTTPSConnection(parts.netloc, timeout=GET_SECONDS, context=context)
+        with contextlib.closing(link):
             link.request("GET", parts.path)
             reply = link.getresponse()
-            text = reply.read(200).decode("utf-8", "replace").strip()
+            text = reply.read(200).decode("latin-1").strip()
     except Exception as error:  # noqa: BLE001 - whatever the network makes of it
         return Health(error=error)
-    refused, trouble = reply.headers.get("X-Refused", "0"), ""
+    instance, refused = reply.headers.get("X-Instance", ""), reply.headers.get("X-Refused", "0")
+    if not instance:
+        return Health(error=f"status {reply.status}")
     if reply.status == 503:
-        trouble = text
-    elif refused != "0":
-        trouble = f"webhooks were refused ({refused}): its stderr says why"
-    return Health(reply.status, reply.headers.get("X-Instance", ""), trouble)
+        return Health(instance, "problem", text)
+    if refused != "0":
+        return Health(instance, "warning", f"webhooks were refused ({refused}), see its stderr")
+    return Health(instance)
 
 
 def get_health(url: str, context: ssl.SSLContext | None = None) -> Health:
     """GET `url`, for GET_SECONDS at most. Raises nothing."""
-    outcome: queue.SimpleQueue[Health] = queue.SimpleQueue()
-    threading.Thread(target=lambda: outcome.put(fetch(url, context)), daemon=True).start()
-    try:
-        return outcome.get(timeout=GET_SECONDS)
-    except queue.Empty:
-        return Health(error=socket.timeout("timed out"))  # noqa: UP041 - before Python 3.10
+    found = [Health(error="timed out")]
+    thread = threading.Thread(target=lambda: found.append(_fetch(url, context)), daemon=True)
+    thread.start()
+    thread.join(GET_SECONDS)
+    return found[-1]
 
 
 def local_health(settings: Settings) -> Health:
     """The health of the copy of this script that runs here with these settings."""
-    host = settings.webhook_host
-    host = "127.0.0.1" if host in ("0.0.0.0", "::", "localhost") else host
-    place = f"{f'[{host}]' if ':' in host else host}:{settings.webhook_port}"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.webhook_host, settings.webhook_host)
+    host = f"[{host}]" if ":" in host else host
     scheme = "https" if settings.webhook_tls_cert else "http"
     # Our own, on this machine: its certificate is for another name.
-    return get_health(f"{scheme}://{place}{settings.base_path}/healthz",
+    return get_health(f"{scheme}://{host}:{settings.webhook_port}{settings.base_path}/healthz",
                       ssl._create_unverified_context())
 
 
-def check_files(settings: Settings) -> Iterator[tuple[str, str]]:
-    """What is probably not meant, and the files that the settings name."""
+def _check_log(settings: Settings) -> tuple[str, str]:
+    path = settings.call_log
+    try:
+        with contextlib.closing(open_log(path)) as database:
+            last_id = database.execute("SELECT max(id) FROM events").fetchone()[0]
+    except NothingToShow as error:
+        if path == "off" or os.access(os.path.dirname(path), os.W_OK):
+            return "ok", f"call log: {error}"
+        return "problem", f"call log: {error}, and this user may not create it"
+    except (CommandEnd, sqlite3.Error) as error:
+        return "problem", f"call log {path}: {error}"
+    if not last_id:
+        return "warning", f"call log {path}: no event yet: are URL and sources set at sipgate?"
+    return "ok", f"call log {path}: the last event came on {local_time(last_id / 1e6)}"
+
+
+def _check_port(settings: Settings, health: Health) -> tuple[str, str]:
+    place = f"port {settings.webhook_port} of {settings.webhook_host}"
+    if health.instance:
+        return health.kind, f"{place}: the running copy says: {health.trouble or 'ok'}"
+    kind = "warning" if isinstance(health.error, ConnectionRefusedError) else "problem"
+    return kind, (f"{place}: no server with these settings answers ({health.error}): start it, or "
+                  "give check the settings of the running copy (--env-file)")
+
+
+def _check_way_in(url: str, instance: str) -> tuple[str, str]:
+    if not url:
+        return "warning", ("without WEBHOOK_URL sipgate cannot reach the running copy; if it has "
+                           "one, give check its settings (--env-file)")
+    for route in ROUTES:
+        health = get_health(url + route)
+        if health.instance != instance:
+            # From inside, a router may not be able to reach its own public address.
+            kind = "warning" if str(health.error).endswith("timed out") else "problem"
+            found = health.error or "another copy"
+            return kind, (f"{url}{route} does not lead here ({found}): does the tunnel or proxy "
+                          "run, with a valid certificate, lead to this port, and leave the path "
+                          "as it is (nginx: no slash at the end of proxy_pass)?")
+    return "ok", f"{url} leads to the running copy, with each of its paths"
+
+
+def _findings(options: argparse.Namespace, settings: Settings) -> Iterator[tuple[str, str]]:
+    yield "ok", f"settings: {options.sources}"
     for warning in warnings_of(settings):
         yield "warning", warning
     try:
@@ -3303,93 +3286,20 @@ def check_files(settings: Settings) -> Iterator[tuple[str, str]]:
         if settings.webhook_tls_cert or settings.webhook_tls_key:
             TlsFiles(settings.webhook_tls_cert, settings.webhook_tls_key)
         load_functions(settings.call_handlers)
-        if settings.call_handlers:
-            yield "ok", f"your code: {settings.call_handlers} is loaded"
+        yield "ok", f"your functions: {settings.call_handlers or 'those in this script'}"
     except SettingsError as error:
         yield "problem", str(error)
-
-
-def check_log(settings: Settings) -> tuple[str, str]:
-    """Whether the call log can be written and is whole, and what its latest events tell."""
-    path = settings.call_log
-    if path == "off":
-        return "ok", "call log: off, nothing is kept"
-    # SQLite keeps files beside it.
-    is_writable = os.access(os.path.dirname(path), os.W_OK | os.X_OK)
-    if not is_writable or (os.path.lexists(path) and not os.path.isfile(path)):
-        return "problem", (f"call log: {path} is not a file in a folder that this user may write: "
-                           "set CALL_LOG to one, or to off")
-    try:
-        with contextlib.closing(open_log(path)) as database:
-            fault = database.execute("PRAGMA quick_check(1)").fetchone()[0]
-            if fault != "ok":
-                return "problem", f"call log: {path}: {fault}"
-            count, follow_ups, last_id = database.execute(
-                "SELECT count(*), sum(event IN ('answer', 'hangup')), max(id) FROM (SELECT * FROM "
-                "events WHERE event <> 'reply' ORDER BY id DESC LIMIT 1000)").fetchone()
-    except NothingToShow:
-        return "ok", f"call log: {path} will be created"
-    except (CommandEnd, sqlite3.Error) as error:
-        return "problem", f"call log: {error}"
-    if not count:
-        return "warning", (f"call log: {path} has no events yet; enter the URL in sipgate's "
-                           "console, choose the sources, and call")
-    if count >= 5 and not follow_ups and not settings.trial:
-        return "problem", (f"call log: {path} has no answer and no hangup after the newCalls: "
-                           "sipgate sends these to WEBHOOK_URL, and does not reach it")
-    return "ok", f"call log: {path}, the last event came on {local_time(last_id / 1e6)}"
-
-
-def check_port(settings: Settings, health: Health) -> tuple[str, str]:
-    """Whether the server listens that these settings are for, and how it is."""
-    place = f"port {settings.webhook_port} of {settings.webhook_host}"
-    if isinstance(health.error, ConnectionRefusedError):
-        return "warning", (f"{place}: no server runs with these settings, so nothing can arrive: "
-                           "start it, or give check its settings (--env-file)")
-    if not health.instance:
-        found = health.error or f"status {health.status}"
-        return "problem", (f"{place} is held by another program, or by a copy with other settings "
-                           f"({found}): give check the settings of that copy (--env-file, --url)")
-    if health.trouble:
-        return ("problem" if health.status == 503 else "warning",
-                f"{place}: the running copy says: {health.trouble}")
-    return "ok", f"{place}: a copy of this script runs"
-
-
-def check_way_in(url: str, instance: str) -> tuple[str, str]:
-    """Whether each path under `url` leads, from outside, to the process `instance`."""
-    if not url:
-        return "warning", "no WEBHOOK_URL: trial mode, sipgate cannot reach this machine"
-    for route in ROUTES:
-        health = get_health(url + route)
-        if health.instance == instance:
-            continue
-        if isinstance(health.error, ssl.SSLCertVerificationError):
-            return "problem", (f"{url}: sipgate will not accept the certificate: "
-                               f"{health.error.verify_message}; Let's Encrypt gives a valid one")
-        # From inside, a router may not be able to reach its own public address.
-        kind = "warning" if isinstance(health.error, socket.timeout) else "problem"
-        found = "another copy of this script" if health.instance else f"status {health.status}"
-        return kind, (f"{url}{route} does not lead here ({health.error or found}): is the tunnel "
-                      "or proxy running, does it lead to this port, and leave the path as it is "
-                      "(nginx: no slash at the end of proxy_pass)?")
-    return "ok", f"{url} leads to the running copy, with each of its paths"
+    yield _check_log(settings)
+    health = local_health(settings)
+    yield _check_port(settings, health)
+    if health.instance:
+        yield _check_way_in(settings.webhook_url, health.instance)
 
 
 def check(options: argparse.Namespace, settings: Settings) -> int:
     """The command `check`; the exit status is 1 if there is a problem."""
-    def findings() -> Iterator[tuple[str, str]]:
-        yield "ok", f"Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}"
-        yield "ok", f"settings: {options.sources}"
-        yield from check_files(settings)
-        yield check_log(settings)
-        health = local_health(settings)
-        yield check_port(settings, health)
-        if health.instance:
-            yield check_way_in(settings.webhook_url, health.instance)
-
     status = 0
-    for kind, text in findings():
+    for kind, text in _findings(options, settings):
         print(wrapped(f"{kind:8} {printable(text)}", sys.stdout, 9), flush=True)
         status |= kind == "problem"
     return status
@@ -4139,8 +4049,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     add("--all", action="store_true", help="every scenario in turn")
     add("--from", dest="sender", type=bare_number, default="492111234567", help="the caller")
     add("--to", type=bare_number, default="4915791234567", help="the number called")
-    add("--user", action="append", help="who rings (repeatable)")
-    add("--digits", default="1", help="what the caller presses, menu by menu, as 1,0042")
+    add("--digits", default="1", help="what the caller presses before hanging up, as 1,0042")
     add("--sound", help="only check whether sipgate would play this file")
     command("check", help="find out why nothing arrives")
     command("page", help="show calls in a browser, on --port (8081)")

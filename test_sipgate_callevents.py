@@ -2192,6 +2192,7 @@ class RehearsalTest(unittest.TestCase):
         ("voicemail", None, "5  voicemail normalClearing in "),
         ("transfer", None, "6 Alice,Carl answered normalClearing in "),
         ("menu", None, "3 Alice answered normalClearing in "),
+        ("menu", gather(), "4  missed normalClearing in Gather up to 1 digit"),
         ("answered", reject("busy"), "2  rejected busy in Reject busy"),
         ("transfer", reject(), "2  rejected noAnswer in Reject"),
         ("answered", hang_up(), "2  rejected normalClearing in Hangup"),
@@ -2201,95 +2202,90 @@ class RehearsalTest(unittest.TestCase):
     )
 
     def rehearse(self, name="answered", functions=NO_FUNCTIONS, **changed):
-        """What is said, the call that the log holds then, the events, and the errors."""
+        """What is said, the call that the log holds then, and the events."""
         options = argparse.Namespace(**{"sender": "492111234567", "to": "4915791234567",
-                                        "user": None, "digits": "1", **changed})
+                                        "digits": "1", **changed})
         log = new_log(self)
-        talk = Conversation(TRIAL, functions, call_log=log)
-        player = sc.Rehearsal(talk.receiver, name, options)
-        with diagnostics(logging.ERROR) as errors, \
-                contextlib.redirect_stdout(io.StringIO()) as out:
-            player.play()
+        talk = Conversation(TRIAL, functions, call_log=log, find_call=sc.call_finder(log.path))
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            sc.Rehearsal(talk.receiver, name, options).play()
         events = talk.events()
         log.close(5)
         with database_at(log.path) as database:
             call, = calls_of(database, time.time())
-        return out.getvalue().splitlines(), call, events, errors
+        return out.getvalue().splitlines(), call, events
 
     def test_each_scenario_leaves_the_call_that_your_code_decides_in_the_log(self):
         self.assertEqual({name for name, _, _ in self.ROWS}, set(sc.SCENARIOS))
         for name, action, row in self.ROWS:
-            said, call, events, errors = self.rehearse(name, always(action))
+            _, call, events = self.rehearse(name, always(action))
             found = (f"{len(events)} {','.join(call.answered_by)} {call.outcome} {call.cause} "
                      f"{call.direction} {call.reply}")
-            self.assertEqual((found, errors), (row, []), name)
-            self.assertIn(f"ms  {call.reply or 'no action'}, asks for answer and hangup", said[3])
+            self.assertEqual(found, row, name)
 
     def test_the_conversation_is_shown_in_both_directions(self):
-        said = self.rehearse()[0]
-        self.assertEqual([re.sub(r"in \d+ ms", "in N ms", line) for line in said], [
-            "", "answered", "--> newCall  492111234567 to 4915791234567 (Alice, Bob)",
-            "<-- 200 in N ms  no action, asks for answer and hangup",
-            "--> answer   Alice", "<-- 200 in N ms", "--> hangup   normalClearing",
-            "<-- 200 in N ms"])
+        self.assertEqual(self.rehearse()[0], [
+            "", "answered",
+            "--> newCall  New call from 492111234567 to 4915791234567 is ringing...",
+            '<-- <Response onAnswer="http://localhost:8080/on-answer" '
+            'onHangup="http://localhost:8080/on-hangup" />',
+            "--> answer   Alice answered call from 492111234567",
+            "<-- This response will be discarded",
+            "--> hangup   The call has been hung up (normalClearing)",
+            "<-- This response will be discarded"])
 
-    def test_each_leg_has_all_that_sipgate_sends_and_answers_for_itself(self):
+    def test_each_leg_answers_for_itself(self):
         first, answer, second, other, *_ = self.rehearse("transfer", CallFunctions(
             lambda event: dial("4921100") if event.first_leg else None))[2]
-        self.assertEqual((answer.answering_number, other.answering_number),
-                         ("4921100", "4915791234567"))
-        self.assertEqual((first.user_ids, first.full_user_ids, first.diversion),
-                         (("w0", "w1"), ("1234567w0", "1234567w1"), ""))
-        self.assertEqual((second.user_ids, second.diversion), (("w0",), "4915791234567"))
+        self.assertEqual((first.users, first.diversion, answer.answering_number),
+                         (("Alice", "Bob"), "", "4921100"))
+        self.assertEqual((second.users, second.diversion, other.answering_number),
+                         (("Carl",), "4915791234567", "4915791234567"))
+        *_, first, second = self.rehearse("transfer", CallFunctions(
+            lambda event: None if event.first_leg else reject("busy")))[2]
+        self.assertEqual((first.cause, second.cause, second.call.outcome),
+                         ("normalClearing", "busy", "answered"))
 
     def test_a_menu_gets_its_digits_and_does_what_the_last_reply_says(self):
         def on_dtmf(event):
             return gather(max_digits=4) if event.state == "first" else dial("4921100")
 
         menu = CallFunctions(lambda event: gather(state="first"), on_dtmf=on_dtmf)
-        said, call, events, _ = self.rehearse("menu", menu, digits="1,0042")
-        self.assertEqual([(event.dtmf, event.state)
-                          for event in events if isinstance(event, DtmfEvent)],
-                         [("1", "first"), ("0042", "")])
+        said, call, (_, one, two, *_) = self.rehearse("menu", menu, digits="1,0042")
+        self.assertEqual((one.dtmf, one.state, two.dtmf, two.state), ("1", "first", "0042", ""))
         self.assertEqual((call.digits, call.outcome, call.answered_by),
                          ("1,0042", "answered", ("4921100",)))
-        self.assertIn("--> dtmf     0042", said)
-        self.assertIn("  Gather up to 4 digits, asks for", said[5])
+        self.assertIn('maxDigits="4"', said[5])
+        self.assertIn("pressed 0042", said[6])
         for functions, digits, line in [
-                (menu, "", "--> dtmf     (no key pressed)"),
+                (menu, "", "--> dtmf     492111234567 pressed [unknown]"),
                 (menu, "1,2,7,8", "    (your functions do not ask for 7,8)"),
                 (NO_FUNCTIONS, "1", "    (your functions do not ask for 1)")]:
             self.assertIn(line, self.rehearse("menu", functions, digits=digits)[0])
 
     def test_what_sipgate_would_not_do_is_named(self):
-        none, other = "http://localhost:8080/none", "https://other.example/x"
-        for name, action, faults, line in [
-                ("menu", gather(), 1, "20 times <Gather> in a row: the menu never ends"),
-                ("missed", gather(none), 1, f"{none}: 404 not found"),
-                ("answered", gather(none), 1, "    (on_dtmf does nothing with the digits)"),
-                ("missed", gather(other), 0, f"    {other} is on another server: it is not"),
-                ("missed", play(none), 0, f"    is {none} a WAV file? sipgate plays no other")]:
-            functions = always(action)
-            if name == "answered":
-                functions = functions._replace(on_dtmf=sc.on_dtmf)
-            said, _, _, errors = self.rehearse(name, functions)
-            self.assertEqual((str(said + errors).count(line), len(errors)), (1, faults), said)
+        sound, digits = "is the sound a WAV file?", "(on_dtmf does nothing with the digits)"
+        for action, line, count in [
+                (gather(), digits, 1), (gather("http://x/a"), digits, 0),
+                (play("http://x/a.mp3"), sound, 1), (play("http://x/a.WAV?b"), sound, 0)]:
+            said = self.rehearse(functions=always(action)._replace(on_dtmf=sc.on_dtmf))[0]
+            self.assertEqual(str(said).count(line), count, said)
 
 
 # ---- Check ----
 
 class OtherServer(http.server.BaseHTTPRequestHandler):
-    """Another program, which says on two paths that it is "me"."""
+    """Another program, which says on some paths that it is "me"."""
 
     def do_GET(self):
         for _ in range(8 * self.path.startswith("/drip")):
             self.wfile.write(b"H")
             threading.Event().wait(0.05)
-        says = self.path in ("/new-call", "/on-answer")
-        self.send_response(200 if self.path == "/healthz" else 405 if says else 404)
+        says = self.path in ("/new-call", "/on-answer", "/on-hangup", "/evil/healthz")
+        self.send_response(200 if self.path == "/healthz" else 503 if says else 404)
         self.send_header("X-Instance", "me" * says)
-        self.send_header("Content-Length", "0")
         self.end_headers()
+        self.wfile.write(b"\x1b[31m\r\nok" * says)
 
     def log_message(self, *args):
         pass
@@ -2310,19 +2306,25 @@ class CheckTest(InFolder):
                 (f"http://{here}/p", server.instance, "ok", "the running copy, with each of its"),
                 (f"http://{here}/p", "me", "problem", "/new-call does not lead here (another copy"),
                 (f"http://{here}", server.instance, "problem", "does not lead here (status 404)"),
-                (f"http://{other}", "me", "problem", "/on-hangup does not lead here"),
+                (f"http://{other}", "me", "problem", "/on-data does not lead here"),
                 (f"http://localhost:{free_port()}", "me", "problem", unreached),
                 ("http://127.0.0.1..x:1", "me", "problem", unreached),
                 (f"https://{other}", "me", "problem", f"{unreached}[SSL")]:
-            found, text = sc.check_way_in(base, asked)
+            found, text = sc._check_way_in(base, asked)
             self.assertEqual((found, said in text), (kind, True), f"{said}: {text}")
 
         settings = replace(settings, webhook_port=server.port)
         self.assertEqual(sc.local_health(settings).instance, server.instance, "/p/healthz")
 
+    def test_what_a_hostile_server_says_is_escaped(self):
+        port = self.other_server()
+        out = self.run_command("check", WEBHOOK_URL=f"http://localhost:{port}/evil",
+                               WEBHOOK_PORT=str(port))[1]
+        self.assertIn(": the running copy says: \\x1b[31m\\r\\nok\nproblem  http", out)
+
     def test_a_way_in_that_drips_is_not_waited_for(self):
         change(self, sc, "GET_SECONDS", 0.2)
-        kind, text = sc.check_way_in(f"http://localhost:{self.other_server()}/drip", "me")
+        kind, text = sc._check_way_in(f"http://localhost:{self.other_server()}/drip", "me")
         self.assertEqual((kind, "(timed out)" in text), ("warning", True), "or the router")
 
     def test_certificates_that_sipgate_will_not_accept(self):
@@ -2333,9 +2335,11 @@ class CheckTest(InFolder):
             paths = map(self.write, ("cert.pem", "key.pem"), CERTIFICATES[number])
             port = run_server(self, tls=sc.TlsFiles(*paths)).server.port
             with environment(SSL_CERT_FILE=os.path.join(self.folder, trusted)):
-                found = sc.check_way_in(f"https://{host}:{port}", "me")
+                found = sc._check_way_in(f"https://{host}:{port}", "me")
             self.assertRegex(": ".join(found),
-                             f"^problem: .* will not accept the certificate: .*({said})")
+                             f"^problem: .* does not lead here .*({said}).*valid certificate")
+            local = Settings(webhook_port=port, webhook_tls_cert="cert.pem")
+            self.assertTrue(sc.local_health(local).instance)
 
     def test_the_port(self):
         running = run_server(self)
@@ -2343,44 +2347,38 @@ class CheckTest(InFolder):
 
         def assert_port(port, kind, said):
             settings = Settings(webhook_port=port)
-            health = sc.local_health(settings)
-            found, text = sc.check_port(settings, health)
-            self.assertEqual((found, health.instance),
-                             (kind, running.server.instance if port == mine else ""))
-            self.assertIn(f"port {port} of 127.0.0.1{said}", text)
+            found, text = sc._check_port(settings, sc.local_health(settings))
+            found, said = f"{found}: {text}", f"{kind}: port {port} of 127.0.0.1: {said}"
+            self.assertEqual(found[:len(said)], said)
 
-        assert_port(mine, "ok", ": a copy of this script runs")
-        assert_port(other, "problem", " is held by another program")
-        assert_port(free_port(), "warning", ": no server runs with these settings")
+        assert_port(mine, "ok", "the running copy says: ok")
+        assert_port(other, "problem", "no server with these settings answers (status")
+        assert_port(free_port(), "warning", "no server with these settings answers ([")
         running.receiver.refused = 3
-        assert_port(mine, "warning", ": the running copy says: webhooks were refused (3)")
+        assert_port(mine, "warning", "the running copy says: webhooks were refused (3)")
         running.receiver.health = lambda: "the call log is behind"
-        assert_port(mine, "problem", ": the running copy says: the call log is behind")
+        assert_port(mine, "problem", "the running copy says: the call log is behind")
 
-    def assert_log(self, kind, said, path="", url="https://x.example/p"):
-        found, text = sc.check_log(Settings(call_log=path or self.path, webhook_url=url))
+    def assert_log(self, kind, said, path=""):
+        found, text = sc._check_log(Settings(call_log=path or self.path))
         self.assertEqual((found, bool(re.search(said, text))), (kind, True), text)
 
     def test_the_call_log(self):
         missing = os.path.join(self.folder, "none", "calls.db")
         for kind, said, path in [
-                ("ok", "^call log: off, nothing is kept$", "off"), ("ok", "will be created$", ""),
-                ("problem", f"{missing} is not a file in a folder that this user may", missing),
-                ("problem", "is not a file in .*: set CALL_LOG", self.folder)]:
+                ("ok", "^call log: no calls are kept", "off"), ("ok", "^call log: no calls yet", ""),
+                ("problem", "and this user may not create it$", missing),
+                ("problem", f"^call log {self.folder}: unable to open", self.folder)]:
             self.assert_log(kind, said, path)
         self.assertEqual(os.listdir(self.folder), [])
         with database_at(self.path) as foreign:
             foreign.execute("CREATE TABLE a(b)")
-        self.assert_log("problem", "is not a call log of this version of the program$")
+        self.assert_log("problem", "is not a call log of this version")
         os.remove(self.path)
         log = CallLog(self.path, 30)
-        self.assert_log("warning", "has no events yet; enter the URL in sipgate's console")
-        for n in range(5):
-            log.record(new_call(str(n)), time.time() - 65, None)
-        self.assert_log("problem", "no answer and no hangup after the newCalls")
-        self.assert_log("ok", "the last event came on 20", url="")
-        log.record(HangupEvent(call_id="0"), 1e9, None)
-        self.assert_log("ok", "calls.db, the last event came on 20")
+        self.assert_log("warning", "no event yet: are URL and sources set")
+        log.record(new_call("0"), 1e9, None)
+        self.assert_log("ok", "calls.db: the last event came on " + sc.local_time(1e9))
         log.close(5)
         damage(self.path)
         self.assert_log("problem", "malformed|not a database|disk image")
@@ -2932,11 +2930,15 @@ class CommandTest(InFolder):
                          ["Nobody is to be rung back."])
 
     def test_a_rehearsal_from_an_empty_folder(self):
-        path = self.write("mine.py", "from sipgate_callevents import dial\n"
-                                     "def on_new_call(event):\n    return dial('4921100')\n")
+        path = self.write("mine.py", "from sipgate_callevents import dial, threading\n"
+                          "def on_new_call(event):\n    return dial('4921100')\n"
+                          "def on_answer(event):\n"
+                          "    threading.Event().wait(0.05)\n    print('hello')\n")
         status, out, err = self.run_command("simulate", "--all", CALL_HANDLERS="mine.py")
-        self.assertEqual((status, err, out.splitlines()[1]), (0, "", f"({path})."))
-        self.assertRegex(out, r"\+492111234567 \+4915791234567 answered 0:00 0:00 4921100\n")
+        self.assertEqual((status, err), (0, ""))
+        for part in (path, " +4915791234567 answered 0:00 0:00 4921100\n",
+                     "discarded\nhello\n--> hangup"):
+            self.assertIn(part, out)
         self.assertEqual(set(os.listdir(self.folder)) - {"__pycache__"}, {"mine.py"})
         self.write("raises.py", "import logging.config\n"
                    "logging.config.dictConfig({'version': 1})\n"  # an error counts nevertheless
@@ -2949,8 +2951,8 @@ class CommandTest(InFolder):
         path = self.write("a.wav", "ID3 mp3")
         self.assertIn("not a PCM WAV", self.run_command("simulate", "--sound", path)[1])
         for channels, width, rate, said in [
-                (1, 2, 8000, "sipgate plays it"), (2, 2, 8000, "2 channels, 16 bit, 8000 Hz"),
-                (1, 1, 8000, "1 channels, 8 bit, 8000 Hz"), (1, 2, 44100, ", 16 bit, 44100 Hz")]:
+                (1, 2, 8000, "sipgate plays it"), (2, 2, 8000, "2 channels, 2 bytes a sample, 8"),
+                (1, 1, 8000, "1 channels, 1 bytes a "), (1, 2, 44100, "a sample, 44100 Hz")]:
             with wave.open(path, "wb") as sound:
                 sound.setparams((channels, width, rate, 0, "NONE", ""))
             status, out, _ = self.run_command("simulate", "--sound", path)
@@ -2985,12 +2987,12 @@ class CommandTest(InFolder):
         wrong = self.write("wrong.py", "def on_new_call(): pass\n")
         port = str(run_server(self).server.port)
         for environ, kinds, said in [
-                ({}, "ok ok ok ok warning", "no WEBHOOK_URL: trial mode"),
-                ({"CALL_HANDLERS": right}, "ok ok ok ok ok warning", "right.py is loaded"),
-                ({"CALL_HANDLERS": wrong}, "ok ok problem ok ok warning", "expected on_new_call, "),
+                ({}, "ok ok ok ok warning", "without WEBHOOK_URL sipgate"),
+                ({"CALL_HANDLERS": right}, "ok ok ok ok warning", f"your functions: {right}"),
+                ({"CALL_HANDLERS": wrong}, "ok problem ok ok warning", "expected on_new_call, "),
                 ({"WEBHOOK_URL": "http://x.example", "SIGNATURE_KEY_FILE": wrong,
-                  "WEBHOOK_PORT": str(free_port())}, "ok ok warning warning problem ok warning",
-                 "no server runs with these settings")]:
+                  "WEBHOOK_PORT": str(free_port())}, "ok warning warning problem ok warning",
+                 "settings: WEBHOOK_URL (environment), WEBHOOK_PORT (environment), SIG")]:
             status, out, _ = self.run_command("check", **{"WEBHOOK_PORT": port, **environ})
             self.assertEqual((" ".join(re.findall("(?m)^[a-z]+", out)), status, said in out),
                              (kinds, "problem" in kinds, True), out)
