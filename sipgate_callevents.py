@@ -2718,134 +2718,100 @@ def to_ring_back(calls: Iterable[Call]) -> tuple[list[list[Call]], int]:
 
 # ------------------------------------------------------------------------------------------
 # Showing calls, and forgetting a number
-# The commands `calls` and `forget`: on the same file as a running server, which they never
-# block for long, and never on a file that is not there yet.
+# The commands `calls` and `forget`. They create no log, and hold up no server for long.
 # ------------------------------------------------------------------------------------------
 
-TABLE_LIMIT = 20
-FORGET_ROWS = 200  # rewritten in one transaction: the server waits for it
-CALL_SECONDS = 0.2  # that looking up the call of an event may take
+CALL_SECONDS = 0.2  # for looking up an event's call
+# What a table shows of a row, and its heading.
+COLUMNS = {"started": "STARTED", "direction": "", "from": "FROM", "to": "TO", "calls": "TIMES",
+           "outcome": "OUTCOME", "wait_s": "WAIT", "talk_s": "TALK", "answered_by": "BY"}
 
 
-def open_log(path: str, timeout: float = 5.0) -> sqlite3.Connection:
-    """Connect to the call log at `path`; `timeout`: seconds that a lock is waited for.
-
-    Raises NothingToShow, CommandEnd, sqlite3.Error.
-    """
-    if path == "off":
-        raise NothingToShow("no calls are kept (CALL_LOG=off)")
+@contextlib.contextmanager
+def open_log(path: str, timeout: float = 5.0) -> Iterator[sqlite3.Connection]:
+    """The call log at `path`; `timeout`: seconds to wait for a lock. Raises CommandEnd."""
     # Never opened but by SQLite: closing a file drops the locks of the whole process on it.
     try:
-        is_empty = not os.stat(path).st_size
+        is_empty = path == "off" or not os.stat(path).st_size
     except OSError as error:  # or its folder is closed to this user
         is_empty = isinstance(error, FileNotFoundError)
     if is_empty:
-        raise NothingToShow(f"no calls yet: there is nothing in {path}")
+        raise NothingToShow(f"no calls are kept yet (CALL_LOG={path})")
     if not os.access(path, os.R_OK | os.W_OK):
-        command = ["sudo", "env", f"CALL_LOG={path}", sys.executable, os.path.abspath(sys.argv[0])]
-        raise CommandEnd(f"this user may not open {path}; as root: "
-                         + " ".join(map(shlex.quote, command + sys.argv[1:])))
-    database = sqlite3.connect(pathlib.Path(path).as_uri() + "?mode=rw", uri=True, timeout=timeout,
-                               isolation_level=None)
+        raise CommandEnd(f"this user may not open {path}; as root: " + shlex.join(
+            ["sudo", "env", f"CALL_LOG={path}", sys.executable, *sys.argv]))
+    uri = pathlib.Path(path).as_uri() + "?mode=rw"
     try:
-        marks = [database.execute(f"PRAGMA {name}").fetchone()[0]
-                 for name in ("application_id", "user_version")]
+        with contextlib.closing(sqlite3.connect(
+                uri, uri=True, timeout=timeout, isolation_level=None)) as database:
+            marks = database.execute("SELECT * FROM pragma_application_id, pragma_user_version")
+            if marks.fetchone() != (APPLICATION_ID, SCHEMA_VERSION):
+                raise CommandEnd(f"{path} is not a call log of this version of the program")
+            yield database
     except sqlite3.Error as error:
-        database.close()
         raise CommandEnd(f"{path}: {error}") from None
-    if marks != [APPLICATION_ID, SCHEMA_VERSION]:
-        database.close()
-        raise CommandEnd(f"{path} is not a call log of this version of the program")
-    return database
 
 
-def call_finder(path: str) -> Callable[[CallEvent], Call | None]:
-    """Return what finds the call of an event; None where that takes over CALL_SECONDS."""
-    def find(event: CallEvent) -> Call | None:
-        until = time.monotonic() + CALL_SECONDS
-        try:
-            with contextlib.closing(open_log(path, CALL_SECONDS)) as database:
-                database.set_progress_handler(lambda: time.monotonic() > until, 1000)
-                legs = call_with(database, event.call_id, until)
-                return put_together(legs, time.time()) if legs else None
-        except (sqlite3.Error, CommandEnd, TimeoutError):
-            return None
-    return find
-
-
-def with_plus(number: str) -> str:
-    """A number as people write it."""
-    return "+" + number if re.fullmatch("[1-9][0-9]{6,}", number) else number or "unknown"
-
-
-def aligned(rows: Sequence[Sequence[str]], most: Sequence[int]) -> str:
-    """`rows` as lines as wide as the terminal, 80 at least; `most` for all columns but one."""
-    shown = [list(map(printable, row)) for row in rows]
-    widths = [min(max(map(len, column)), limit) for column, limit in zip(zip(*shown), most)]
-    widths.append(max(shutil.get_terminal_size().columns, 80) - sum(widths) - len(widths))
-    lines = [[text[:width].ljust(width) for text, width in zip(row, widths)] for row in shown]
-    return "\n".join(" ".join(line).rstrip() for line in lines)
-
-
-def table(calls: Sequence[Call]) -> str:
-    """`calls` as lines for a terminal."""
-    rows = [("STARTED", "", "FROM", "TO", "OUTCOME", "WAIT", "TALK", "BY")]
-    for call in calls:
-        wait, talk = ("" if seconds is None else duration(seconds).rjust(4)
-                      for seconds in (call.wait_s, call.talk_s))
-        rows.append((local_time(call.started)[5:16], call.direction, with_plus(call.from_number),
-                     with_plus(call.to_number), call.outcome, wait, talk,
-                     ", ".join(call.answered_by)))
-    return aligned(rows, (11, 3, 16, 16, 10, 7, 7))
-
-
-def totals(calls: Sequence[Call]) -> str:
-    """One line that sums `calls` up."""
-    def average(seconds: Iterable[float | None]) -> str:
-        known = [one for one in seconds if one is not None]
-        return duration(sum(known) / len(known)) if known else "-"
-
-    outcomes = [call.outcome for call in calls]
-    return (f"{plural(len(calls), 'call')}, {outcomes.count('answered')} answered, "
-            f"{outcomes.count('missed')} missed, average wait "
-            f"{average(call.wait_s for call in calls)}, "
-            f"average talk {average(call.talk_s for call in calls)}")
+def find_call(path: str, event: CallEvent) -> Call | None:
+    """The call of an event; None where finding it takes over CALL_SECONDS."""
+    until = time.monotonic() + CALL_SECONDS
+    with contextlib.suppress(CommandEnd, TimeoutError), open_log(path, CALL_SECONDS) as database:
+        database.set_progress_handler(lambda: time.monotonic() > until, 1000)
+        legs = call_with(database, event.call_id, until)
+        return put_together(legs, time.time()) if legs else None
+    return None
 
 
 def call_row(call: Call) -> dict[str, Any]:
-    """A call as names and values for JSON and CSV: None for what is not known."""
+    """A call as a row; None is not known."""
     return {name.replace("_number", ""): None if value == "" else value
             for name, value in vars(call).items()}
 
 
-def caller_row(calls: Sequence[Call]) -> dict[str, Any]:
-    """Somebody to ring back, whose calls these are, in the same way."""
-    last = calls[0]
-    return {"from": last.from_number, "calls": len(calls), "last": last.started,
-            "outcome": last.outcome, "to": last.to_number}
+def call_rows(pairs: Iterable[Any], form: str = "") -> Iterator[dict[str, Any]]:
+    """Yield rows for pairs of a call and its legs, with events if these have a form."""
+    for call, legs in pairs:
+        row = call_row(call)
+        if form:
+            row["events"] = [
+                event_json(event, at, words) if form == "json" else printable(
+                    f"  {local_time(at)[11:]} {event.event:7} {words or event_line(event, call)}")
+                for at, event, words in events_of(legs)]
+        yield row
 
 
 def readable(name: str, value: Any, form: str) -> Any:
-    """A value of such a row in which times can be read; `name` says whether it is seconds."""
-    if not isinstance(value, float):
+    """A value of a row in that form; a float in _s is seconds, any other a Unix time."""
+    if isinstance(value, float) and name.endswith("_s"):
+        return duration(value) if form == "table" else int(value)
+    if isinstance(value, float):
+        moment = rfc3339(value) if form == "json" else local_time(value)
+        return moment[5:16] if form == "table" else moment
+    if form == "json" or isinstance(value, int):
         return value
-    if name.endswith("_s"):
-        return round(value, 3) if form == "json" else int(value)
-    return rfc3339(value) if form == "json" else local_time(value)
+    text = printable(value if isinstance(value, str) else ", ".join(value or ()))
+    if form == "table":
+        return re.sub(r"\A(?=[1-9][0-9]{6,}\Z)", "+", text)
+    # A spreadsheet would take it for a formula, or a number to be rounded.
+    return re.sub(r"\A(?=\s*[=+\-@\uff1d\uff0b\uff0d\uff20\d])", "'", text)
 
 
-def csv_cell(value: Any) -> Any:
-    """`value` safe in a spreadsheet: what it would take for a formula or number gets a '."""
-    if value is None or isinstance(value, int):
-        return value
-    text = printable(", ".join(value) if isinstance(value, tuple) else value)
-    is_risky = re.match(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|\s*[0-9](?!\d{3}-\d\d-\d\d )", text)
-    return "'" + text if is_risky else text
+def table(rows: Iterable[Any]) -> str:
+    """Rows as lines that fit the terminal, or 80 columns, and their events."""
+    rows = [COLUMNS, *sorted(rows, key=lambda row: row["started"])]
+    names = [name for name in COLUMNS if name in rows[-1]]
+    cells = [[str(readable(name, row[name], "table")) for name in names] for row in rows]
+    most = max(shutil.get_terminal_size().columns, 80)
+    widths = [min(max(map(len, column)), 16) for column in zip(*cells)][:-1] + [most]
+    lines = []
+    for texts, row in zip(cells, rows):
+        line = " ".join(text[:width].ljust(width) for text, width in zip(texts, widths))
+        lines += [line[:most].rstrip(), *row.get("events", ())]
+    return "\n".join(lines)
 
 
-def write_rows(rows: Iterable[Mapping[str, Any]], form: str, stream: TextIO | None = None) -> None:
-    """Write `rows` as json, csv, or excel (CSV as a German Excel reads it), as they come."""
-    stream = stream or sys.stdout
+def write_rows(rows: Iterable[Any], form: str, stream: TextIO) -> None:
+    """Write rows as they come, as json, csv or excel: CSV as a German Excel reads it."""
     writer = csv.writer(stream, lineterminator="\n", delimiter=";" if form == "excel" else ",")
     for number, row in enumerate(rows):
         values = {name: readable(name, value, form) for name, value in row.items()}
@@ -2855,7 +2821,7 @@ def write_rows(rows: Iterable[Mapping[str, Any]], form: str, stream: TextIO | No
         if number == 0:
             stream.write("\ufeff" if form == "excel" else "")
             writer.writerow(values)  # the names
-        writer.writerow(map(csv_cell, values.values()))
+        writer.writerow(values.values())
 
 
 def read_since(text: str) -> float:
@@ -2866,196 +2832,118 @@ def read_since(text: str) -> float:
         raise SettingsError(f'--since is "{text}": expected a date such as 2026-11-01') from None
 
 
-def is_chosen(call: Call, legs: Iterable[Leg], since: float, wanted: str) -> bool:
-    """Whether a call began after `since` and has the number `wanted`, in which * is any digits.
-
-    It is looked for wherever one stands in an event: dialled, dialled first, or answering.
-    """
-    pattern = re.escape(bare_number(wanted) or "*").replace(r"\*", ".*")
-    found = [call.from_number, call.to_number]
-    for stored in events_of(legs):
-        found += [getattr(stored.event, name, "") for name in (
-            "from_number", "to_number", "diversion", "answering_number")]
-    return call.started >= since and any(
-        re.fullmatch(pattern, bare_number(number)) for number in found)
+def has_number(call: Call, legs: Iterable[Leg], wanted: str) -> bool:
+    """Whether a call or a leg of it has this number, in which * is any digits."""
+    import fnmatch
+    numbers = [call.from_number, call.to_number]
+    for name in ("from_number", "to_number", "diversion", "answering_number"):
+        numbers += [leg.text(name) for leg in legs]
+    return bool(fnmatch.filter(map(bare_number, numbers), bare_number(wanted)))
 
 
 def show_calls(options: argparse.Namespace, settings: Settings) -> int:
     """The command `calls`."""
-    since, form, limit, withheld = read_since(options.since), options.format, options.limit, 0
-    is_wanted = functools.partial(is_chosen, since=since, wanted=options.number)
-    with contextlib.closing(open_log(settings.call_log)) as database:
-        found = listed_calls(database, time.time(), since)
+    form, withheld = options.format, 0
+    with open_log(settings.call_log) as database:
+        pairs = listed_calls(database, time.time(), read_since(options.since))
         if options.missed:
-            callers, withheld = to_ring_back(call for call, _ in found)
-            found = iter([(call, []) for calls in callers for call in calls])
-        pairs = (pair for pair in found if is_wanted(*pair))
+            callers, withheld = to_ring_back(call for call, _ in pairs)
+            pairs = iter([(call, []) for calls in callers for call in calls])
+        found = (pair for pair in pairs if has_number(*pair, options.number))
+        rows = call_rows(found, form if options.events else "")
         if options.missed and not options.all:
-            callers = [calls for calls in callers if is_wanted(calls[0], [])]
-            show_callers(callers[:limit], form)
-        elif form == "table":
-            show_table(pairs, limit or TABLE_LIMIT, options.events)
-        else:
-            with_events = options.events and form == "json"
-            write_rows(call_rows(itertools.islice(pairs, limit), with_events), form)
-    if withheld and form == "table":
+            rows = ({**call_row(calls[0]), "calls": len(calls)} for calls in callers
+                    if has_number(calls[0], [], options.number))
+        if form != "table":
+            write_rows(itertools.islice(rows, options.limit), form, sys.stdout)
+            return 0
+        limit = options.limit or 20
+        print(table(itertools.islice(rows, limit)))
+        if next(rows, None):
+            print(f"These are the latest {limit}; --limit N shows more.")
+    if withheld:
         print(f"and {withheld} with no number")
     return 0
 
 
-def call_rows(pairs: Iterable[tuple[Call, Sequence[Leg]]], with_events: bool
-              ) -> Iterator[dict[str, Any]]:
-    """Yield calls as rows, perhaps with what each was put together from."""
-    for call, legs in pairs:
-        row = call_row(call)
-        if with_events:
-            row["events"] = [event_json(one.event, one.at, one.words) for one in events_of(legs)]
-        yield row
+def rows_without(database: sqlite3.Connection, number: str) -> Iterator[Any]:
+    """Yield each stored row that holds the number, but for the values that do."""
+    def blank(text: Any) -> Any:
+        return FORGOTTEN if text and re.search(number, urllib.parse.unquote_plus(text)) else text
 
-
-def show_callers(callers: Sequence[Sequence[Call]], form: str) -> None:
-    """Print whom to ring back, one line each."""
-    rows = [caller_row(calls) for calls in callers]
-    if form != "table":
-        write_rows(rows, form)
-    elif rows:
-        lines = [(local_time(row["last"])[:16], with_plus(row["from"]), f"{row['calls']:5}",
-                  row["outcome"], with_plus(row["to"])) for row in rows]
-        print(aligned([("LAST CALL", "FROM", "TIMES", "OUTCOME", "TO"), *lines], (16, 20, 5, 10)))
-    else:
-        print("Nobody is to be rung back.")
-
-
-def show_table(pairs: Iterator[tuple[Call, Sequence[Leg]]], limit: int, with_events: bool) -> None:
-    """Print the latest calls as a table, oldest first. Raises NothingToShow."""
-    shown = sorted(itertools.islice(pairs, limit), key=lambda pair: pair[0].started)
-    if not shown:
-        raise NothingToShow("no call matches")
-    head, *lines = table([call for call, _ in shown]).splitlines()
-    print(head)
-    for line, (call, legs) in zip(lines, shown):
-        print(line)
-        for stored in events_of(legs) if with_events else ():
-            print(f"  {local_time(stored.at)[11:]} {printable(stored.event.event):7} "
-                  + printable(stored.words or event_line(stored.event, call)))
-    print(totals([call for call, _ in shown]))
-    if next(pairs, None):
-        print(f"These are the latest {limit}; --limit N shows more.")
-
-
-def number_of(text: str) -> tuple[str, str]:
-    """Return the digits of a number, and what finds it however written, but in no longer one.
-
-    The latter is a regular expression. Raises SettingsError for what is no number.
-    """
-    digits = bare_number(text)
-    if not re.fullmatch("[0-9]{3,32}", digits):
-        raise SettingsError(f'"{text}": expected a complete number, such as +49 157 91234567')
-    # Before it is no digit; what looks like one behind a % is part of another character.
-    return digits, (r"(?:(?<![0-9])|(?<=%[0-9A-Fa-f][0-9A-Fa-f]))(?:00)?"
-                    + r"[\s()/.#*+-]*".join(digits) + "(?![0-9])")
-
-
-def rows_with(database: sqlite3.Connection, number: str, token: str
-              ) -> Iterator[tuple[Any, Any]]:
-    """Yield each stored row that holds the number, and its ids and body without it.
-
-    Each value that holds it is blanked: `token` stands for an id, FORGOTTEN for anything else.
-    """
-    def blank(text: str, word: str = FORGOTTEN) -> str:
-        return word if text and re.search(number, text) else text
-
-    tokens = {"callId": token, "origCallId": token, "xcid": token}
     for row in latest_first(database, "id, event, call_id, orig_call_id, xcid, body"):
-        _, event, *ids, body = row
-        text = body.decode("utf-8", "replace")
-        if event == "reply":  # XML: what stands between brackets or quotes is a value
-            body = re.sub("[^<>\"']+", lambda found: blank(found[0]), text).encode()
-        else:
-            pairs = urllib.parse.parse_qsl(text, keep_blank_values=True)
-            kept = [(blank(name), blank(value, tokens.get(name, FORGOTTEN)))
-                    for name, value in pairs]
-            body = body if kept == pairs else urllib.parse.urlencode(kept).encode()
-        after = (*(blank(each, token) for each in ids), body)
-        if after != row[2:]:
-            yield row, after
+        # In XML a value stands between brackets or quotes, in a form beside the first =.
+        value = "[^<>\"']+" if row[1] == "reply" else "(?<==)[^&]+|[^&=]+"
+        text = re.sub(value, lambda found: blank(found[0]), row[5].decode("latin-1"))
+        kept = (row[0], *map(blank, row[1:5]), text.encode("latin-1"))
+        if kept != row:
+            yield kept
+
+
+def similar(database: sqlite3.Connection, digits: str) -> str:
+    """Stored numbers that end in these digits."""
+    ending = digits.lstrip("0")
+    bodies = database.execute("SELECT body FROM events WHERE instr(body, ?) LIMIT 1000",
+                              (ending.encode(),)).fetchall()
+    found = re.findall(rf"[1-9][0-9]*{ending}\b", urllib.parse.unquote(str(bodies)))
+    return ", ".join(sorted(set(found))[:5])
+
+
+def holding(names: Iterable[str], number: str) -> list[str]:
+    """Those of the files whose bytes hold the number."""
+    found = []
+    for name in filter(os.path.exists, names):
+        # In lines, which are short: the pages of SQLite begin with CR or LF.
+        with open(name, encoding="latin-1") as file:
+            if any(re.search(number, urllib.parse.unquote_plus(line)) for line in file):
+                found.append(name)
+    return found
+
+
+def erase(database: sqlite3.Connection, number: str, folder: str) -> None:
+    """Blank the number in all rows, and remove what SQLite keeps of them."""
+    # NORMAL, or each row would wait for the disk.
+    database.executescript("PRAGMA secure_delete=ON; PRAGMA synchronous=NORMAL")
+    for row in rows_without(database, number):
+        # No digest: by it a guess at the number could be tried.
+        database.execute("REPLACE INTO events VALUES (?, ?, ?, ?, ?, ?, NULL)", row)
+        time.sleep(0.0001)  # so that a running server gets its turn
+    rewrite(database, folder)
+    database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def forget_number(options: argparse.Namespace, settings: Settings) -> int:
     """The command `forget`: every trace of a number leaves the files."""
-    typed, path = "".join(options.number), os.path.realpath(settings.call_log)
-    digits, number = number_of(typed)
-    files, damaged = (path, path + "-wal"), glob.glob(glob.escape(path) + ".damaged-*")
-    with contextlib.closing(open_log(settings.call_log)) as database:
-        # When each event came, and the first leg of its call, as far as one event tells that.
-        found = [(row[0], row[3] or row[2] or row[0])
-                 for row, _ in rows_with(database, number, FORGOTTEN)]
-        hint = "" if found else similar(database, digits)
-    if found:
-        count = len({leg for _, leg in found})
-        first, last = (local_time(found[place][0] / 1e6)[:16] for place in (-1, 0))
-        print(f"{plural(count, 'call')}, from {first} to {last}, hold{'s' * (count == 1)} "
-              f"{with_plus(digits)}.", flush=True)
-    elif not any(is_in(name, number) for name in (*files, *damaged)):
-        raise CommandEnd(f"no call holds {typed}; with the country code?{hint}")
-    said = "yes" if options.yes else ""
-    with contextlib.suppress(EOFError):
-        said = said or input("Forget it? The calls stay. (yes/no) ")
-    if not said.startswith("y"):
-        raise CommandEnd("nothing was changed")
-    with contextlib.closing(open_log(settings.call_log)) as database:
+    path, digits = os.path.realpath(settings.call_log), bare_number("".join(options.number))
+    if not re.fullmatch("[0-9]{3,32}", digits):
+        raise SettingsError(f'"{digits}": expected a complete number, such as +49 157 91234567')
+    # However written, but in no longer one.
+    number = r"(?<![0-9])(?:00)?" + r"[\s()/.#*+-]*".join(digits) + "(?![0-9])"
+    damaged = glob.glob(glob.escape(path) + ".damaged-*")
+    files = [path, path + "-wal", *damaged]
+    with open_log(settings.call_log) as database:
+        # When each call began, by its first leg, as far as one event tells.
+        begun = {row[3] or row[2] or row[0]: local_time(row[0] / 1e6)[:16]
+                 for row in rows_without(database, number)}
+        hint = similar(database, digits)
+    if not begun and not holding(files, number):
+        raise CommandEnd(f"no call holds {digits}; with the country code? {hint}")
+    times = sorted(begun.values()) or ["-"]
+    print(f"{digits} is in {plural(len(begun), 'call')}, from {times[0]} to {times[-1]}.")
+    if not options.yes:
+        print("Forget it? The calls stay. (yes/no)", flush=True)
+        if not sys.stdin.readline().startswith("y"):
+            raise CommandEnd("nothing was changed")
+    with open_log(settings.call_log) as database:
         erase(database, number, os.path.dirname(path))
-    for name in damaged:
-        if is_in(name, number):
-            os.remove(name)
-            print(f"{name} held it, and is removed.")
-    left = [name for name in files if is_in(name, number)]
+    for name in holding(damaged, number):
+        os.remove(name)
+    left = ", ".join(holding(files, number))
     if left:
-        raise CommandEnd(f"{with_plus(digits)} is still in {', '.join(left)}: end what else reads "
-                         "the file, and run this again")
-    print(f"It is gone from {path}: no byte of it is left there.\nIt may still be in backups, in "
-          "the journal or file that stdout goes to,\nand where your functions have put it.")
+        raise CommandEnd(f"{digits} is still in {left}: end what else reads it, and try again")
+    print(f"It is gone from {path}. It may still be in backups,\nin the journal or file that "
+          "stdout goes to, and where your functions put it.")
     return 0
-
-
-def erase(database: sqlite3.Connection, number: str, folder: str) -> None:
-    """Blank the number in all rows, a few at a time, and remove what SQLite keeps of them."""
-    # One word where it stands as an id, so that what it joins stays joined, and nothing else.
-    found = rows_with(database, number, f"{FORGOTTEN[:-1]} {os.urandom(4).hex()}]")
-    database.execute("PRAGMA secure_delete=ON")
-    for batch in iter(lambda: list(itertools.islice(found, FORGET_ROWS)), []):
-        database.execute("BEGIN IMMEDIATE")
-        # The digest told repeats of these very bytes, and whether a guess at them is right.
-        database.executemany("UPDATE events SET call_id = ?, orig_call_id = ?, xcid = ?, body = ?, "
-                             "digest = NULL WHERE id = ?", [(*kept, row[0]) for row, kept in batch])
-        database.execute("COMMIT")
-        time.sleep(0.02)  # so that a running server gets its turn
-    rewrite(database, folder)
-    database.execute("PRAGMA busy_timeout=0")  # a running server is not to wait for a reader, too
-    for _ in range(600):
-        if not database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
-            break
-        time.sleep(0.1)  # what is left after a minute is found, and named
-
-
-def is_in(name: str, number: str) -> bool:
-    """Whether the bytes of the file hold the number."""
-    before = b""
-    with contextlib.suppress(FileNotFoundError), open(name, "rb") as file:
-        for piece in iter(lambda: file.read(1 << 20), b""):
-            if re.search(number.encode(), before + piece):
-                return True
-            before = piece[-200:]  # longer than a number
-    return False
-
-
-def similar(database: sqlite3.Connection, digits: str) -> str:
-    """The stored numbers that end like one that no call holds."""
-    number = re.compile(f"[0-9]+{digits.lstrip('0')}\\b")
-    rows = database.execute("SELECT body FROM events ORDER BY id DESC LIMIT 100000")
-    texts = (urllib.parse.unquote(body.decode("ascii", "replace")) for body, in rows)
-    found = {with_plus(bare_number(one)) for text in texts for one in number.findall(text)}
-    return " " + ", ".join(sorted(found)[:5]) if found else ""
 
 
 # ------------------------------------------------------------------------------------------
@@ -3167,12 +3055,12 @@ def simulate(options: argparse.Namespace, settings: Settings) -> int:
     with diagnostics(messages), tempfile.TemporaryDirectory() as folder:
         log = CallLog(os.path.join(folder, "calls.db"), 1)
         receiver = Receiver(Settings(), [], functions, call_log=log,
-                            find_call=call_finder(log.path))
+                            find_call=functools.partial(find_call, log.path))
         for scenario in SCENARIOS if options.all else [options.scenario]:
             Rehearsal(receiver, scenario, options).play()
-            with contextlib.closing(open_log(log.path)) as database:
+            with open_log(log.path) as database:
                 call, _ = next(listed_calls(database, time.time()))
-            print(table([call]))
+            print(table([call_row(call)]))
         log.close(5)
     return 1 if messages.getvalue() else 0
 
@@ -3239,14 +3127,14 @@ def local_health(settings: Settings) -> Health:
 def _check_log(settings: Settings) -> tuple[str, str]:
     path = settings.call_log
     try:
-        with contextlib.closing(open_log(path)) as database:
+        with open_log(path) as database:
             last_id = database.execute("SELECT max(id) FROM events").fetchone()[0]
     except NothingToShow as error:
         if path == "off" or os.access(os.path.dirname(path), os.W_OK):
             return "ok", f"call log: {error}"
         return "problem", f"call log: {error}, and this user may not create it"
-    except (CommandEnd, sqlite3.Error) as error:
-        return "problem", f"call log {path}: {error}"
+    except CommandEnd as error:
+        return "problem", f"call log: {error}"
     if not last_id:
         return "warning", f"call log {path}: no event yet: are URL and sources set at sipgate?"
     return "ok", f"call log {path}: the last event came on {local_time(last_id / 1e6)}"
@@ -3516,7 +3404,7 @@ const showBack = data => {
     el("div", {}, el("div", { class: "big" }, phone(one.from)),
       soft(joined(say(one.outcome), one.users.join(", ")))),
     el("span", { class: "num soft" },
-      joined(one.calls > 1 ? one.calls + "×" : "", moment(one.last)))));
+      joined(one.calls > 1 ? one.calls + "×" : "", moment(one.started)))));
   back.replaceChildren(list.length
     ? el("ul", { class: "scroll", tabindex: 0 }, ...list)
     : soft(say("Nobody is waiting for a call.")));
@@ -3701,12 +3589,12 @@ class Overview:
         """Take in what is new, and publish it."""
         is_new, fault = False, ""
         try:
-            with contextlib.closing(open_log(self.settings.call_log)) as database:
+            with open_log(self.settings.call_log) as database:
                 is_new = self._follow(database)
         except NothingToShow:
             is_new = bool(self.days)
             self._begin_anew()
-        except (CommandEnd, sqlite3.Error) as error:
+        except CommandEnd as error:
             fault = str(error)
             self._begin_anew()  # or what was not read now would stay unread
         self._publish(is_new, fault)
@@ -3797,8 +3685,7 @@ class Overview:
         return {
             "now": now, "url": "" if self.settings.trial else self.settings.webhook_url,
             "open": [page_row(call) for call in self._open_calls()],
-            "back": [{**caller_row(calls), "users": page_row(calls[0])["users"]}
-                     for calls in callers[:100]],
+            "back": [{**page_row(calls[0]), "calls": len(calls)} for calls in callers[:100]],
             "withheld": withheld, "today": glance(today), "before": glance(before),
             "hours": bars[days[0]],
             "heat": [[
@@ -3921,14 +3808,14 @@ class PageHandler(http.server.BaseHTTPRequestHandler):
     def _read_log(self, path: str, query: Mapping[str, str]) -> None:
         """What is read from the call log itself: the events of a call, or all calls as CSV."""
         try:
-            with contextlib.closing(open_log(self.server.overview.settings.call_log)) as database:
+            with open_log(self.server.overview.settings.call_log) as database:
                 if path == "/calls.csv":
                     text = io.StringIO()
-                    write_rows(call_rows(listed_calls(database, time.time()), False), "csv", text)
+                    write_rows(call_rows(listed_calls(database, time.time())), "csv", text)
                     self._send(200, text.getvalue().encode(), "text/csv")
                     return
                 stored = events_of(call_with(database, query.get("key", "")))
-        except (NothingToShow, CommandEnd, sqlite3.Error):
+        except CommandEnd:
             stored = []
         lines = [[one.at, one.event.event, one.words or event_line(one.event)] for one in stored]
         self._send(200, json.dumps(lines).encode(), "application/json")
@@ -4034,10 +3921,10 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     add("--missed", action="store_true", help="whom to ring back")
     add("--all", action="store_true", help="with --missed: each call")
     add("--since", default="2000-01-01", help="from this day on, as 2026-11-01")
-    add("--number", default="", help="with this number; * stands for any digits")
+    add("--number", default="*", help="with this number; * stands for any digits")
     add("--limit", type=functools.partial(read_setting, "CALL_LOG_DAYS"),  # 1 or more
         help="at most so many (20 in a table)")
-    add("--events", action="store_true", help="with their events (not in CSV)")
+    add("--events", action="store_true", help="with their events")
     add("--format", choices=("table", "csv", "excel", "json"), default="table",
         help="excel: CSV for a German Excel")
     add = command("forget", help="remove every trace of a number").add_argument
@@ -4093,7 +3980,7 @@ def run(options: argparse.Namespace) -> int:
 
     try:
         return serve(settings, keys=keys, functions=functions, tell=tell, announce=announcement,
-                     find_call=call_finder(settings.call_log))
+                     find_call=functools.partial(find_call, settings.call_log))
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", error)
         raise CommandEnd(f"cannot listen on {settings.webhook_host} port {settings.webhook_port}: "
