@@ -2318,19 +2318,18 @@ def announcement(settings: Settings) -> str:
 # What is printed for an event, once it has its reply.
 # ------------------------------------------------------------------------------------------
 
-def described(action: Action) -> str:
-    """An action in a few words, such as "Dial 4915799912345", "Dial voicemail", "Reject busy"."""
-    words = [action.tag, *(value for name, value in action.attributes if name == "reason")]
-    words += [child.text or child.tag.lower() for child in action.children if child.tag != "Play"]
-    if action.tag == "Gather":
-        most = dict(action.attributes).get("maxDigits", "1")  # `forget` may have taken it
-        words += ["up to", most, "digit" if most == "1" else "digits"]
-    return " ".join(words)
+def described(document: bytes) -> str:
+    """The action in a reply's XML in a few words, such as "Dial Voicemail"; "" without one."""
+    action = ET.fromstring(document).find("*")
+    if action is None:
+        return ""
+    words = [element.text or element.tag for element in action.iter()]
+    return " ".join([*words, action.get("reason", "")]).strip()
 
 
 def rfc3339(moment: float) -> str:
     """Unix time as RFC 3339 in UTC, with milliseconds."""
-    utc = datetime.datetime.fromtimestamp(round(moment, 3), datetime.timezone.utc)  # noqa: UP017
+    utc = datetime.datetime.fromtimestamp(moment, datetime.timezone.utc)  # noqa: UP017
     return utc.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
@@ -2347,33 +2346,34 @@ def duration(seconds: float) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """`count` and its noun: 1 call, 2 calls."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+    """1 call, 2 calls."""
+    return f"{count} {noun}" + "s" * (count != 1)
 
 
 def event_line(event: CallEvent, call: Any = None) -> str:
     """The sentence that is printed for an event; `call` saves looking for its Call."""
-    def known(*values: str) -> str:
-        return printable(next(filter(None, values), "[unknown]"))
+    def known(text: str) -> str:
+        return printable(text or "[unknown]")
 
     if isinstance(event, NewCallEvent):
         return f"New call from {known(event.from_number)} to {known(event.to_number)} is ringing..."
     if isinstance(event, AnswerEvent):
-        who = known(event.user, event.answering_number)
+        who = known(event.user or event.answering_number)
         return f"{who} answered call from {known(event.from_number)}"
     if isinstance(event, HangupEvent):
-        call = call or event.call
-        outcome = outcome_text(call) if call and call.ended is not None else ""
-        remarks = ", ".join(filter(None, (printable(event.cause), outcome)))
+        remarks = ", ".join(
+            filter(None, (printable(event.cause), outcome_text(call or event.call))))
         return "The call has been hung up" + (f" ({remarks})" if remarks else "")
     if isinstance(event, DtmfEvent):
-        call = call or event.call
-        return f"{known(call.from_number if call else '')} pressed {known(event.dtmf)}"
+        caller = getattr(call or event.call, "from_number", "")
+        return f"{known(caller)} pressed {known(event.dtmf)}"
     return f"Unknown event {known(event.event)}"
 
 
 def outcome_text(call: Any) -> str:
-    """How a Call went, in a few words."""
+    """How a Call went, in a few words; "" while that is not known."""
+    if not call or call.ended is None:
+        return ""
     if call.talk_s is not None:
         return f"talked {duration(call.talk_s)}"
     return str(call.outcome) + ("" if call.wait_s is None else f" after {duration(call.wait_s)}")
@@ -2381,27 +2381,25 @@ def outcome_text(call: Any) -> str:
 
 def event_json(event: CallEvent, received_at: float, reply: str = "") -> dict[str, Any]:
     """An event in sipgate's field names, for JSON."""
+    lists = LIST_FIELDS if isinstance(event, NewCallEvent) else {}
     entry: dict[str, Any] = {"received_at": rfc3339(received_at), "event": event.event}
-    if isinstance(event, NewCallEvent):
-        entry.update((wire, list(getattr(event, name))) for wire, name in LIST_FIELDS.items())
+    entry.update((wire, list(getattr(event, name))) for wire, name in lists.items())
     for key, values in event.fields.items():
-        is_list = isinstance(event, NewCallEvent) and LIST_KEY.fullmatch(key)
-        if not is_list and not entry.get(key):
+        if not entry.get(key) and not (lists and LIST_KEY.fullmatch(key)):
             entry[key] = values[0] if len(values) == 1 else list(values)
     return {**entry, "reply": reply} if reply else entry
 
 
 def told(replied: Replied, form: str, with_time: bool) -> str:
     """What is printed for an event, in the form that CALL_OUTPUT names."""
-    event, received_at = replied.event, replied.received_at
-    reply = described(replied.action) if replied.action else ""
+    reply = described(replied.reply.body) if replied.action else ""
     if form == "off":
         return ""
     if form == "json":
-        return json.dumps(event_json(event, received_at, reply)) + "\n"
-    lines = [event_line(event)] + ([f"Replied with {reply}"] if reply else [])
-    moment = local_time(received_at) + " " if with_time else ""
-    return "".join(f"{moment}{line}\n" for line in lines)
+        return json.dumps(event_json(replied.event, replied.received_at, reply)) + "\n"
+    moment = local_time(replied.received_at) + " " if with_time else ""
+    further = f"{moment}Replied with {reply}\n" if reply else ""
+    return f"{moment}{event_line(replied.event)}\n{further}"
 
 
 # ------------------------------------------------------------------------------------------
@@ -2414,8 +2412,14 @@ LINK_EVENTS = 300  # an xcid or origCallId in more events than that joins nothin
 CALL_EVENTS = 1500  # of one call
 FORWARD_SECONDS = 60  # after the end of a leg, in which the next one begins
 RINGING_LOST_SECONDS = 3600  # after its last event, a call whose end was not reported is lost
-FORGOTTEN = "[forgotten]"  # stands in place of what `forget` has removed
 TALKING_LOST_SECONDS = 12 * 3600  # people do talk for seven hours; a leg joins no later, too
+FORGOTTEN = "[forgotten]"  # stands in place of what `forget` has removed
+# What tells most comes first. A repeat changes nothing, but a digit pressed twice does.
+LEG_ROWS = """SELECT min(id), event, body, orig_call_id, xcid
+    FROM (SELECT * FROM events WHERE {} = ? ORDER BY event = 'dtmf', id LIMIT ?)
+    GROUP BY event, body, id * (event IN ('dtmf', 'reply'))"""
+LINKED_LEGS = """SELECT call_id FROM events WHERE orig_call_id = ?1
+    UNION ALL SELECT call_id FROM events WHERE xcid = ?1 LIMIT ?2"""
 
 
 @dataclass(frozen=True)
@@ -2423,14 +2427,13 @@ class Call:
     """A phone call over all its legs. Times are Unix times of ours, None where not known (yet).
 
     `outcome`: ringing, talking, answered, voicemail, missed, unanswered, rejected, lost.
-    `answered_by`: everyone who spoke with the other side. `reply`: our last action, in words.
     """
 
     direction: str
     from_number: str
     to_number: str
     users: tuple[str, ...]  # whose phones rang
-    answered_by: tuple[str, ...]
+    answered_by: tuple[str, ...]  # everyone who spoke with the other side
     started: float
     answered: float | None
     ended: float | None
@@ -2439,45 +2442,36 @@ class Call:
     outcome: str
     cause: str
     digits: str  # those pressed, joined by commas
-    reply: str
+    reply: str  # our last action, in words
     legs: tuple[str, ...]
 
 
 class StoredEvent(NamedTuple):
-    """A row of the call log: when it came (Unix time), and what it is."""
+    """A row of the call log: its Unix time and event; of a reply of ours what it says, in words."""
 
     at: float
-    event: Any  # a CallEvent
-    words: str = ""  # of a reply of ours: its action, such as "Reject busy"
-
-
-def stored_event(number: int, kind: str, body: bytes) -> StoredEvent:
-    """Return what a row with this id, event and body holds."""
-    if kind != "reply":
-        return StoredEvent(number / 1e6, parse_event(body, kind))
-    words = ""
-    for element in ET.fromstring(body):  # one, if any
-        children = tuple(Action(child.tag, text=child.text or "") for child in element)
-        words = described(Action(element.tag, tuple(element.attrib.items()), children))
-    return StoredEvent(number / 1e6, UnknownEvent(event=kind), words)
+    event: Any
+    words: str = ""
 
 
 class Leg:
-    """The events of one callId, earliest first."""
+    """The events of one callId, earliest first; or of none, then `name` is # and an id."""
 
     def __init__(self, name: str, rows: Iterable[Any]) -> None:
-        """Take rows of id, event, body, orig_call_id and xcid."""
         numbers, kinds, bodies, origs, xcids = zip(*sorted(rows))
         self.name, self.origs, self.xcids = name, set(origs) - {None}, set(xcids) - {None}
-        self.stored = list(map(stored_event, numbers, kinds, bodies))
+        self.stored = [
+            StoredEvent(number / 1e6, UnknownEvent(event=kind), described(body))
+            if kind == "reply" else StoredEvent(number / 1e6, parse_event(body, kind))
+            for number, kind, body in zip(numbers, kinds, bodies)]
         self.begun, self.last_at = self.stored[0].at, self.stored[-1].at
         self.new_calls = events_of([self], NewCallEvent)
-        self.rang = [name for entry in self.new_calls for name in entry.event.users if name]
-        answers = events_of([self], AnswerEvent)
-        self.voicemails = [answer for answer in answers if self.is_voicemail(answer)]
-        self.people = [answer for answer in answers if answer not in self.voicemails]  # or queues
         self.hangup = next(iter(events_of([self], HangupEvent)), None)
         self.direction = self.text("direction")
+        self.rang = [user for entry in self.new_calls for user in entry.event.users if user]
+        self.answers = events_of([self], AnswerEvent)
+        self.voicemails = [answer for answer in self.answers if self.is_voicemail(answer)]
+        self.people = [answer for answer in self.answers if answer not in self.voicemails]
 
     def text(self, name: str) -> str:
         """The attribute `name` of the newCall, else of the first event that has it."""
@@ -2485,54 +2479,55 @@ class Leg:
         return next(filter(None, texts), "")
 
     def is_voicemail(self, answer: StoredEvent) -> bool:
-        """Whether voicemail answered: it says so, or nobody is named and nothing else rang."""
+        """Whether it says so, or names nobody and nothing else rang, or we sent it there."""
         if answer.event.user or set(self.rang) == {"voicemail"}:
             return answer.event.user in ("", "voicemail")
         replies = [entry.words for entry in self.stored if entry.words and entry.at <= answer.at]
-        return replies[-1:] == ["Dial voicemail"]
+        return replies[-1:] == ["Dial Voicemail"]
 
 
 def events_of(legs: Iterable[Leg], kind: type[CallEvent] = CallEvent) -> list[StoredEvent]:
     """The events of these legs, earliest first; only those of that kind."""
     found = (entry for leg in legs for entry in leg.stored if isinstance(entry.event, kind))
-    return sorted(found, key=lambda entry: entry.at)
+    return sorted(found)
 
 
 def put_together(legs: Sequence[Leg], now: float) -> Call:
     """Return the call that these legs, earliest first, make up, as it stands at `now`."""
-    stored = events_of(legs)
     named = {orig for leg in legs for orig in leg.origs}
-    first = next((leg for leg in legs if leg.name in named), legs[0])
-    spoken = speakers(legs, first)
-    answered = spoken[0][0] if spoken else None
-    voicemails = sorted(answer.at for leg in legs for answer in leg.voicemails)
+    first = min(legs, key=lambda leg: leg.name not in named)
     begun = events_of(legs, NewCallEvent)[0].at if first.new_calls else None
-    ended = end_of(legs, now)
-    waited = answered if spoken else voicemails[0] if voicemails else ended
+    spoken = speakers(legs, first)
+    answered, ended = spoken[0][0] if spoken else None, end_of(legs, now)
+    voicemails = sorted(answer.at for leg in legs for answer in leg.voicemails)
+    waited = answered or (voicemails[0] if voicemails else ended)
     talked = next((at for at in voicemails if answered and at > answered), ended)
-    hangups = [leg.hangup for leg in legs if leg.hangup]
-    hangups.sort(key=lambda hangup: hangup.at, reverse=True)
-    causes = [hangup.event.cause for hangup in hangups]
-    reply = next((entry.words for entry in reversed(stored) if entry.words), "")
+    causes = [hangup.event.cause for hangup in events_of(legs, HangupEvent)]
+    causes.sort(key=lambda cause: cause != "forwarded")  # the latest other one is the last
+    reply = next((entry.words for entry in reversed(events_of(legs)) if entry.words), "")
+    digits = (entry.event.dtmf for entry in events_of(legs, DtmfEvent))
+    outcomes = {  # the first that is so
+        "voicemail": voicemails and not spoken,
+        "rejected": reply.startswith(("Reject", "Hangup")) and not spoken,
+        "lost": now >= _lost_at(legs) if ended is None else not (spoken or first.new_calls),
+        "talking": spoken and ended is None,
+        "ringing": ended is None,
+        "answered": spoken,
+        "unanswered": first.direction == "out",
+        "missed": True}
     return Call(
         direction=first.direction, from_number=first.text("from_number"),
         to_number=first.text("to_number"),
         users=tuple(dict.fromkeys(
-            name for leg in legs for name in leg.rang if name != "voicemail")),
+            user for leg in legs for user in leg.rang if user != "voicemail")),
         answered_by=tuple(dict.fromkeys(name for _, name in spoken if name)),
-        started=legs[0].begun if begun is None else begun, answered=answered, ended=ended,
-        wait_s=between(begun, waited), talk_s=between(answered, talked),
-        outcome=outcome_of(first, bool(spoken), bool(voicemails), reply, ended,
-                           now - stored[-1].at),
-        cause=next((cause for cause in causes if cause != "forwarded"), "".join(causes[:1])),
-        digits=",".join(entry.event.dtmf for entry in events_of(legs, DtmfEvent)
-                        if entry.event.dtmf not in ("", "-1")),
-        reply=reply, legs=tuple(leg.name for leg in legs if not leg.name.startswith("#")))
-
-
-def between(begun: float | None, ended: float | None) -> float | None:
-    """The seconds from one to the other, None where one is not known."""
-    return None if begun is None or ended is None else max(ended - begun, 0.0)
+        started=begun or legs[0].begun, answered=answered, ended=ended,
+        wait_s=begun and waited and max(waited - begun, 0.0),
+        talk_s=answered and talked and max(talked - answered, 0.0),
+        outcome=next(outcome for outcome, is_so in outcomes.items() if is_so),
+        cause=causes[-1] if causes else "",
+        digits=",".join(pressed for pressed in digits if pressed not in ("", "-1")), reply=reply,
+        legs=tuple(leg.name for leg in legs if not leg.name.startswith("#")))
 
 
 def speakers(legs: Sequence[Leg], first: Leg) -> list[tuple[float, str]]:
@@ -2541,7 +2536,7 @@ def speakers(legs: Sequence[Leg], first: Leg) -> list[tuple[float, str]]:
     A name outranks a number; a queue, or whoever answered at the number called, is nobody.
     """
     names, numbers, nobody = [], [], []
-    called = {first.text("to_number"), first.text("from_number"), first.text("diversion"), ""}
+    called = {"", *map(first.text, ("from_number", "to_number", "diversion"))}
     is_outgoing, has_voicemail = first.direction == "out", any(leg.voicemails for leg in legs)
     for leg in legs:
         for at, event, _ in leg.people:
@@ -2550,8 +2545,8 @@ def speakers(legs: Sequence[Leg], first: Leg) -> list[tuple[float, str]]:
                 names.append((at, event.user))
             elif leg.direction == "out" and first.direction == "in":
                 names.append((at, number))  # a colleague put the caller through to it
-            elif number not in called:
-                numbers.append((at, "" if is_outgoing else number))
+            elif number not in called and not is_outgoing:
+                numbers.append((at, number))
             elif is_outgoing or not has_voicemail:
                 nobody.append((at, ""))
     return sorted(names or numbers or nobody)
@@ -2561,67 +2556,45 @@ def end_of(legs: Sequence[Leg], now: float) -> float | None:
     """When the call of these legs, earliest first, ended; None if it goes on, or is not known."""
     last: StoredEvent | None = None
     for leg in reversed(legs):
-        # The hangup of a leg that was passed on can be lost; voicemail's own is not waited for.
-        patience = RINGING_LOST_SECONDS if leg.people else 0
-        is_open = not last or now - last.at < patience
         if leg.hangup:
-            last = max(last or leg.hangup, leg.hangup, key=lambda hangup: hangup.at)
-        elif is_open and (leg.people or not leg.voicemails):
+            last = max(last or leg.hangup, leg.hangup)
+        elif last and (not leg.people or now - last.at >= RINGING_LOST_SECONDS):
+            continue  # it was passed on, and its hangup is lost
+        elif leg.people or not leg.voicemails:  # voicemail's own is not waited for
             return None
-    if last and last.event.cause == "forwarded" and now - last.at < FORWARD_SECONDS:
+    if not last or last.event.cause == "forwarded" and now - last.at < FORWARD_SECONDS:
         return None
-    return last.at if last else None
+    return last.at
 
 
-def outcome_of(first: Leg, is_answered: bool, has_voicemail: bool, reply: str,
-               ended: float | None, quiet: float) -> str:
-    """How a call went that began with `first`; its last event was `quiet` seconds ago."""
-    if has_voicemail and not is_answered:
-        return "voicemail"
-    if reply.startswith(("Reject", "Hangup")) and not is_answered:
-        return "rejected"
-    if ended is None:
-        if quiet >= (TALKING_LOST_SECONDS if is_answered else RINGING_LOST_SECONDS):
-            return "lost"
-        return "talking" if is_answered else "ringing"
-    if is_answered:
-        return "answered"
-    if not first.new_calls:
-        return "lost"
-    return "unanswered" if first.direction == "out" else "missed"
-
-
-def linked(database: sqlite3.Connection, column: str, value: str) -> set[str]:
-    """The names of legs with `value` in `column`; none where it stands in too many events."""
-    rows = database.execute(f"SELECT call_id FROM events WHERE {column} = ? "
-                            f"LIMIT {LINK_EVENTS + 1}", (value,)).fetchall()
-    return {row[0] for row in rows if row[0]} if len(rows) <= LINK_EVENTS else set()
+def _lost_at(legs: Sequence[Leg]) -> float:
+    is_answered = any(leg.answers for leg in legs)
+    patience = TALKING_LOST_SECONDS if is_answered else RINGING_LOST_SECONDS
+    return max(leg.last_at for leg in legs) + patience
 
 
 def linked_legs(database: sqlite3.Connection, name: str) -> list[Leg]:
     """The leg, and all that links join with it, earliest first, whatever lies between them."""
-    legs: list[Leg] = []
-    names, seen, room = [name] if name else [], {name}, CALL_EVENTS
-    for each in names:  # which become more
-        where, value = ("id", each[1:]) if each.startswith("#") else ("call_id", each)
-        # What tells most comes first. A repeat changes nothing, but a digit pressed twice does.
-        rows = database.execute(
-            "SELECT min(id), event, body, orig_call_id, xcid FROM (SELECT * FROM events "
-            f"WHERE {where} = ? ORDER BY event = 'dtmf', id LIMIT ?) "
-            "GROUP BY event, body, CASE WHEN event IN ('dtmf', 'reply') THEN id END",
-            (value, room)).fetchall() if room else []
+    legs, waiting, seen, room = [], [name or "#"], {name, ""}, CALL_EVENTS
+    while waiting and room:
+        each = waiting.pop()
+        column = "id" if each.startswith("#") else "call_id"
+        rows = database.execute(LEG_ROWS.format(column), (each.lstrip("#"), room)).fetchall()
         if not rows:
             continue
         leg = Leg(each, rows)
         legs.append(leg)
+        if column == "id":
+            break  # without a callId it is a call of its own
         room -= len(rows)
-        if each.startswith("#"):
-            continue  # without a callId it is a call of its own
-        links = linked(database, "orig_call_id", each)
-        links |= {orig for orig in leg.origs if linked(database, "orig_call_id", orig)}
-        links = links.union(*(linked(database, "xcid", xcid) for xcid in leg.xcids))
-        names += sorted(links - seen)
-        seen |= links
+        more: set[str] = set()
+        for link in {each} | (leg.origs | leg.xcids) - seen:
+            found = database.execute(LINKED_LEGS, (link, LINK_EVENTS + 1)).fetchall()
+            if len(found) <= LINK_EVENTS:
+                # Others that name the same orig are linked once that has come itself.
+                more.update([link], *(found if link not in leg.origs else []))
+        waiting += sorted(more - seen)
+        seen |= more
     return sorted(legs, key=lambda leg: leg.begun)
 
 
@@ -2629,18 +2602,11 @@ def is_of_same_call(leg: Leg, call: Sequence[Leg]) -> bool:
     """Whether `leg`, which began later, is one of the same call as the legs in `call`."""
     if leg.begun - call[0].begun > DAY:
         return False  # or odd links would make one endless call
-    for other in call:
-        is_named = other.name in leg.origs or leg.name in other.origs
-        if is_named and leg.begun - other.last_at <= TALKING_LOST_SECONDS:
-            return True
-    if not any(leg.xcids & other.xcids for other in call):
-        return False
-    ended = end_of(call, leg.begun)
-    if ended is None:
-        is_answered = any(other.people or other.voicemails for other in call)
-        ended = max(other.last_at for other in call)
-        ended += TALKING_LOST_SECONDS if is_answered else RINGING_LOST_SECONDS
-    return leg.begun <= ended + FORWARD_SECONDS
+    if any((other.name in leg.origs or leg.name in other.origs)
+           and leg.begun - other.last_at <= TALKING_LOST_SECONDS for other in call):
+        return True
+    over_at = end_of(call, leg.begun) or _lost_at(call)
+    return leg.begun <= over_at + FORWARD_SECONDS and any(leg.xcids & other.xcids for other in call)
 
 
 def call_with(database: sqlite3.Connection, name: str, until: float = math.inf) -> list[Leg]:
@@ -2659,24 +2625,17 @@ def call_with(database: sqlite3.Connection, name: str, until: float = math.inf) 
 
 
 def latest_first(database: sqlite3.Connection, columns: str, since: float = 0.0) -> Iterator[Any]:
-    """Yield the rows since a Unix time, the latest first; `columns` begin with id.
-
-    Read in pieces: a transaction that stays open would keep -wal from being emptied.
-    """
-    rows: list[Any] = [((1 << 63) - 1,)]
-    while rows:
+    """Yield the rows since a Unix time, the latest first; `columns` begin with id."""
+    rows: list[Any] = [(1 << 62,)]
+    while rows:  # in pieces: a transaction that stays open would keep -wal from being emptied
         rows = database.execute(f"SELECT {columns} FROM events WHERE id < ? AND id >= ? "
-                                "ORDER BY id DESC LIMIT 500",
-                                (rows[-1][0], int(since * 1e6))).fetchall()
+                                "ORDER BY id DESC LIMIT 500", (rows[-1][0], since * 1e6)).fetchall()
         yield from rows
 
 
 def listed_calls(database: sqlite3.Connection, now: float, since: float = 0.0
                  ) -> Iterator[tuple[Call, list[Leg]]]:
-    """Yield each call that had an event since the Unix time `since`, with its legs, latest first.
-
-    Whoever stops asking stops the reading.
-    """
+    """Yield each call with an event since a Unix time, and its legs, the latest first."""
     seen: set[str] = set()
     for number, call_id in latest_first(database, "id, call_id", since):
         name = call_id or f"#{number}"
@@ -2693,23 +2652,20 @@ def bare_number(text: str) -> str:
 
 
 def to_ring_back(calls: Iterable[Call]) -> tuple[list[list[Call]], int]:
-    """Return those of `calls` to ring back, a list for each number; and how many had none.
-
-    The latest come first, here and there.
-    """
+    """Those of `calls`, latest first, to ring back, a list for each number; how many had none."""
     spoken: set[str] = set()
     callers: dict[str, list[Call]] = {}
     withheld = 0
     for call in calls:
         is_out = call.direction == "out"
         number = bare_number(call.to_number if is_out else call.from_number)
-        if call.answered is not None and (call.answered_by or is_out):
-            spoken.add(number)
         # Without a direction it is the remains of one, without any newCall.
         is_lost = call.outcome == "lost" and call.direction and not (call.answered or call.ended)
-        if is_out or not (is_lost or call.outcome in ("missed", "voicemail")):
+        if call.answered and (call.answered_by or is_out):
+            spoken.add(number)
+        elif is_out or not (is_lost or call.outcome in ("missed", "voicemail")):
             continue
-        if number in ("", "anonymous", FORGOTTEN):
+        elif number in ("", "anonymous", FORGOTTEN):
             withheld += 1
         elif number not in spoken:
             callers.setdefault(number, []).append(call)

@@ -1746,6 +1746,7 @@ FLOWS = {
     "overflow, nobody at last": ("0 n A Alice; 20 h A forwarded; 20.1 n B Bob; 40 h B forwarded; 40.1 n C Carl; 60 h C cancel", 200, "missed - 60 - back"),
     "consultation while the caller holds": ("0 n A Alice; 5 a A Alice; 30 n B Bob; 35 a B Bob; 50 h B; 100 h A", 200, "answered Alice,Bob 5 95"),
     "picked up by another phone": ("0 n A Alice; 9 a A 4930299; 60 h A", 100, "answered 4930299 9 51"),
+    "outgoing, taken over by a phone without a name": ("0 n A Alice dir=out; 9 a A dir=out; 60 n B dir=out to=4930277; 65 a B 4930277 dir=out; 70 h A; 200 h B", 300, "answered - 9 191"),
     "clock set back an hour in between": ("0 n A Alice; 10 a A Alice; 10.0001 h A", 100, "answered Alice 10 0"),
     # what retention leaves of a call is no missed one
     "newCall removed": ("0 h A cancel; 1 d A 1", DAY, "lost - - -"),
@@ -1932,9 +1933,11 @@ class CallsTest(unittest.TestCase):
     def test_received_in_another_order_it_has_the_same_legs_outcome_and_names(self):
         def found(rows, after):
             call, = calls_of(self.database(rows), 1e9 + after)
+            self.assertGreaterEqual(min(call.wait_s or 0, call.talk_s or 0), 0)
             return sorted(call.legs), call.outcome, sorted(call.answered_by), call.from_number
 
-        for name in ("answered", "voicemail", "transfer", "Dial to a mobile", "outgoing"):
+        for name in ("answered", "voicemail", "transfer", "Dial to a mobile", "outgoing",
+                     "internal call with two legs"):
             text, after, *_ = FLOWS[name]
             rows = rows_of(text)
             for place in range(len(rows) - 1):
@@ -1966,8 +1969,9 @@ class CallsTest(unittest.TestCase):
             self.assertEqual([len(call.legs) for call in calls], [1] * 20, links)
         rows = [(n, "newCall", "", None, "x", b"direction=in") for n in (1, 2)]
         rows += [(3, "newCall", "L", None, "x", b"direction=in")]
-        self.assertEqual([call.legs for call in calls_of(self.database(rows), 1e9)],
-                         [("L",), (), ()])
+        database = self.database(rows)
+        self.assertEqual([call.legs for call in calls_of(database, 1e9)], [("L",), (), ()])
+        self.assertIsNone(call_of(database, HangupEvent(), 1e9), "which of those without callId?")
         chain = ";".join(f"{n * 3000} n L{n} Alice orig=L{max(n - 1, 0)}" for n in range(60))
         for call in calls_of(self.database(rows_of(chain)), 1e9 + 50 * DAY):
             numbers = [int(leg[1:]) for leg in call.legs]
@@ -2197,7 +2201,7 @@ class RehearsalTest(unittest.TestCase):
         ("transfer", reject(), "2  rejected noAnswer in Reject"),
         ("answered", hang_up(), "2  rejected normalClearing in Hangup"),
         ("answered", dial("49211", "492"), "3 49211 answered normalClearing in Dial 49211 492"),
-        ("answered", voicemail(), "3  voicemail normalClearing in Dial voicemail"),
+        ("answered", voicemail(), "3  voicemail normalClearing in Dial Voicemail"),
         ("answered", play("http://x/a"), "3 Alice answered normalClearing in Play http://x/a"),
     )
 
@@ -2418,7 +2422,8 @@ class OutputTest(unittest.TestCase):
                          ["0:00", "0:59", "59:59", "1:00:00", "10:01:01"])
 
     def test_the_time_stands_first_unless_something_else_adds_it(self):
-        replied = sc.Replied(DtmfEvent(dtmf="1"), sc.DISCARDED, 1e9, True, reject("busy"))
+        reply = sc.Reply(200, response_xml(reject("busy")), "application/xml")
+        replied = sc.Replied(DtmfEvent(dtmf="1"), reply, 1e9, True, reject("busy"))
         for form, with_time, said in [
                 ("text", False, "[unknown] pressed 1\nReplied with Reject busy\n"),
                 ("text", True, "{0} [unknown] pressed 1\n{0} Replied with Reject busy\n"),
@@ -3055,8 +3060,8 @@ class ForgetTest(InFolder):
         self.assertIsNone(re.search(rb"(?<![0-9])49157999111(?![0-9])",
                                     pathlib.Path(self.path).read_bytes()))
         self.assertEqual(self.run_command("forget", number)[0], 1)
-        self.assertEqual(sc.described(sc.Action("Gather", (("maxDigits", "[forgotten]"),))),
-                         "Gather up to [forgotten] digits")
+        self.assertEqual([sc.described(body) for _, _, body in blanked[-2:]],
+                         ["Dial [forgotten] 49157999112", "Gather"])
 
     def test_it_is_gone_only_once_no_byte_of_it_is_left(self):
         self.store(plain_row(n, "newCall", "x", b"from=49157999111") for n in range(99))
