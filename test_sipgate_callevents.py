@@ -2196,7 +2196,7 @@ class RehearsalTest(unittest.TestCase):
         ("voicemail", None, "5  voicemail normalClearing in "),
         ("transfer", None, "6 Alice,Carl answered normalClearing in "),
         ("menu", None, "3 Alice answered normalClearing in "),
-        ("menu", gather(), "4  missed normalClearing in Gather up to 1 digit"),
+        ("menu", gather(), "4  missed normalClearing in Gather"),
         ("answered", reject("busy"), "2  rejected busy in Reject busy"),
         ("transfer", reject(), "2  rejected noAnswer in Reject"),
         ("answered", hang_up(), "2  rejected normalClearing in Hangup"),
