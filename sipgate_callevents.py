@@ -1036,10 +1036,6 @@ class CallLog:
 # then what follows. Knows no sockets and no request heads.
 # ------------------------------------------------------------------------------------------
 
-# sipgate waits 10 s for the reply to a newCall, and until then the phone does not ring.
-REPLY_SECONDS = 3.0
-
-
 class CallFunctions(NamedTuple):
     """Your code."""
 
@@ -1053,6 +1049,11 @@ def _nothing(event: CallEvent) -> None:
     """Your functions as they come."""
 
 
+def _content(function: Any) -> Any:
+    code = getattr(function, "__code__", None)
+    return code and (code.co_code, code.co_consts[1:])  # without the docstring
+
+
 class YourCode:
     """Runs your functions: on_new_call and on_dtmf while the caller waits, the others later.
 
@@ -1061,99 +1062,74 @@ class YourCode:
 
     SLOTS = 8
     SLOT_SECONDS = 0.5  # that a call waits for one
-    HOOKS = 1000  # runs of on_answer and on_hangup that may wait
-    HOOK_SECONDS = 60.0  # that one may take before it is named
+    STUCK_SECONDS = 60.0  # that a run may take before it is named
 
     def __init__(self, functions: CallFunctions) -> None:
-        self.functions = functions
+        # What does nothing needs no thread.
+        self.functions = {name: function for name, function in functions._asdict().items()
+                          if _content(function) != _content(_nothing)}
         self._slots = threading.Semaphore(self.SLOTS)
-        self._began: dict[int, float] = {}  # by thread, when a decision that has not ended began
-        self._hook, self._hook_since = "", 0.0  # the one that runs now
-        self.hooks = Worker("hooks", self._run_hook, self.HOOKS, most=1)
+        self._running: dict[int, tuple[str, float]] = {}  # by thread: which, since when
+        self.hooks = Worker("hooks", lambda batch: self._run(batch[0], queue.SimpleQueue()),
+                            1000, most=1)
 
-    def does_nothing(self, name: str) -> bool:
-        """Whether that function has nothing but its docstring: then it needs no thread."""
-        code, empty = getattr(getattr(self.functions, name), "__code__", None), _nothing.__code__
-        return code is not None and (code.co_code, code.co_names, code.co_consts[1:]) == (
-            empty.co_code, empty.co_names, empty.co_consts[1:])
-
-    def decide(self, name: str, event: CallEvent, deadline: float) -> Action | None:
-        """Return what that function makes of `event`; None if it fails, or not by `deadline`."""
-        if self.does_nothing(name):
-            return None
-        if not self._slots.acquire(timeout=self.SLOT_SECONDS):
-            logger.warning("all %d slots for your code are taken, by code that has not returned; "
-                           "until one does, calls go through undecided", self.SLOTS)
+    def decide(self, event: CallEvent, deadline: float) -> Action | None:
+        """Return what your function makes of `event`; None if it fails, or not by `deadline`."""
+        name = event.function
+        if name not in self.functions:
             return None
         outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        try:
-            # Thread.start() waits for its thread to begin: for ever, if memory has run out.
-            thread = _thread.start_new_thread(self._run, (name, event, outcome))
-        except RuntimeError as error:
-            self._slots.release()
-            logger.error("%s was not run: %s; the call goes through undecided", name, error)
-            return None
+        # Thread.start() waits for its thread to begin: for ever, if memory has run out.
+        thread = _thread.start_new_thread(self._run_in_slot, (event, outcome))
         try:
             action = outcome.get(timeout=max(deadline - time.monotonic(), 0))
         except queue.Empty:
-            running = sys._current_frames().get(thread)
             # Without the source lines, whose file could be on a disk that hangs.
-            where = [f'File "{frame.f_code.co_filename}", line {line}, in {frame.f_code.co_name}\n'
-                     for frame, line in traceback.walk_stack(running)] if running else []
+            frames = traceback.walk_stack(sys._current_frames().get(thread))
             logger.error("%s has not returned in time; the call goes through undecided. It is at",
-                         name, extra={"below": "".join(where[:-2])})
+                         name, extra={"below": "\n".join(str(frame) for frame, _ in frames)})
             return None
-        if action is None or isinstance(action, Action):
-            return action
-        meant = f" (is {action.__name__}() meant?)" if inspect.isfunction(action) else ""
-        logger.error("%s returned a %s, not an action such as dial(...)%s; the call goes through "
-                     "undecided", name, type(action).__name__, meant)
-        return None
+        if action is not None and not isinstance(action, Action):
+            logger.error("%s returned a %s, not an action such as voicemail(); the call goes "
+                         "through undecided", name, type(action).__name__)
+            return None
+        return action
 
-    def run_later(self, name: str, event: CallEvent) -> None:
-        """Have that function called with `event`, soon, one after the other; never waits."""
-        if not self.does_nothing(name) and not self.hooks.put((name, event)):
-            logger.warning("%s was not run: %d events wait for your code", name, self.HOOKS)
+    def run_later(self, event: CallEvent) -> None:
+        """Queue a run of your function; never waits."""
+        if event.function in self.functions and not self.hooks.put(event):
+            logger.warning("%s was not run: 1000 events wait for your code", event.function)
 
     def stuck(self) -> str:
         """What of your code does not return, "" if there is nothing."""
-        now = time.monotonic()
-        late = [began for began in list(self._began.values()) if now - began > REPLY_SECONDS]
-        if len(late) >= self.SLOTS:
-            return "your code is stuck: calls go through undecided"
-        if self._hook and now - self._hook_since > self.HOOK_SECONDS:
-            return f"your code is stuck: {self._hook} has been running for over a minute"
+        for name, since in list(self._running.values()):
+            if time.monotonic() - since > self.STUCK_SECONDS:
+                return f"your code is stuck: {name} has been running for over a minute"
         return ""
 
-    def _run(self, name: str, event: CallEvent, outcome: queue.SimpleQueue[Any]) -> None:
-        thread = threading.get_ident()
-        self._began[thread] = time.monotonic()
-        outcome.put(self._called(name, event))
-        del self._began[thread]
-        self._slots.release()
+    def _run_in_slot(self, event: CallEvent, outcome: queue.SimpleQueue[Any]) -> None:
+        if self._slots.acquire(timeout=self.SLOT_SECONDS):
+            self._run(event, outcome)
+            self._slots.release()
+        else:
+            logger.warning("all %d slots for your code are taken, by code that has not returned; "
+                           "the call goes through undecided", self.SLOTS)
+            outcome.put(None)
 
-    def _run_hook(self, batch: list[Any]) -> None:
-        for name, event in batch:
-            self._hook, self._hook_since = name, time.monotonic()
-            self._called(name, event)
-            self._hook = ""
-
-    def _called(self, name: str, event: CallEvent) -> Any:
-        """What that function returns; None if it raises, whatever it is. Raises nothing."""
+    def _run(self, event: CallEvent, outcome: queue.SimpleQueue[Any]) -> None:
+        name, thread, action = event.function, threading.get_ident(), None
+        self._running[thread] = (name, time.monotonic())
         try:
-            result = getattr(self.functions, name)(event)
-            print(end="", flush=True)  # what print(..., end="") has left
-            return result
+            action = self.functions[name](event)
         except BaseException as error:  # noqa: BLE001 - sys.exit() in your code is no end of ours
-            frames = [frame for frame in traceback.extract_tb(error.__traceback__)
-                      if frame.filename != __file__ or frame.name in CallFunctions._fields]
-            below = "".join(traceback.format_list(frames[-20:]))
-            with contextlib.suppress(Exception):  # of its own __str__
-                # Text from here on: that could also hang, and the logger's lock with it.
-                below += "".join(traceback.format_exception_only(type(error), error))
+            trace: Any = error.__traceback__  # its first frame is this one
+            # Text from here on: making it could hang, and the logger's lock with it.
+            below = traceback.format_exception(None, error, trace.tb_next, -20, False)
             logger.error("%s raised %s; the call goes on without it", name, type(error).__name__,
-                         extra={"below": below})
-            return None
+                         extra={"below": "".join(below)})
+        finally:
+            del self._running[thread]
+            outcome.put(action)
 
 
 class Reply(NamedTuple):
@@ -1166,7 +1142,7 @@ class Reply(NamedTuple):
 
 
 class Replied(NamedTuple):
-    """An event with its reply, and what is left to do once that has been sent."""
+    """An event and its reply."""
 
     event: CallEvent
     reply: Reply
@@ -1176,43 +1152,44 @@ class Replied(NamedTuple):
 
 
 DISCARDED = Reply(200, b"This response will be discarded")
-MISSING, MALFORMED, MISMATCH = "missing", "malformed", "does not match"
-# For stderr: what it is, if it is sipgate's; for the reply: the setting to look at.
-REMEDIES = {
-    MISSING: ("a proxy drops X-Sipgate-Signature", "VERIFY_SIGNATURE"),
-    MALFORMED: ("a proxy changes X-Sipgate-Signature", "SIGNATURE_KEY_FILE"),
-    MISMATCH: ("a proxy changes the body, or sipgate has a new key (SIGNATURE_KEY_FILE)",
-               "SIGNATURE_KEY_FILE")}
+# What can be wrong with a signature, and why, if the webhook is sipgate's all the same.
+SIGNATURE_FAULTS = {
+    "missing": "a proxy drops X-Sipgate-Signature. Without one, trial mode takes requests to "
+               "http://localhost alone, VERIFY_SIGNATURE=new-call all but newCall",
+    "malformed": "a proxy changes X-Sipgate-Signature",
+    "does not match": "a proxy changes the body, or sipgate has a new key (SIGNATURE_KEY_FILE)",
+}
 
 
-def refusal(fault: str, more: str = "") -> WebhookError:
-    """The error for a signature that is MISSING, MALFORMED or MISMATCH."""
-    remedy, setting = REMEDIES[fault]
-    return WebhookError(403, f"signature {fault}, see {setting}", "a webhook was refused, "
-                        f"signature {fault}: it is not from sipgate, or {remedy}{more}")
+def refusal(fault: str) -> WebhookError:
+    """The error for one of SIGNATURE_FAULTS."""
+    return WebhookError(403, f"signature {fault}, see VERIFY_SIGNATURE", f"a webhook was refused, signature {fault}: it "
+                        f"is not from sipgate, or {SIGNATURE_FAULTS[fault]}")
 
 
+@dataclass
 class Receiver:
     """Turns webhooks into replies. Safe to use from many threads."""
 
-    reply_seconds = REPLY_SECONDS
+    settings: Settings
+    keys: Sequence[PublicKey]
+    functions: CallFunctions
+    show: Callable[[Replied], Any] = lambda replied: None  # may not wait
+    call_log: CallLog | None = None
+    find_call: Callable[[CallEvent], Any] | None = None
+    # sipgate waits 10 s for the reply to a newCall, and until then the phone does not ring.
+    reply_seconds: float = 3.0
+    refused: int = 0  # webhooks, since the start; about
 
-    def __init__(self, settings: Settings, keys: Sequence[PublicKey], functions: CallFunctions,
-                 show: Callable[[Replied], Any] = lambda replied: None, *,
-                 call_log: CallLog | None = None, clock: Callable[[], float] = time.time,
-                 find_call: Callable[[CallEvent], Any] | None = None) -> None:
-        """`show`, which may not wait, gets what was replied to; `find_call` finds its call."""
-        self.settings, self.keys, self.show, self.find_call = settings, keys, show, find_call
-        self.call_log, self.clock = call_log, clock
-        base, url = settings.base_path, settings.base_url
-        self.routes = {base + route: event for route, event in ROUTES.items()}
-        # Somebody entered WEBHOOK_URL at sipgate as it stands: the body says which event it is.
-        self.routes.update({base + "/": "", base or "/": ""})
+    def __post_init__(self) -> None:
+        base, url = self.settings.base_path, self.settings.base_url
+        # The first two are WEBHOOK_URL as it stands, if that was entered at sipgate.
+        self.routes = {base or "/": "", base + "/": "",
+                       **{base + route: event for route, event in ROUTES.items()}}
         self.urls = {"on_answer": url + "/on-answer", "on_hangup": url + "/on-hangup",
                      "on_data": url + "/on-data"}
-        self._undecided = response_xml(None, **self.urls)  # most replies are this one
-        self.refused = 0  # webhooks, since the start; about
-        self.your_code = YourCode(functions)
+        self._undecided = response_xml(None, **self.urls)  # made before anything can go wrong
+        self.your_code = YourCode(self.functions)
 
     def health(self) -> str:
         """What is wrong, "" if nothing is."""
@@ -1221,111 +1198,89 @@ class Receiver:
 
     def admit(self, target: str, body: bytes, signature: str | None = None,
               outside: str = "") -> CallEvent:
-        """Return the event of the webhook `body` that was POSTed to `target` (path and query).
+        """The event of the webhook `body`, POSTed to `target` (path and query).
 
-        `signature` is its X-Sipgate-Signature, `outside` the host it was addressed to if it
-        came from beyond this machine. Raises WebhookError for what is refused.
+        `signature` is its X-Sipgate-Signature, `outside` the host it was addressed to if it came
+        from beyond this machine. Raises WebhookError.
         """
         path, _, query = target.partition("?")
+        unsigned = self._unsigned(outside)
         try:
             if path not in self.routes:
-                logger.warning("a webhook came in at %s, where nothing is: either the URL entered "
-                               "at sipgate is not WEBHOOK_URL plus /new-call, or a proxy cuts off "
-                               "or changes the path", path[:80])
+                logger.warning("a webhook came in at %s, where nothing is: the URL at sipgate is "
+                               "not WEBHOOK_URL plus /new-call, or a proxy changes the path",
+                               path[:80])
                 raise WebhookError(404, "not found")
-            self._verify(self.routes[path], body, signature, outside)
-            state = dict(urllib.parse.parse_qsl(query)).get("state", "") if query else ""
+            if signature is not None:
+                self._verify(body, signature)
+            elif not unsigned:
+                raise refusal("missing")
+            state = dict(urllib.parse.parse_qsl(query)).get("state", "")
             event = parse_event(body, self.routes[path], state, signature=signature,
                                 find_call=self.find_call)
-            if not self._is_open(outside):
-                if signature is None and isinstance(event, (NewCallEvent, UnknownEvent)):
-                    raise refusal(MISSING)  # VERIFY_SIGNATURE=new-call has to read it first
-                if not event.call_id:
-                    raise WebhookError(400, "callId is missing")
+            if signature is None and not isinstance(event, unsigned):
+                raise refusal("missing")
+            if not event.call_id and CallEvent not in unsigned:
+                raise WebhookError(400, "callId is missing")
         except WebhookError:
             self.refused += 1
             raise
         if self.routes[path] not in ("", event.event) and event.event in EVENTS:
-            logger.warning("event %s came in on %s, the path of another event: check the URLs "
-                           "entered at sipgate", event.event, path)
+            logger.warning("event %s came in on %s, the path of another event: check the URLs at "
+                           "sipgate", event.event, path)
         return event
 
-    def _is_open(self, outside: str) -> bool:
-        """Whether nothing need be signed: trial mode on this machine, or no checks at all."""
-        return self.settings.verify_signature == "off" or (self.settings.trial and not outside)
+    def _unsigned(self, outside: str) -> tuple[type[CallEvent], ...]:
+        """The events that are taken without a signature; CallEvent: all of them."""
+        mode, is_trial = self.settings.verify_signature, self.settings.trial
+        if mode == "off" or (is_trial and not outside):
+            return (CallEvent,)
+        return (AnswerEvent, HangupEvent, DtmfEvent) if mode == "new-call" and not is_trial else ()
 
-    def _verify(self, expected: str, body: bytes, signature: str | None, outside: str) -> None:
-        """Refuse what sipgate did not sign, before the form in the body is read.
-
-        With VERIFY_SIGNATURE=new-call, what is not signed is left to admit(): it depends on which
-        event it is.
-        """
-        mode = self.settings.verify_signature
-        if signature is not None:
-            if mode != "off" and not is_signed(body, signature, self.keys):
-                sizes = [key.size for key in self.keys]
-                raise refusal(MISMATCH if len(decode_signature(signature)) in sizes else MALFORMED)
-        elif self._is_open(outside):
+    def _verify(self, body: bytes, signature: str) -> None:
+        if self.settings.verify_signature == "off" or is_signed(body, signature, self.keys):
             return
-        elif self.settings.trial:
-            raise refusal(MISSING, " (in trial mode only requests of this machine need none: curl "
-                          "to http://localhost, through no proxy or tunnel)")
-        elif mode == "on":
-            raise refusal(MISSING, "" if expected in ("", "newCall") else "; if sipgate itself "
-                          "sends this event without one, VERIFY_SIGNATURE=new-call takes it")
+        raise refusal("does not match" if decode_signature(signature) else "malformed")
 
     def reply_to(self, event: CallEvent, deadline: float, outside: str = "") -> Replied:
         """Store the event, decide, and return the reply: by `deadline` (time.monotonic()).
 
         From here on the call is real, and no fault of ours may keep it from going through.
         """
-        received_at, is_new, action = self.clock(), True, None
-        try:
-            is_new = self._record(event, received_at)
-            if not event.is_decided:
-                return Replied(event, DISCARDED, received_at, is_new)
-            if event.function:
-                action = self.your_code.decide(event.function, event, deadline)
-                action, document = self._document(action, outside)
-            else:  # of a kind that is not known
-                document = response_xml()
-        except Exception:
-            logger.exception("an error in this program; the call goes through undecided")
-            action, document = self._document(None, outside)
-        return Replied(event, Reply(200, document, "application/xml"), received_at, is_new, action)
-
-    def _record(self, event: CallEvent, received_at: float) -> bool:
-        """Have the event stored; whether it is not an exact repeat (where signatures count)."""
-        if not self.call_log:
-            return True
-        digest = None
-        if isinstance(event, LegEvent) and not self._is_open(""):
-            digest = hashlib.sha256(event.event.encode() + b"\0" + event.body).digest()
-        return self.call_log.record(event, received_at, digest) is not False
-
-    def _document(self, action: Action | None, outside: str) -> tuple[Action | None, bytes]:
-        """The XML with `action`; without it where that asks for what we do not have."""
-        urls, undecided = self.urls, self._undecided
+        received_at, is_new, action = time.time(), True, None
+        urls, document = self.urls, self._undecided
+        if not event.function:  # of a kind that is not known
+            document = response_xml()
         if outside and self.settings.trial:
-            # Our localhost URLs would lead sipgate nowhere.
-            urls, undecided = {}, response_xml()
+            urls, document = {}, response_xml()  # ours on localhost would lead sipgate nowhere
             logger.warning("this came in for %s; restart with --url https://%s to get answer and "
                            "hangup too", outside, outside)
-        if action is None:
-            return None, undecided
         try:
-            return action, response_xml(action, **urls)
-        except ValueError as error:
-            logger.error("%s; the call goes through undecided", error)
-            return None, undecided
+            is_new = self._record(event, received_at)
+            decision = self.your_code.decide(event, deadline) if event.is_decided else None
+            if decision:
+                document, action = response_xml(decision, **urls), decision
+        except Exception:  # such as a gather() that needs our URL
+            logger.exception("a reply could not be made; the call goes through undecided")
+        reply = Reply(200, document, "application/xml") if event.is_decided else DISCARDED
+        return Replied(event, reply, received_at, is_new, action)
+
+    def _record(self, event: CallEvent, received_at: float) -> bool:
+        """Have the event stored; False for an exact repeat, where signatures are checked."""
+        digest = None
+        if isinstance(event, LegEvent) and CallEvent not in self._unsigned(""):
+            digest = hashlib.sha256(event.event.encode() + b"\0" + event.body).digest()
+        return not self.call_log or self.call_log.record(event, received_at, digest) is not False
 
     def follow(self, replied: Replied) -> None:
         """Have done what follows a reply; never waits."""
         if self.call_log and replied.action and replied.is_new:
             self.call_log.record_reply(replied.event, replied.reply.body)
         self.show(replied)
+        if self.your_code.stuck():
+            logger.warning("%s", self.your_code.stuck())
         if replied.is_new and not replied.event.is_decided:
-            self.your_code.run_later(replied.event.function, replied.event)
+            self.your_code.run_later(replied.event)
 
 
 # ------------------------------------------------------------------------------------------
@@ -1883,188 +1838,136 @@ class WebhookServer(socketserver.ThreadingTCPServer):
 # Output that never blocks, the start and the stop.
 # ------------------------------------------------------------------------------------------
 
-# Control characters could steer the terminal; bidi controls make text read as what it is not.
-UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\xad\ufeff\u061c\u200e\u200f\u2028\u2029\u202a-\u202e"
-                         "\u2066-\u2069\ud800-\udfff]")
-STOP_SECONDS = 4.0  # for what is in flight; the call log has a second more
+STOP_SECONDS = 4.0  # and a second more for the call log
 
 
 def printable(text: str, keep: str = "") -> str:
-    """`text` with control and bidi characters escaped, but those in `keep`: for a terminal."""
-    return UNPRINTABLE.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1],
-                           text)
+    """`text` for a terminal: control and bidi characters are escaped, but for `keep`."""
+    return "".join(char if char.isprintable() or char in keep else ascii(char)[1:-1]
+                   for char in text)
 
 
 def wrapped(text: str, stream: TextIO, indent: int = 2) -> str:
     """`text`, broken between words where `stream` is a terminal; further lines are indented."""
     if not stream.isatty():
         return text
-    return textwrap.fill(text, max(shutil.get_terminal_size().columns, 40), break_on_hyphens=False,
+    return textwrap.fill(text, shutil.get_terminal_size().columns, break_on_hyphens=False,
                          subsequent_indent=" " * indent, break_long_words=False)
 
 
-class QueuedOutput(io.RawIOBase):
-    """Stands before a real stream: a write never waits, a Worker does the writing.
+class Output(io.FileIO):
+    """Stands before a real stream: a print to `text` never waits, a Worker does the writing.
 
-    What comes while `limit` pieces wait is dropped and counted; where the stream cannot be
-    written at all, they are lost.
+    What could steer a terminal is escaped; what comes while 5,000 prints wait is dropped.
     """
 
-    def __init__(self, stream: TextIO | None, limit: int = 5000) -> None:
-        # The unbuffered stream: a thread stuck in the buffered one would hold its lock at the
-        # exit. Under python -u it is the buffer itself; pythonw has no streams at all.
-        buffer: Any = getattr(stream, "buffer", None)
-        self._raw: Any = getattr(buffer, "raw", buffer)
-        self._is_terminal = stream is not None and stream.isatty()
-        self._dropped = 0
-        # A pause, or each line of a busy hour would wake this thread, and cost the calls time.
-        self.worker = Worker("output", self._write, limit, most=200, pause=0.01)
-
-    def writable(self) -> bool:
-        return True
-
-    def isatty(self) -> bool:
-        return self._is_terminal
-
-    def fileno(self) -> int:
-        return int(self._raw.fileno()) if self._raw else super().fileno()
+    def __init__(self, stream: Any) -> None:
+        try:
+            # Past its buffer: a thread stuck in that would hold its lock at the exit.
+            descriptor = stream.fileno()
+        except (AttributeError, OSError):  # pythonw has no stream, IDLE no file
+            descriptor = os.open(os.devnull, os.O_WRONLY)
+        super().__init__(descriptor, "w", closefd=False)
+        self._encoding = str(os.device_encoding(self.fileno()) or "utf-8")
+        # Without a pause each line would wake this thread, which makes calls a quarter slower.
+        self.worker = Worker("output", self._write, 5000, most=200, pause=0.01)
+        self.text = io.TextIOWrapper(self, self._encoding, "backslashreplace", "\n",
+                                     line_buffering=True)
 
     def write(self, content: Any) -> int:
-        self.put(bytes(content))
+        text = str(content, self._encoding, "backslashreplace")
+        self.put(lambda: text)
         return len(content)
 
-    def put(self, piece: bytes | Callable[[], bytes]) -> None:
-        """Queue bytes, or what returns them once it is their turn."""
-        with self.worker.lock:
-            self._dropped += not self.worker.put(piece)
+    def put(self, piece: Callable[[], str]) -> None:
+        """Have written what `piece` returns, once its turn has come."""
+        if not self.worker.put(piece):
+            logger.warning("a print was dropped: 5000 wait for their reader")
 
-    def _write(self, batch: list[bytes | Callable[[], bytes]]) -> None:
-        rest = b"".join(piece if isinstance(piece, bytes) else piece() for piece in batch)
-        with self.worker.lock:
-            dropped, self._dropped = self._dropped, 0
-        if dropped:
-            rest += b"(%d prints were dropped here: too many were waiting)\n" % dropped
-        try:
-            while self._raw and rest:
-                written = self._raw.write(rest)
+    def _write(self, batch: list[Callable[[], str]]) -> None:
+        text = ""
+        for piece in batch:
+            try:
+                text += piece()
+            except Exception:  # the other lines are printed all the same
+                logger.exception("an error in this program; an event is not printed")
+        rest = printable(text, keep="\n\t").encode(self._encoding, "backslashreplace")
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it
+            while rest:
+                written = super().write(rest)
                 if written is None:  # a non-blocking stream that is full
                     time.sleep(0.05)
                 rest = rest[written or 0:]
-        except (OSError, ValueError):  # nobody is there any more: the calls matter, not their lines
-            pass
 
 
-class Console(io.TextIOWrapper):
-    """A stream of text that never blocks; what could steer a terminal is escaped."""
-
-    def __init__(self, stream: TextIO | None) -> None:
-        self.output = QueuedOutput(stream)
-        # Taken for a buffered stream, which it is in its own way.
-        super().__init__(self.output, getattr(stream, "encoding", None) or "utf-8",  # type: ignore
-                         "backslashreplace", line_buffering=True)
-
-    def write(self, text: str) -> int:
-        return super().write(printable(text, keep="\n\t"))
-
-    def write_later(self, text: Callable[[], str]) -> None:
-        """Write what `text` returns, which may be slow: it is asked when its turn has come."""
-        def piece() -> bytes:
-            try:
-                line = printable(text(), keep="\n\t").replace("\n", os.linesep)
-                return line.encode(self.encoding, "backslashreplace")
-            except Exception:  # the other lines are printed all the same
-                logger.exception("an error in this program; an event is not printed")
-                return b""
-        self.output.put(piece)
-
-
-def has_own_time(stream: TextIO | None) -> bool:
+def has_own_time(stream: Any) -> bool:
     """Whether what reads `stream` adds the time itself: journald (systemd.exec(5))."""
-    with contextlib.suppress(OSError, ValueError):
-        status = os.fstat(stream.fileno() if stream else -1)
+    with contextlib.suppress(AttributeError, OSError):
+        status = os.fstat(stream.fileno())
         return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
     return False
 
 
-class DiagnosticFormatter(logging.Formatter):
-    """One line for a message, whatever text from the network is in it; its `below` is indented."""
+def throttle(seconds: float = 60.0) -> Callable[[logging.LogRecord], bool]:
+    """A filter: the same warning (by its template) once in `seconds`; the others are counted."""
+    said: dict[str, tuple[float, int]] = {}  # when, and how many were held back since
 
-    def __init__(self, stream: TextIO, with_time: bool) -> None:
-        super().__init__()
-        self.stream, self.with_time = stream, with_time
+    def is_due(record: logging.LogRecord) -> bool:
+        now, template = time.monotonic(), record.msg
+        said_at, count = said.get(template, (-math.inf, 0))
+        if record.levelno == logging.WARNING and now - said_at < seconds:
+            said[template] = (said_at, count + 1)
+            return False
+        said[template] = (now, 0)
+        if count:
+            record.msg += f" ({count} more since the last message)"
+        return True
+
+    return is_due
+
+
+class Diagnostics(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes one line for a message, whatever text from the network is in it."""
+
+    with_time = False
 
     def format(self, record: logging.LogRecord) -> str:
-        below = getattr(record, "below", "")
-        if record.exc_info and record.exc_info[0]:
+        line, below = f"{record.levelname}: {record.getMessage()}", getattr(record, "below", "")
+        if self.with_time:
+            line = time.strftime("%Y-%m-%d %H:%M:%S ", time.localtime(record.created)) + line
+        if record.exc_info:
             below = "".join(traceback.format_exception(*record.exc_info))
-        moment = self.formatTime(record, "%Y-%m-%d %H:%M:%S ") if self.with_time else ""
-        line = wrapped(printable(f"{moment}{record.levelname}: {record.getMessage()}"), self.stream)
         # Indented, so that a line feed in an error's text cannot begin what looks like a message.
-        return (line + "\n" + textwrap.indent(below, "    ")).rstrip("\n")
-
-
-class Throttle(logging.Filter):
-    """Lets the same warning (by its template) through once a minute, and counts the others."""
-
-    SECONDS = 60.0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._said: dict[str, tuple[float, int]] = {}  # when, and how many were held back since
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno != logging.WARNING:
-            return True
-        now, template = time.monotonic(), record.msg
-        said_at, count = self._said.get(template, (-math.inf, 0))
-        if now - said_at < self.SECONDS:
-            self._said[template] = (said_at, count + 1)
-            return False
-        self._said[template] = (now, 0)
-        if count:
-            record.msg = f"{record.getMessage()} ({count} more since the last message)"
-            record.args = ()
-        return True
+        return "\n    ".join([wrapped(printable(line), self.stream), *below.splitlines()])
 
 
 @contextlib.contextmanager
-def diagnostics(stream: TextIO, with_time: bool = False) -> Iterator[None]:
+def diagnostics(stream: TextIO) -> Iterator[Diagnostics]:
     """Lead our messages to `stream`."""
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(DiagnosticFormatter(stream, with_time))
+    handler = Diagnostics(stream)
     logger.addHandler(handler)
     try:
-        yield
+        yield handler
     finally:
         logger.removeHandler(handler)
 
 
 @contextlib.contextmanager
-def consoles() -> Iterator[tuple[Console, Console]]:
-    """Lead sys.stdout, sys.stderr and our messages through streams that never block."""
-    real, throttle = (sys.stdout, sys.stderr), Throttle()
-    out, err = sys.stdout, sys.stderr = Console(real[0]), Console(real[1])
+def outputs() -> Iterator[Output]:
+    """Lead sys.stdout, sys.stderr and our messages through Outputs; that of stdout is yielded."""
+    real = sys.stdout, sys.stderr
+    out, err = Output(real[0]), Output(real[1])
+    sys.stdout, sys.stderr = out.text, err.text
     try:
-        with diagnostics(err, with_time=not has_own_time(real[1])):
-            logger.addFilter(throttle)
-            yield out, err
+        with diagnostics(err.text) as handler:
+            handler.with_time = not has_own_time(real[1])
+            handler.addFilter(throttle())
+            yield out
     finally:
-        logger.removeFilter(throttle)
         sys.stdout, sys.stderr = real
-        for console in (out, err):
-            console.flush()
-            console.output.worker.finish(0.2)
-
-
-def catch_signals() -> list[int]:
-    """Return the list that SIGINT, SIGTERM and SIGHUP go to."""
-    arrived: list[int] = []
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
-        number = getattr(signal, name, None)
-        # nohup has SIGHUP ignored, and means it.
-        if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
-            signal.signal(number, lambda number, frame: arrived.append(number))
-    return arrived
+        for output in (out, err):
+            output.text.flush()
+            output.worker.finish(0.5)
 
 
 def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
@@ -2072,45 +1975,37 @@ def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
           find_call: Callable[[CallEvent], Any] | None = None,
           tell: Callable[[Replied], str] = lambda replied: "",
           announce: Callable[[Settings], str] = lambda settings: "") -> int:
-    """Receive webhooks until a signal comes; return the exit status.
+    """Receive webhooks until a signal comes; return the exit status. Raises SettingsError, OSError.
 
-    `keys` come before sipgate's own. `find_call` finds the call of an event, `tell` gives the
-    text to print for one, `announce` that for the start. Raises SettingsError, OSError.
+    `keys` come before sipgate's own; `tell` gives the text to print for an event, `announce` that
+    for the start.
     """
-    arrived = catch_signals()
+    arrived: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: arrived.append(number))
     tls = None
     if settings.webhook_tls_cert or settings.webhook_tls_key:
         tls = TlsFiles(settings.webhook_tls_cert, settings.webhook_tls_key)
     with WebhookServer(settings.webhook_host, settings.webhook_port, settings.base_path,
-                       tls) as server, consoles() as (out, err):
+                       tls) as server, outputs() as out:
         if settings.call_output == "json":
-            sys.stdout = err  # stdout is for events alone; what your code prints goes here
+            sys.stdout = sys.stderr  # what your code prints: stdout is for events alone
         settings, call_log = replace(settings, webhook_port=server.port), None
         if settings.call_log != "off":
             call_log = CallLog(settings.call_log, settings.call_log_days)
         receiver = server.receiver = Receiver(
             settings, [*keys, SIPGATE_KEY], functions,
-            lambda replied: out.write_later(lambda: tell(replied)), call_log=call_log,
-            find_call=find_call)
-        err.write(announce(settings))
-
-        def is_told() -> bool:
-            stuck = receiver.your_code.stuck()
-            if stuck:
-                logger.warning("%s", stuck)
-            return bool(arrived)
-
-        server.serve_until(is_told)
+            lambda replied: out.put(lambda: tell(replied)), call_log=call_log, find_call=find_call)
+        sys.stderr.write(announce(settings))
+        server.serve_until(lambda: bool(arrived))
         deadline = time.monotonic() + STOP_SECONDS
         server.stop(STOP_SECONDS)
-        for worker, what, most in ((receiver.your_code.hooks, "runs of your code", STOP_SECONDS),
-                                   (out.output.worker, "lines to print", 1.0)):
-            left = worker.finish(max(min(most, deadline - time.monotonic()), 0.1))
-            if left:
-                logger.error("%s left at the stop: %d", what, len(left))
+        left = receiver.your_code.hooks.finish(max(deadline - time.monotonic(), 0.1))
+        if left:
+            logger.error("%d events for your code were left at the stop", len(left))
         if call_log:
             call_log.close(max(deadline - time.monotonic(), 0) + 1)
-        err.write("Stopped.\n")
+        logger.info("stopped")
     return 0
 
 
@@ -2954,7 +2849,7 @@ class Rehearsal:
         """Press keys for each Gather, and note what comes of the leg."""
         pressed = [*self.options.digits.split(","), "-1"]  # which says that the caller hung up
         while action.get("onData", "").startswith(self.base_url + "/on-data"):
-            if self.receiver.your_code.does_nothing("on_dtmf"):
+            if "on_dtmf" not in self.receiver.your_code.functions:
                 print("    (on_dtmf does nothing with the digits)")
             form = {"event": "dtmf", "dtmf": pressed.pop(0), "callId": self.call_id + leg}
             reply = self._post(action.get("onData", ""), form)

@@ -906,11 +906,11 @@ class Conversation:
 
 class ReceiverTest(unittest.TestCase):
     def test_each_refusal_of_a_signature_says_which_and_leaves_no_trace(self):
-        log, malformed = new_log(self), (403, "signature malformed, see SIGNATURE_KEY_FILE")
+        log, malformed = new_log(self), (403, "signature malformed, see VERIFY_SIGNATURE")
         talk = Conversation(call_log=log, functions=CallFunctions(on_new_call=self.fail))
         for signature, refused in [
-                (None, MISSING), ("x", malformed), (VECTOR_SIGNATURE, malformed),
-                (sign(HANGUP), (403, "signature does not match, see SIGNATURE_KEY_FILE"))]:
+                (None, MISSING), ("x", malformed), (sign(NEW_CALL)[:-1], malformed),
+                (sign(HANGUP), (403, "signature does not match, see VERIFY_SIGNATURE"))]:
             self.assertEqual(refusal(talk.receive, "/new-call", NEW_CALL, signature), refused)
         self.assertEqual((talk.events(), talk.receiver.refused, stored(log.path)), ([], 4, []))
 
@@ -971,7 +971,7 @@ class ReceiverTest(unittest.TestCase):
                      "/3f//new-call"):
             with diagnostics() as said:
                 self.assertEqual(refusal(talk.signed, path, NEW_CALL), (404, "not found"))
-            self.assertIn(f"a webhook came in at {path}, where nothing is: either the", said[0])
+            self.assertIn(f"a webhook came in at {path}, where nothing is: the URL at", said[0])
         self.assertEqual(talk.receiver.refused, 6)
 
     def test_the_body_says_which_event_it_is(self):
@@ -1010,22 +1010,23 @@ class ReceiverTest(unittest.TestCase):
 
     def test_an_exact_repeat_is_answered_and_printed_but_runs_and_counts_once(self):
         seen, log = [], new_log(self)
-        talk = Conversation(functions=CallFunctions(on_hangup=seen.append), call_log=log)
+        talk = Conversation(functions=CallFunctions(lambda event: hang_up(), on_hangup=seen.append),
+                            call_log=log)
         sent = [("/new-call", NEW_CALL), ("/on-data", DTMF), ("/on-hangup", HANGUP),
                 ("/on-hangup", HANGUP + b"&a=b")]
         first, second = ([talk.signed(*one) for one in sent] for _ in range(2))
         self.assertEqual((first, len(talk.events()), len(seen)), (second, 8, 2))
-        self.assertEqual(len(stored(log.path)), 5, "each once, but the digit twice")
+        self.assertEqual(len(stored(log.path)), 6, "each once, but the digit twice")
         trial = Conversation(TRIAL, call_log=log)
         for _ in range(2):
             trial.receive("/new-call", NEW_CALL)
-        self.assertEqual(len(stored(log.path)), 7, "in trial mode each one counts")
+        self.assertEqual(len(stored(log.path)), 8, "in trial mode each one counts")
 
     def test_an_error_of_ours_lets_the_call_go_through(self):
         talk = Conversation(call_log="none")
         with diagnostics() as said:
             self.assertEqual(talk.signed("/new-call", NEW_CALL).body, LIVE_XML)
-        self.assertIn("an error in this program; the call goes through undecided", said[0])
+        self.assertIn("a reply could not be made; the call goes through undecided", said[0])
 
 
 def recurse(event):
@@ -1042,13 +1043,12 @@ class YourCodeTest(unittest.TestCase):
             return [reply.body for reply in replies]
 
     FAULTS = (  # on_new_call, what is said
-        (lambda event: 1 / 0, "raised ZeroDivisionError; .*ZeroDivisionError: division by zero\n$"),
+        (lambda event: 1 / 0, r"raised ZeroDivisionError; (?!.*in _run\n).*: division by zero\n$"),
         (lambda event: sys.exit(), "raised SystemExit; the call goes on without it.*SystemExit\n$"),
         (recurse, "raised RecursionError; the call goes on without it.*in recurse\n"),
-        (lambda event: "<Response />", "returned a str, not an action such as dial"),
-        (lambda event: 0, "returned a int, not an action such as dial"),
-        (lambda event: [dial("1")], "returned a list, not an action such as dial"),
-        (lambda event: voicemail, r".* \(is voicemail\(\) meant\?\); the call goes through undecided$"),
+        (lambda event: "<Response />", "returned a str, not an action such"),
+        (lambda event: 0, "returned a int, not an action such"),
+        (lambda event: voicemail, r"returned a function, not an action such as voicemail\(\); the"),
     )
 
     def test_what_raises_or_returns_no_action_is_reported_and_the_call_goes_through(self):
@@ -1064,50 +1064,52 @@ class YourCodeTest(unittest.TestCase):
         with diagnostics() as said:
             reply = talk.receive("/new-call", NEW_CALL, sign(NEW_CALL), "abc.lhr.life")
         self.assertEqual((reply.body, said[1:]), (BARE_XML, [
-            "gather() without a URL needs WEBHOOK_URL; the call goes through undecided"]))
+            "a reply could not be made; the call goes through undecided"]))
 
     def test_late_code_is_reported_and_its_slot_is_free_again_when_it_returns(self):
         go_on = threading.Event()
         talk = self.talk(on_new_call=lambda event: hang_up() if go_on.wait(10) else None)
-        talk.receiver.reply_seconds = talk.receiver.your_code.SLOT_SECONDS = 0.1
+        talk.receiver.reply_seconds, talk.receiver.your_code.SLOT_SECONDS = 0.1, 0.05
         with diagnostics() as said:
             self.assertEqual(self.together(talk, 9), [TRIAL_XML] * 9)
-        self.assertRegex("\n".join(said), "(?s)on_new_call has not returned in time; .*in <lambda>")
-        self.assertIn("all 8 slots for your code are taken", "\n".join(said))
+        self.assertRegex("\n".join(said), "(?s)on_new_call has not returned in time; .*code <lambda>")
+        self.assertIn("all 8 slots", "\n".join(said))
         self.assertEqual(talk.receiver.health(), "")
-        change(self, sc, "REPLY_SECONDS", 0.0)
-        self.assertEqual(talk.receiver.health(), "your code is stuck: calls go through undecided")
+        talk.receiver.your_code.STUCK_SECONDS = 0.0
+        with diagnostics() as said:
+            talk.receive("/on-hangup", HANGUP)
+        self.assertEqual(said, [talk.receiver.health()])
+        self.assertIn("stuck: on_new_call has been running", said[0])
         go_on.set()
         wait_until(lambda: not talk.receiver.health())
         self.assertIn(b"<Hangup />", talk.receive("/new-call", NEW_CALL).body)
 
     def test_a_ninth_call_waits_for_a_slot_while_your_code_is_in_time(self):
         eight = threading.Barrier(8)
-        talk = self.talk(on_new_call=lambda event: eight.wait(5) < 8 and hang_up())
+        talk = self.talk(
+            on_new_call=lambda event: (eight.wait(5), threading.Event().wait(0.1)) and hang_up())
         talk.receiver.your_code.SLOT_SECONDS = 5
         replies = self.together(talk, 16)
-        self.assertEqual([b"<Hangup />" in body for body in replies], [True] * 16)
+        self.assertEqual({b"<Hangup />" in body for body in replies}, {True})
 
     def test_too_many_events_for_your_slow_code_are_dropped_and_counted(self):
         begun, go_on = threading.Event(), threading.Event()
         code = sc.YourCode(CallFunctions(
             on_answer=lambda event: (begun.set(), go_on.wait(10)), on_hangup=lambda event: 1 / 0))
-        code.hooks.limit, code.HOOK_SECONDS = 3, 0
+        code.hooks.limit, code.STUCK_SECONDS = 3, 0
         with diagnostics() as said:
-            code.run_later("on_answer", AnswerEvent())
+            code.run_later(AnswerEvent())
             begun.wait(10)
-            self.assertEqual(code.stuck(),
-                             "your code is stuck: on_answer has been running for over a minute")
+            self.assertIn("stuck: on_answer has been running", code.stuck())
             for _ in range(4):
-                code.run_later("on_hangup", HangupEvent())
+                code.run_later(HangupEvent())
             self.assertEqual(said, ["on_hangup was not run: 1000 events wait for your code"] * 2)
             go_on.set()
             self.assertEqual(code.hooks.finish(5), [])
         self.assertEqual(len(said), 4, "the two that waited ran")
 
     def test_scanners_cannot_flood_the_diagnostics(self):
-        throttle = sc.Throttle()
-        throttle.SECONDS = 0.1
+        throttle = sc.throttle(0.1)
         sc.logger.addFilter(throttle)
         self.addCleanup(sc.logger.removeFilter, throttle)
         with diagnostics() as said:
@@ -2449,37 +2451,35 @@ class OutputTest(unittest.TestCase):
             + "\n    ValueError: a\n    ERROR: forged\n"))
 
     def test_a_console_is_a_stream_like_any_other(self):
-        with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
-            console = sc.Console(file)
+        print("x", file=sc.Output(None).text)
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as file, diagnostics() as said:
+            output = sc.Output(file)
+            console = output.text
             print("a\x1bb\tc", "ü", file=console)
             console.buffer.write(b"raw\n")
-            console.write_later(lambda: "late\x1b\n")
-            console.write_later(lambda: 1 / 0)
+            output.put(lambda: "late\x1b\n")
+            output.put(lambda: 1 / 0)
             print("last", file=console)
             console.reconfigure(errors="strict")
             self.assertEqual((console.encoding, console.fileno(), console.isatty()),
                              ("utf-8", file.fileno(), False))
-            with diagnostics() as said:
-                self.assertEqual(console.output.worker.finish(5), [])
-            self.assertIn("an event is not printed", str(said))
+            self.assertEqual(output.worker.finish(5), [])
             file.seek(0)
             self.assertEqual(file.read(), "a\\x1bb\tc ü\nraw\nlate\\x1b\nlast\n")
+        self.assertIn("not printed", str(said))
 
     def test_lines_that_nobody_takes_are_dropped_and_counted(self):
         reader, writer = os.pipe()
         with open(reader, encoding="ascii") as taken, open(writer, "w", encoding="ascii") as stream:
-            console = sc.Console(stream)
-            console.output.worker.limit = 100
-            for n in range(20_000):
-                print(f"{n:99}", file=console)
-            with ThreadPoolExecutor() as pool:
+            output = sc.Output(stream)
+            output.worker.limit = 100
+            with diagnostics() as said, ThreadPoolExecutor() as pool:
+                for n in range(20_000):
+                    print(f"{n:99}", file=output.text)
                 lines = pool.submit(list, taken)
-                self.assertEqual(console.output.worker.finish(10), [])
+                self.assertEqual(output.worker.finish(10), [])
                 stream.close()
-        found = re.findall(r"\((\d+) prints were dropped here: too many", str(lines.result()))
-        dropped = sum(map(int, found)) + console.output._dropped
-        self.assertGreater(dropped, 0)
-        self.assertEqual(len(lines.result()) - len(found) + dropped, 20_000)
+        self.assertEqual(len(lines.result()) + len(said), 20_000)
 
     def test_a_table_fits_80_columns_and_uses_more(self):
         long = replace(CALL, answered_by=("Somebody with a very long name indeed", "Bob"))
@@ -2605,7 +2605,7 @@ def on_new_call(event):
             self.assertTrue(reply.startswith(b"<Response onAnswer="), reply)
         status, _, err = self.program.end()
         self.assertEqual(status, 0)
-        self.assertIn("mine.py\", line 5, in __str__", err)
+        self.assertRegex(err, r"(?s):\d\d ERROR: on_new_call .*mine.py', line 5, code __str__")
 
 
 class SettingsFromTest(InFolder):
@@ -2740,9 +2740,12 @@ class ProgramTest(InFolder):
 
     def test_a_signed_call_end_to_end_with_a_key_and_functions_of_ones_own(self):
         self.write("key.pem", TEST_KEY_PEM)
-        path = self.write("mine.py", "from sipgate_callevents import NewCallEvent, dial\n"
+        path = self.write("mine.py", "import logging.config, sys\n"
+                          "from sipgate_callevents import NewCallEvent, dial\n"
                           "def onAnswer(event): pass\n"
-                          "def on_hangup(event): print('it was', event.call.outcome)\n"
+                          "def on_hangup(event):\n    print('it was', event.call.outcome)\n"
+                          "    logging.config.dictConfig({'version': 1})\n"
+                          "    sys.stdout = sys.stderr = None\n    1 / 0\n"
                           "def on_new_call(event):\n    assert isinstance(event, NewCallEvent)\n"
                           "    print('deciding\\33ü', event.from_number)\n"
                           "    return dial('4921100')\n")
@@ -2764,6 +2767,7 @@ class ProgramTest(InFolder):
         out = self.assert_ended(
             program, "https://x.example/p/new-call\n", "deciding\\x1bü 492111234567",
             "it was missed", "VERIFY_SIGNATURE is on\n", "signature missing",
+            "on_hangup raised Zero",
             "mine.py has changed: restart this program to use it",
             "nothing uses onAnswer; is on_answer meant?")
         first, second = map(json.loads, out.splitlines())
