@@ -96,7 +96,6 @@ from __future__ import annotations  # this needs Python 3.8 or newer
 import _thread
 import argparse
 import base64
-import collections
 import contextlib
 import csv
 import datetime
@@ -638,26 +637,24 @@ def _append(parent: ET.Element, action: Action, on_data: str) -> None:
 # What may be slow waits here for a thread of its own. Knows nothing of what it carries.
 # ------------------------------------------------------------------------------------------
 
-class Worker:
+class Worker(threading.Thread):
     """A queue, and the one thread that empties it, in order."""
 
-    RETRY_SECONDS = 0.2
+    IDLE_SECONDS = 1.0
 
-    def __init__(self, name: str, work: Callable[[list[Any]], bool | None], limit: int, *,
-                 most: int = 1000, pause: float = 0.0, idle_seconds: float | None = None) -> None:
+    def __init__(self, name: str, work: Callable[[list[Any]], None], limit: int, *,
+                 most: int = 1000) -> None:
         """Start the thread: it calls `work` with a list of what waits, up to `most` items.
 
-        `limit` items may wait; False from `work` means: the same again, after RETRY_SECONDS.
-        `pause` seconds pass after each list, so that little things gather. With `idle_seconds`,
-        `work` gets an empty list when nothing came for so long.
+        `limit` items may wait. After IDLE_SECONDS without any the list is empty. What `work`
+        takes out of the list, it gets again.
         """
-        self._work, self.limit, self._most, self._pause = work, limit, most, pause
-        self.idle_seconds = idle_seconds
+        super().__init__(name=name, daemon=True)
+        self._work, self.limit, self._most = work, limit, most
         self.lock = threading.Condition()
-        self._items: collections.deque[Any] = collections.deque()
         self._is_closing = False
-        self._ended = threading.Event()
-        threading.Thread(target=self._run, name=name, daemon=True).start()
+        self._items: list[Any] = []
+        self.start()
 
     def put(self, item: Any) -> bool:
         """Queue `item`, without waiting; False if there is no room."""
@@ -666,52 +663,44 @@ class Worker:
                 return False
             self._items.append(item)
             self.lock.notify()
-        return True
+            return True
+
+    def is_needed(self) -> bool:
+        """Whether something waits, or the end of the thread."""
+        return bool(self._items or self._is_closing)
 
     def waiting(self) -> list[Any]:
         """What is not done yet, with what is being worked on."""
         with self.lock:
-            return list(self._items)
+            return self._items[:]
 
     def finish(self, seconds: float) -> list[Any]:
         """Wait up to `seconds` for what was put, and end the thread; return what is not done."""
         with self.lock:
             self._is_closing = True
             self.lock.notify()
-        self._ended.wait(seconds)
+        self.join(seconds)
         return self.waiting()
 
-    def _run(self) -> None:
-        while True:
+    def run(self) -> None:
+        while self._items or not self._is_closing:
             with self.lock:
-                if not self._items and not self._is_closing:
-                    self.lock.wait(self.idle_seconds)
-                if self._is_closing and not self._items:
-                    break
-                batch = list(itertools.islice(self._items, self._most))
-            is_done = None
+                self.lock.wait_for(self.is_needed, self.IDLE_SECONDS)
+                batch = self._items[:self._most]
             try:
-                is_done = self._work(batch)
+                self._work(batch)
             except Exception:  # the thread serves all that comes later, too
                 logger.exception("an error in this program; %d entries are passed over", len(batch))
             with self.lock:
-                for _ in batch if is_done is not False else ():
-                    self._items.popleft()
-            pause = self.RETRY_SECONDS if is_done is False else self._pause
-            if pause:
-                time.sleep(pause)
-        self._ended.set()
+                del self._items[:len(batch)]
 
 
 # ------------------------------------------------------------------------------------------
 # Call log
 # Puts events on disk, in one SQLite file. Knows no HTTP and no XML.
 #
-# One worker writes, with the server's only connection that does; whatever has queued up goes
-# into one transaction, so that many webhooks share one fsync. A webhook waits for its commit,
-# but not for long: a disk that is slow, full or broken delays no reply by more than a second.
-# An error of the disk closes the database, which rolls back, and the same events are tried
-# again: each has its id before the insert, so that no second try stores it twice.
+# One worker writes; what has queued up shares one transaction, and so one fsync. After any error
+# the same events are tried again; each has its id before, so that none is stored twice.
 # ------------------------------------------------------------------------------------------
 
 APPLICATION_ID = 0x73676365  # "sgce": the file is ours
@@ -720,11 +709,11 @@ SCHEMA = f"""
 BEGIN IMMEDIATE;
 CREATE TABLE events(
     id INTEGER PRIMARY KEY,  -- microseconds of Unix time at receipt, made unique
-    event TEXT NOT NULL,     -- sipgate's word, or reply
-    call_id TEXT NOT NULL,
+    event TEXT,              -- sipgate's word, or reply
+    call_id TEXT,
     orig_call_id TEXT,       -- NULL where empty or equal to call_id
     xcid TEXT,               -- NULL where empty
-    body BLOB NOT NULL,      -- as received; of a reply: the XML
+    body BLOB,               -- as received; of a reply: the XML
     digest BLOB UNIQUE       -- NULL where repeats count
 );
 CREATE INDEX events_call_id ON events(call_id);
@@ -734,86 +723,82 @@ PRAGMA application_id={APPLICATION_ID};
 PRAGMA user_version={SCHEMA_VERSION};
 COMMIT;
 """
-INSERT = """INSERT INTO events(id, event, call_id, orig_call_id, xcid, body, digest)
-    VALUES (?, ?, ?, ?, ?, ?, ?)"""
+INSERT = """INSERT OR IGNORE INTO events VALUES (:id, :event, :call_id,
+    nullif(nullif(:orig_call_id, ''), :call_id), nullif(:xcid, ''), :body, :digest)"""
+SAME = """SELECT id FROM events
+    WHERE digest = :digest OR (id = :id AND event = :event AND body = :body)"""
+EMPTY_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
 STORE_SECONDS = 1.0  # that a webhook waits for the disk
 DAY = 24 * 3600.0
 
 
 def rewrite(database: sqlite3.Connection, folder: str) -> None:
     """Write the file in `folder` anew, without what deleted rows have left in it."""
-    # The temporary file holds numbers, too: beside the log, and not where others look.
+    # Its temporary file holds numbers, too: beside the log, and not where others look.
     database.execute("PRAGMA temp_store_directory='{}'".format(folder.replace("'", "''")))
     database.execute("VACUUM")
 
 
+@dataclass
 class Entry:
     """A row on its way to disk."""
 
-    def __init__(self, event: str, call_id: str, body: bytes, orig_call_id: str | None = None,
-                 xcid: str | None = None, digest: bytes | None = None) -> None:
-        self.id = 0
-        self.event, self.call_id, self.body, self.digest = event, call_id, body, digest
-        self.orig_call_id, self.xcid = orig_call_id, xcid
-        self.is_new = True  # no repeat of a stored one
-        # Gets is_new once it is stored, None once that has failed.
-        self.outcome: queue.SimpleQueue[bool | None] = queue.SimpleQueue()
+    event: str
+    call_id: str
+    body: bytes
+    orig_call_id: str = ""
+    xcid: str = ""
+    digest: bytes | None = None
+    id: int = 0
+    is_new: bool | None = None  # no repeat; None until it is stored
 
 
 class CallLog:
     """The events of the last days, on disk. Safe to use from many threads."""
 
-    QUEUE = 10_000  # events that may wait while the disk does not take any
+    QUEUE = 10_000  # events that may wait while the disk takes none
     LOCK_SECONDS = 0.5  # that another process may hold the lock before we are behind
-    LOOK_SECONDS = 1.0  # between two looks at whether the file is still ours
-    REMOVE_FIRST_SECONDS = 600.0  # after the start: what is wrong with the clock shows by then
-    REMOVE_ROWS = 200  # at a time: an event that comes meanwhile waits for these
-    REMOVE_STEP_SECONDS = 0.05
-    QUIET_SECONDS = 60.0  # without an event, before the file is written anew
+    RETRY_SECONDS = 0.2
+    STEP_ROWS = 200  # to remove at a time: an event may have to wait for that
+    FIRST_SECONDS = 600.0  # from the start to the removal: a wrong clock shows by then
+    QUIET_SECONDS = 60.0  # without an event, before VACUUM
+    clock: Callable[[], float] = time.time
 
-    def __init__(self, path: str, days: int, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: str, days: int) -> None:
         """Open or create the file at `path` that keeps events for `days`. Raises SettingsError."""
-        # A link stays where it is: what is created, made private, put aside is the file.
-        self.path, self.days, self.clock = os.path.realpath(path), days, clock
+        # Behind a link it is the file itself that is made private, or put aside.
+        self.path, self.days = os.path.realpath(path), days
         self.behind = ""  # why events wait; "" while they do not
-        self._database: sqlite3.Connection | None = None
-        self._identity: os.stat_result | None = None
+        self._changed = threading.Condition()  # `behind`, or what is stored
+        self._database: Any = None  # while it is not open
         self._last_id = 0
-        self._newest_at_start = 0.0  # Unix time
-        self._started = self._last_event = time.monotonic()
-        self._look_at, self._remove_at = 0.0, self._started + self.REMOVE_FIRST_SECONDS
-        self._is_vacuum_due = self._is_vacuuming = False
         try:
             self._open()
-        except sqlite3.Error as error:
-            # Locked, for instance: calls do not wait for that, and neither does the start.
-            self._set_aside_if_damaged(error)
-            self._fall_behind(str(error))
+        except sqlite3.Error as error:  # locked, for instance: calls are taken all the same
+            self._fail(error)
         except OSError as error:
-            raise SettingsError(f'CALL_LOG is "{path}": {error.strerror}; expected a file in a '
-                                "folder that this user may write, or off") from None
-        self._worker = Worker("call-log", self._work, self.QUEUE, idle_seconds=self.LOOK_SECONDS)
+            raise SettingsError(f'CALL_LOG is "{path}": {error.strerror or error}; expected a file '
+                                "in a folder that this user may write, or off") from None
+        self._newest = self._last_id / 1e6  # at the start
+        self._remove_at = time.monotonic() + self.FIRST_SECONDS
+        self._worker = Worker("call-log", self._work, self.QUEUE)
 
     def record(self, event: CallEvent, received_at: float, digest: bytes | None) -> bool | None:
-        """Store `event`, which came at `received_at` (Unix time); `digest` None: a repeat counts.
+        """Store `event`, received at that Unix time; whether it is new, None if not known yet.
 
-        Waits for the commit up to STORE_SECONDS, but not at all while the log is behind.
-        Returns whether the event is new, None if that is not known yet.
+        Waits up to STORE_SECONDS, but not while the log is behind. `digest` None: a repeat counts.
         """
-        orig, xcid = getattr(event, "orig_call_id", ""), getattr(event, "xcid", "")
-        # An event of that name, which sipgate does not have, is not to pass for a reply of ours.
-        entry = Entry(event.event if event.event != "reply" else "?reply", event.call_id,
-                      event.body, orig if orig not in ("", event.call_id) else None, xcid or None,
-                      digest)
-        self._last_event = time.monotonic()
-        if not self._queue(entry, received_at):
-            return None
-        self._interrupt()
-        try:
-            return entry.outcome.get(timeout=0 if self.behind else STORE_SECONDS)
-        except queue.Empty:
-            self._fall_behind(self.behind or "storing takes longer than a call can wait")
-            return None
+        # sipgate has no such event, and none is to pass for a reply of ours.
+        kind = "?reply" if event.event == "reply" else event.event
+        entry = Entry(kind, event.call_id, event.body, getattr(event, "orig_call_id", ""),
+                      getattr(event, "xcid", ""), digest)
+        self._queue(entry, received_at)
+        with self._changed:
+            is_told = self._changed.wait_for(
+                lambda: self.behind or entry.is_new is not None, STORE_SECONDS)
+        if not is_told:
+            self._fall_behind("storing takes longer than a call can wait")
+        return entry.is_new
 
     def record_reply(self, event: CallEvent, document: bytes) -> None:
         """Store the XML of the reply to `event`, without waiting for it."""
@@ -821,213 +806,147 @@ class CallLog:
 
     def close(self, seconds: float) -> None:
         """Store what is queued, for up to `seconds`, and close the file."""
-        self._interrupt()
         left = self._worker.finish(seconds)
         if left:
-            logger.error("%d events could not be stored before the end, of the calls %s", len(left),
+            logger.error("events could not be stored, of the calls %s",
                          ", ".join(dict.fromkeys(entry.call_id for entry in left)))
         else:
-            self._close_database()
+            self._disconnect()
 
-    def _interrupt(self) -> None:
-        """End a rewriting of the file; an event, or the stop, is not to wait for it."""
-        database = self._database
-        if self._is_vacuuming and database:
-            with contextlib.suppress(sqlite3.Error):  # closed in this very moment
-                database.interrupt()
-
-    def _queue(self, entry: Entry, received_at: float) -> bool:
+    def _queue(self, entry: Entry, received_at: float) -> None:
         now = int(received_at * 1e6)
         with self._worker.lock:  # or ids would not be committed in their order
-            # A clock that was put back a little is bridged, one that was wrong is not followed.
+            # A clock put back a little is bridged, one that was wrong is not followed.
             ahead = self._last_id + 1 if self._last_id - now < 3600e6 else 0
             entry.id = self._last_id = max(now, ahead)
             is_queued = self._worker.put(entry)
         if not is_queued:
-            logger.error("the call log has no room: %s of call %s is not stored, since %d events "
-                         "wait for the disk", entry.event, entry.call_id, self.QUEUE)
-        return is_queued
+            logger.error("the call log has no room: %s of call %s is not stored", entry.event,
+                         entry.call_id)
 
     def _fall_behind(self, reason: str) -> None:
-        self.behind = reason
+        with self._changed:
+            self.behind = reason
+            self._changed.notify_all()
         logger.warning("the call log is behind (%s): calls go through, their events wait in memory",
                        reason)
 
     # What follows runs in the worker's thread.
 
-    def _work(self, batch: list[Entry]) -> bool:
-        """Store `batch`; whether that is done. Look after the file when it is quiet, or time."""
+    def _work(self, batch: list[Entry]) -> None:
         try:
-            database = self._database or self._open()
+            if not self._database:
+                self._open()
+            elif not os.path.samestat(os.stat(self.path), self._identity):
+                raise OSError("another file has taken its place")
             if batch:
-                self._store(database, batch)
-            if not batch or time.monotonic() >= self._look_at:
-                self._look_after(database)
-        except (sqlite3.Error, OSError, SettingsError) as error:
-            self._close_database()
-            self._set_aside_if_damaged(error)
-            self._fall_behind(str(error))
-            for entry in self._worker.waiting():
-                if entry.outcome.empty():  # or it would grow with each try
-                    entry.outcome.put(None)
-            return False
-        if self.behind and len(self._worker.waiting()) == len(batch):
-            self.behind = ""
-            logger.info("the call log has caught up: all events are stored")
-        return True
+                self._store(batch)
+            if self.behind and self._worker.waiting() == batch:
+                self.behind = ""
+                logger.info("the call log has caught up: all events are stored")
+            if time.monotonic() >= self._remove_at:
+                self._remove_at = time.monotonic() + self._remove()
+        except (sqlite3.Error, OSError) as error:
+            self._fail(error)
+            batch.clear()  # to get it again
+            time.sleep(self.RETRY_SECONDS)
 
-    def _store(self, database: sqlite3.Connection, batch: list[Entry]) -> None:
-        database.execute("BEGIN IMMEDIATE")
-        for entry in batch:
-            self._insert(database, entry)
-        database.execute("COMMIT")
-        for entry in batch:
-            entry.outcome.put(entry.is_new)
-
-    def _insert(self, database: sqlite3.Connection, entry: Entry) -> None:
-        while True:
-            try:
-                database.execute(INSERT, (entry.id, entry.event, entry.call_id, entry.orig_call_id,
-                                          entry.xcid, entry.body, entry.digest))
-                return
-            except sqlite3.IntegrityError:
-                pass
-            twin = database.execute("SELECT id FROM events WHERE digest = ?",
-                                    (entry.digest,)).fetchone()
-            there = database.execute("SELECT event, body FROM events WHERE id = ?", (entry.id,))
-            if twin or there.fetchone() == (entry.event, entry.body):
-                # Under our own id it is our first try, of which we were told that it failed.
-                entry.is_new = not twin or twin[0] == entry.id
-                return
-            entry.id += 1  # another copy of this program, or a clock that was put back
-
-    def _open(self) -> sqlite3.Connection:
-        """Connect, to a new file if need be. Raises sqlite3.Error, OSError, SettingsError."""
+    def _open(self) -> None:
         if os.path.exists(self.path) and not os.path.isfile(self.path):
-            raise SettingsError(f'CALL_LOG is "{self.path}": expected a file, or off')
+            raise OSError("it is no file")
         # Created here, since SQLite would let others read it; -wal and -shm take after it.
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
-        with open(os.open(self.path, flags, 0o600), "rb") as file:
-            head = file.read(100)
+        with open(self.path, "a+b", opener=functools.partial(os.open, mode=0o600)) as file:
+            file.seek(0)
+            head = file.read(72)
         # Read here too: SQLite cannot tell a damaged file of ours from another program's.
-        mark = int.from_bytes(head[68:72], "big")
-        if head and (head[:16] != b"SQLite format 3\0" or mark != APPLICATION_ID):
-            raise SettingsError(f'CALL_LOG is "{self.path}": that file is not a call log of this '
-                                "program, and is left alone; expected another name, or off")
+        marks = [int.from_bytes(head[at:at + 4], "big") for at in (60, 68)]
+        if head and marks != [SCHEMA_VERSION, APPLICATION_ID]:
+            raise OSError("it is not a call log of this version of the program, and is left alone")
         with contextlib.suppress(OSError):
             os.chmod(self.path, 0o600)
-        database = sqlite3.connect(self.path, timeout=self.LOCK_SECONDS, isolation_level=None,
-                                   check_same_thread=False)
-        try:
-            version = database.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, SCHEMA_VERSION):
-                raise SettingsError(f'CALL_LOG is "{self.path}": another version of this program '
-                                    "wrote it; take that, or another file")
-            if not version:
-                # Before WAL mode, so that the mark that it is ours is in the file itself at once.
-                database.executescript(SCHEMA)
-            for pragma in ("synchronous=FULL", "fullfsync=ON", "secure_delete=ON"):
-                database.execute("PRAGMA " + pragma)
-            with contextlib.suppress(sqlite3.OperationalError):  # as on some network file systems
-                database.execute("PRAGMA journal_mode=WAL")
-            newest = database.execute("SELECT max(id) FROM events").fetchone()[0] or 0
-        except BaseException:
-            database.close()
-            raise
-        self._last_id = max(self._last_id, newest)
-        self._newest_at_start = self._newest_at_start or newest / 1e6
-        self._database, self._identity = database, os.stat(self.path)
-        return database
+        self._database = sqlite3.connect(self.path, timeout=self.LOCK_SECONDS, isolation_level=None,
+                                         check_same_thread=False)
+        if not head:
+            self._database.executescript(SCHEMA)
+        newest, = self._database.execute("SELECT max(id) FROM events").fetchone()
+        self._database.executescript("PRAGMA synchronous=FULL; PRAGMA fullfsync=ON; "
+                                     "PRAGMA secure_delete=ON")
+        # Not before: the marks go into the file itself, and not into -wal.
+        with contextlib.suppress(sqlite3.OperationalError):  # as on some network file systems
+            self._database.execute("PRAGMA journal_mode=WAL")
+        self._last_id = max(self._last_id, newest or 0)
+        self._identity = os.stat(self.path)
 
-    def _close_database(self) -> None:
-        database, self._database = self._database, None
-        if database:
-            database.close()
+    def _disconnect(self) -> None:
+        if self._database:
+            with contextlib.closing(self._database), contextlib.suppress(sqlite3.Error):
+                self._database.execute(EMPTY_WAL)  # SQLite does not, once the file was replaced
+        self._database = None
 
-    def _set_aside_if_damaged(self, error: Exception) -> None:
-        """Rename the file if `error` says that it is damaged, so that a new one is begun."""
-        # SQLITE_CORRUPT and SQLITE_NOTADB, whose numbers Python tells from 3.11 on. A file that
-        # is locked, cannot be read, or is on a bad disk is not damaged.
-        is_damage = re.search("malformed|not a database", str(error))
-        if type(error) is not sqlite3.DatabaseError or not is_damage:
-            return
-        name = self.path + time.strftime(".damaged-%Y%m%dT%H%M%SZ", time.gmtime(self.clock()))
-        for suffix in ("", "-wal", "-shm", "-journal"):
-            with contextlib.suppress(OSError):
-                os.replace(self.path + suffix, name + suffix)
-        logger.error("the call log was damaged; it is now %s, and a new one is begun", name)
+    def _fail(self, error: Exception) -> None:
+        self._fall_behind(str(error))  # first: nobody is to wait for the rest
+        self._disconnect()  # which rolls back
+        if type(error) is sqlite3.DatabaseError:  # as SQLITE_CORRUPT and SQLITE_NOTADB alone are
+            name = f"{self.path}.damaged-{self.clock():.0f}"
+            for suffix in ("", "-wal", "-shm", "-journal"):
+                with contextlib.suppress(OSError):
+                    os.replace(self.path + suffix, name + suffix)
+            logger.error("the call log was damaged; it is now %s, and a new one is begun", name)
 
-    def _look_after(self, database: sqlite3.Connection) -> None:
-        """See whether the file under our path is still ours, and remove what is too old."""
-        self._look_at = time.monotonic() + self.LOOK_SECONDS
-        try:
-            there: os.stat_result | None = os.stat(self.path)
-        except OSError:
-            there = None
-        if not (there and self._identity and os.path.samestat(there, self._identity)):
-            logger.error("the call log %s was deleted or replaced; what is there now is used",
-                         self.path)
-            # What -wal still holds goes into the file that it belongs to, not into the next one.
-            with contextlib.suppress(sqlite3.Error):
-                database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            self._close_database()
-            database = self._open()
-        if time.monotonic() >= self._remove_at:
-            try:
-                wait = self._remove(database)
-            except (sqlite3.OperationalError, OSError) as error:
-                wait = DAY if "full" in str(error) else self.REMOVE_FIRST_SECONDS
-                logger.warning("old events could not be removed (%s); this is tried again in %d "
-                               "minutes", error, wait // 60)
-            self._remove_at = time.monotonic() + wait
-            self._look_at = min(self._look_at, self._remove_at)
-            self._worker.idle_seconds = min(wait, self.LOOK_SECONDS)
+    def _store(self, batch: list[Entry]) -> None:
+        self._database.execute("BEGIN IMMEDIATE")
+        outcomes = [self._insert(entry) for entry in batch]
+        self._database.execute("COMMIT")
+        with self._changed:
+            for entry, is_new in zip(batch, outcomes):
+                entry.is_new = is_new
+            self._changed.notify_all()
 
-    def _remove(self, database: sqlite3.Connection) -> float:
-        """Do one step of the removal; return the seconds until the next one."""
-        now, up_seconds = self.clock(), time.monotonic() - self._started
-        if now - self._newest_at_start > DAY > up_seconds:
-            return self.REMOVE_FIRST_SECONDS  # perhaps the clock is wrong
+    def _insert(self, entry: Entry) -> bool:
+        while not self._database.execute(INSERT, vars(entry)).rowcount:
+            same = self._database.execute(SAME, vars(entry)).fetchone()
+            if same:
+                # Under our own id it is our first try, of which we were told that it failed.
+                return bool(same[0] == entry.id)
+            entry.id += 1  # another copy of this program, or a clock that was put back
+        return True
+
+    def _remove(self) -> float:
+        """Remove some of what is too old; return the seconds until the next step."""
+        now, newest, self._newest = self.clock(), self._newest, math.inf
+        if now - newest > DAY:
+            return DAY  # a clock that is perhaps wrong is believed once it has held for a day
         before = now - self.days * DAY
-        for path in glob.glob(glob.escape(self.path) + ".damaged-*"):
-            if os.path.getmtime(path) < before:
-                os.remove(path)
-        removed = database.execute(
-            "DELETE FROM events WHERE id IN (SELECT id FROM events WHERE id < ? LIMIT ?)",
-            (int(before * 1e6), self.REMOVE_ROWS)).rowcount
-        if removed:
-            self._is_vacuum_due = True
-            return self.REMOVE_STEP_SECONDS
-        if self._is_vacuum_due or database.execute("PRAGMA freelist_count").fetchone()[0]:
-            quiet = time.monotonic() - self._last_event
-            if quiet < self.QUIET_SECONDS:
-                return self.QUIET_SECONDS - quiet
-            if not self._vacuum(database):
-                return self.QUIET_SECONDS
-        # -wal holds pages as they were before; a reader can be in the way, and is not waited for.
-        database.execute("PRAGMA busy_timeout=0")
-        is_busy = database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
-        database.execute(f"PRAGMA busy_timeout={self.LOCK_SECONDS * 1000:.0f}")
-        return 1.0 if is_busy else DAY
-
-    def _vacuum(self, database: sqlite3.Connection) -> bool:
-        """Write the file anew, without what deleted rows left in it; False if interrupted."""
-        folder = os.path.dirname(self.path)
-        if shutil.disk_usage(folder).free < 2.5 * os.path.getsize(self.path):
-            logger.warning("there is no room to write %s anew: traces of removed numbers stay in "
-                           "it until tomorrow's try", self.path)
-            return True
-        self._is_vacuuming = True
         try:
-            rewrite(database, folder)
-            self._is_vacuum_due = False
-            return True
-        except sqlite3.OperationalError as error:
-            if str(error) != "interrupted":  # by an event, for which there is time at once
-                raise
-            return False
+            for path in glob.glob(glob.escape(self.path) + ".damaged-*"):
+                if os.path.getmtime(path) < before:
+                    os.remove(path)
+            removed = self._database.execute(
+                "DELETE FROM events WHERE id IN (SELECT id FROM events WHERE id < ? LIMIT ?)",
+                (int(before * 1e6), self.STEP_ROWS)).rowcount
+            if removed == self.STEP_ROWS:
+                return 0.0
+            if abs(now - self._last_id / 1e6) < self.QUIET_SECONDS:
+                return self.QUIET_SECONDS
+            self._rewrite()
+        except (sqlite3.OperationalError, OSError) as error:
+            logger.warning("old events are not wholly gone from the call log (%s); the next try is "
+                           "in an hour", error)
+            return 3600.0
+        return DAY
+
+    def _rewrite(self) -> None:
+        folder = os.path.dirname(self.path)
+        self._database.execute(EMPTY_WAL)
+        if shutil.disk_usage(folder).free < 2.5 * os.path.getsize(self.path):
+            raise OSError("there is no room to write it anew")
+        self._database.set_progress_handler(self._worker.is_needed, 1000)
+        try:  # until an event comes, or the stop
+            rewrite(self._database, folder)
         finally:
-            self._is_vacuuming = False
+            self._database.set_progress_handler(None, 0)
+        if self._database.execute(EMPTY_WAL).fetchone()[0]:
+            raise OSError("another program reads it")
 
 
 # ------------------------------------------------------------------------------------------
@@ -1070,8 +989,7 @@ class YourCode:
                           if _content(function) != _content(_nothing)}
         self._slots = threading.Semaphore(self.SLOTS)
         self._running: dict[int, tuple[str, float]] = {}  # by thread: which, since when
-        self.hooks = Worker("hooks", lambda batch: self._run(batch[0], queue.SimpleQueue()),
-                            1000, most=1)
+        self.hooks = Worker("hooks", self._run_hooks, 1000, most=1)
 
     def decide(self, event: CallEvent, deadline: float) -> Action | None:
         """Return what your function makes of `event`; None if it fails, or not by `deadline`."""
@@ -1115,6 +1033,10 @@ class YourCode:
             logger.warning("all %d slots for your code are taken, by code that has not returned; "
                            "the call goes through undecided", self.SLOTS)
             outcome.put(None)
+
+    def _run_hooks(self, batch: list[CallEvent]) -> None:
+        for event in batch:
+            self._run(event, queue.SimpleQueue())
 
     def _run(self, event: CallEvent, outcome: queue.SimpleQueue[Any]) -> None:
         name, thread, action = event.function, threading.get_ident(), None
@@ -1869,8 +1791,7 @@ class Output(io.FileIO):
             descriptor = os.open(os.devnull, os.O_WRONLY)
         super().__init__(descriptor, "w", closefd=False)
         self._encoding = str(os.device_encoding(self.fileno()) or "utf-8")
-        # Without a pause each line would wake this thread, which makes calls a quarter slower.
-        self.worker = Worker("output", self._write, 5000, most=200, pause=0.01)
+        self.worker = Worker("output", self._write, 5000, most=200)
         self.text = io.TextIOWrapper(self, self._encoding, "backslashreplace", "\n",
                                      line_buffering=True)
 
@@ -1898,6 +1819,8 @@ class Output(io.FileIO):
                 if written is None:  # a non-blocking stream that is full
                     time.sleep(0.05)
                 rest = rest[written or 0:]
+        # Or each line would wake this thread, which makes calls a quarter slower.
+        time.sleep(0.01)
 
 
 def has_own_time(stream: Any) -> bool:
