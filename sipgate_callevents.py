@@ -443,14 +443,12 @@ class UnknownEvent(CallEvent):
 # response_xml.
 EVENTS: dict[str, type[CallEvent]] = {
     kind.event: kind for kind in (NewCallEvent, AnswerEvent, HangupEvent, DtmfEvent)}
-TEXT_FIELDS = {
+FIELDS = {  # of the form, each with its name here
     "callId": "call_id", "origCallId": "orig_call_id", "xcid": "xcid", "direction": "direction",
     "from": "from_number", "to": "to_number", "diversion": "diversion", "cause": "cause",
     "user": "user", "userId": "user_id", "fullUserId": "full_user_id", "dtmf": "dtmf",
+    "user[]": "users", "userId[]": "user_ids", "fullUserId[]": "full_user_ids",
     "answeringNumber": "answering_number"}
-LIST_FIELDS = {"user": "users", "userId": "user_ids", "fullUserId": "full_user_ids"}
-# user[] as documented, user[][0] as sipgate's own test sends it.
-LIST_KEY = re.compile(r"(user|userId|fullUserId)\[\](?:\[[0-9]+\])?")
 
 
 def parse_event(body: bytes, default_event: str, state: str = "", **more: Any) -> CallEvent:
@@ -473,14 +471,19 @@ def parse_event(body: bytes, default_event: str, state: str = "", **more: Any) -
     if not name:
         raise WebhookError(404, "no event is named")
     kind = EVENTS.get(name, UnknownEvent)
-    values: dict[str, Any] = {python: _single(form, wire) for wire, python in TEXT_FIELDS.items()
-                              if wire in form and python in kind.__dataclass_fields__}
-    if kind is NewCallEvent:
-        values.update(_lists(form))
-    elif kind is DtmfEvent:
+    values: dict[str, Any] = {"event": name} if kind is UnknownEvent else {}
+    if kind is DtmfEvent:
         values["state"] = state
-    elif kind is UnknownEvent:
-        values["event"] = name
+    for key, found in form.items():
+        # user[] as documented, user[][0] as sipgate's own test sends it.
+        wire = re.sub(r"\[\]\[[0-9]+\]\Z", "[]", key)
+        python = FIELDS.get(wire, "")
+        if python not in kind.__dataclass_fields__:
+            continue
+        if not wire.endswith("[]"):
+            values[python] = _single(form, key)
+        elif any(found):
+            values[python] = (*values.get(python, ()), *found)
     return kind(fields=form, body=body, **values, **more)
 
 
@@ -489,17 +492,6 @@ def _single(form: Mapping[str, Sequence[str]], key: str) -> str:
     if len(values) > 1:
         raise WebhookError(400, f"the form has {key} more than once")
     return values[0]
-
-
-def _lists(form: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
-    """The three lists of a newCall, under their Python names; those that hold something."""
-    lists: dict[str, tuple[str, ...]] = {}
-    for key, found in form.items():
-        match = LIST_KEY.fullmatch(key) if "[" in key else None
-        if match:
-            name = LIST_FIELDS[match[1]]
-            lists[name] = (*lists.get(name, ()), *found)
-    return {name: found for name, found in lists.items() if any(found)}
 
 
 # ------------------------------------------------------------------------------------------
@@ -2199,11 +2191,11 @@ def outcome_text(call: Any) -> str:
 
 def event_json(event: CallEvent, received_at: float, reply: str = "") -> dict[str, Any]:
     """An event in sipgate's field names, for JSON."""
-    lists = LIST_FIELDS if isinstance(event, NewCallEvent) else {}
     entry: dict[str, Any] = {"received_at": rfc3339(received_at), "event": event.event}
-    entry.update((wire, list(getattr(event, name))) for wire, name in lists.items())
+    if isinstance(event, NewCallEvent):
+        entry.update(user=event.users, userId=event.user_ids, fullUserId=event.full_user_ids)
     for key, values in event.fields.items():
-        if not entry.get(key) and not (lists and LIST_KEY.fullmatch(key)):
+        if key.partition("[")[0] not in entry:
             entry[key] = values[0] if len(values) == 1 else list(values)
     return {**entry, "reply": reply} if reply else entry
 
