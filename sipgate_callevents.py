@@ -33,38 +33,17 @@ Threads: the main one accepts connections, makes room, and closes what is past i
 One for each connection, which replies. One for each run of on_new_call or on_dtmf of yours.
 Four Workers: call log, stdout, stderr, and one for on_answer and on_hangup.
 
-What an administrator asks, and where it is decided:
+What an administrator asks, and the docstring that answers it:
 
-    who can invent events   Nobody who cannot sign them: 403, stored and run nowhere. But
-                            VERIFY_SIGNATURE=new-call takes answer, hangup and dtmf unsigned, and
-                            off takes anything, as trial mode does from this machine, by its
-                            headers. A forged hangup falsifies the log, and ends no call.
-                            Receiver.admit, with _verify
-    what a signature        That sipgate (or who has the key of SIGNATURE_KEY_FILE) signed this
-    proves                  body for some customer: not for which, not when, not on which path and
-                            query. A replayed newCall is decided again. So the path of
-                            WEBHOOK_URL is to be a secret. is_signed
-    who sees numbers        Who reads the call log (mode 0600, for CALL_LOG_DAYS days and about one
-                            more), stdout, for as long as that is kept (CALL_OUTPUT), or the page;
-                            and where your functions put them. The server's stderr has none but
-                            what these print or raise. CallLog._open, CallLog._remove
-    the disk is full,       The call goes on; only the start needs the file. Its event waits in
-    slow, or hangs          memory, as up to 10,000 do, and is tried again by the Worker call-log;
-                            stderr and /healthz say so, and at the end what is lost.
-                            CallLog.record, CallLog._work
-    how long a caller       3 s for the reply, set in WebhookRequestHandler._receive; each wait
-    waits                   within it has its own limit. YourCode.decide, CallLog.record
-    a client that sends     It holds a connection and a thread for 20 s at most. With over 256
-    a byte a second         connections the one that has waited longest for more of a request is
-                            closed for a new one, which waits while there is none.
-                            WebhookServer._sweep, WebhookServer._make_room
-    SIGTERM                 No new connection; what is in flight gets its reply; then your
-                            functions, lines and the call log are finished, as far as time allows.
-                            serve, WebhookServer.stop
-    blocking a caller       return reject("busy") in on_new_call, below, or in the file that
-                            CALL_HANDLERS names; sipgate's numbers have no +
-    a further action        a function beside dial
-    a further event         a class, and what the comment above EVENTS says
+    who can invent events, and what a forged hangup does    Receiver.admit
+    what a signature does not prove                         is_signed
+    who sees numbers, and for how long                      CallLog
+    what happens when the disk is full, slow, or hangs      CallLog
+    how long a caller waits, and what enforces that         YourCode.decide, CallLog.record
+    what a client can do that sends a byte a second         WebhookServer
+    what happens on SIGTERM                                 serve
+    how to block a caller                                   on_new_call, below
+    where to add an action, or an event                     Action, the comment above EVENTS
 
 Time limits, and what happens then:
 
@@ -99,15 +78,15 @@ import base64
 import contextlib
 import csv
 import datetime
+import difflib
 import email.utils
-import errno
+import fnmatch
 import functools
 import glob
 import hashlib
 import hmac
 import http.client
 import http.server
-import importlib.machinery
 import inspect
 import io
 import ipaddress
@@ -119,6 +98,7 @@ import os
 import pathlib
 import queue
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -132,12 +112,12 @@ import textwrap
 import threading
 import time
 import traceback
-import types
 import urllib.parse
+import wave
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, NamedTuple, NoReturn, TextIO
+from typing import Any, ClassVar, NamedTuple, TextIO
 
 if sys.version_info < (3, 8):  # noqa: UP036 - for who has nothing newer
     sys.exit("sipgate_callevents needs Python 3.8 or newer; this is " + sys.version.split()[0])
@@ -299,6 +279,9 @@ def decode_signature(header: str | None) -> bytes:
 
 def is_signed(body: bytes, header: str | None, keys: Sequence[PublicKey]) -> bool:
     """Whether `header` (an X-Sipgate-Signature) signs `body` with one of `keys`.
+
+    It proves that sipgate signed this body for some customer: not for which, not when, nor on
+    which path. A replayed newCall is decided again. So the path of WEBHOOK_URL is to be a secret.
 
     Total: any header gives True or False. RSASSA-PKCS1-v1_5 with SHA-256 (RFC 8017 8.2.2): the
     one block that is right is built and compared whole, so that no parser can be misled.
@@ -746,7 +729,15 @@ class Entry:
 
 
 class CallLog:
-    """The events of the last days, on disk. Safe to use from many threads."""
+    """The events of the last days, on disk. Safe to use from many threads.
+
+    While the disk is full, slow or hangs, calls go on: their events wait in memory, QUEUE of them
+    at most, and are tried again; stderr and /healthz say so, and what is lost in the end.
+
+    Numbers are in this file, which only its owner may read, for CALL_LOG_DAYS and about a day
+    more; in stdout (CALL_OUTPUT), for as long as that is kept; on the page; and where your
+    functions put them. Our messages on stderr have none, but for what these raise.
+    """
 
     QUEUE = 10_000  # events that may wait while the disk takes none
     LOCK_SECONDS = 0.5  # that another process may hold the lock before we are behind
@@ -984,7 +975,11 @@ class YourCode:
         self.hooks = Worker("hooks", self._run_hooks, 1000, most=1)
 
     def decide(self, event: CallEvent, deadline: float) -> Action | None:
-        """Return what your function makes of `event`; None if it fails, or not by `deadline`."""
+        """Return what your function makes of `event`; None if it fails, or not by `deadline`.
+
+        That is Receiver.reply_seconds after the request; storing the event has taken a second of
+        them at most. So the caller waits no longer, whatever your code or the disk does.
+        """
         name = event.function
         if name not in self.functions:
             return None
@@ -1077,8 +1072,9 @@ SIGNATURE_FAULTS = {
 
 def refusal(fault: str) -> WebhookError:
     """The error for one of SIGNATURE_FAULTS."""
-    return WebhookError(403, f"signature {fault}, see VERIFY_SIGNATURE", f"a webhook was refused, signature {fault}: it "
-                        f"is not from sipgate, or {SIGNATURE_FAULTS[fault]}")
+    return WebhookError(
+        403, f"signature {fault}, see VERIFY_SIGNATURE", f"a webhook was refused, signature {fault}: "
+        f"it is not from sipgate, or {SIGNATURE_FAULTS[fault]}")
 
 
 @dataclass
@@ -1115,7 +1111,10 @@ class Receiver:
         """The event of the webhook `body`, POSTed to `target` (path and query).
 
         `signature` is its X-Sipgate-Signature, `outside` the host it was addressed to if it came
-        from beyond this machine. Raises WebhookError.
+        from beyond this machine. Raises WebhookError: what nobody signed who should have gets 403,
+        and is neither stored nor run. But VERIFY_SIGNATURE=new-call takes answer, hangup and dtmf
+        unsigned; off, and trial mode from this machine, anything. A forged hangup falsifies the
+        call log, and ends no call.
         """
         path, _, query = target.partition("?")
         unsigned = self._unsigned(outside)
@@ -1892,6 +1891,9 @@ def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
           announce: Callable[[Settings], str] = lambda settings: "") -> int:
     """Receive webhooks until a signal comes; return the exit status. Raises SettingsError, OSError.
 
+    On SIGTERM or Ctrl-C no connection is accepted any more, and what is in flight gets its reply;
+    then your functions, the call log and the lines are finished, as far as time allows.
+
     `keys` come before sipgate's own; `tell` gives the text to print for an event, `announce` that
     for the start.
     """
@@ -2040,7 +2042,6 @@ class NothingToShow(CommandEnd):
 
 def warn_of_slips(found: Iterable[str], names: Iterable[str]) -> None:
     """Warn of what is no name of ours, but looks like one."""
-    import difflib
     meant = {name.upper(): name for name in names}
     for name in sorted(set(found).difference(names)):
         for close in difflib.get_close_matches(name.upper(), meant, 1, 0.8):
@@ -2051,7 +2052,6 @@ def load_functions(path: str) -> CallFunctions:
     """Run the file CALL_HANDLERS names; return its functions, and ours. Raises SettingsError."""
     if not path:
         return CallFunctions()
-    import runpy
     wrong, names = f'CALL_HANDLERS is "{path}": ', CallFunctions._fields
     # It imports this very module, whatever the script is called.
     sys.modules["sipgate_callevents"] = sys.modules[__name__]
@@ -2600,7 +2600,6 @@ def read_since(text: str) -> float:
 
 def has_number(call: Call, legs: Iterable[Leg], wanted: str) -> bool:
     """Whether a call or a leg of it has this number, in which * is any digits."""
-    import fnmatch
     numbers = [call.from_number, call.to_number]
     for name in ("from_number", "to_number", "diversion", "answering_number"):
         numbers += [leg.text(name) for leg in legs]
@@ -2799,7 +2798,6 @@ class Rehearsal:
 
 
 def _check_sound(path: str) -> int:
-    import wave
     played = "1 channels, 2 bytes a sample, 8000 Hz"
     try:
         with wave.open(path, "rb") as sound:
