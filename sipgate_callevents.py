@@ -1072,9 +1072,9 @@ SIGNATURE_FAULTS = {
 
 def refusal(fault: str) -> WebhookError:
     """The error for one of SIGNATURE_FAULTS."""
-    return WebhookError(
-        403, f"signature {fault}, see VERIFY_SIGNATURE", f"a webhook was refused, signature {fault}: "
-        f"it is not from sipgate, or {SIGNATURE_FAULTS[fault]}")
+    return WebhookError(403, f"signature {fault}, see VERIFY_SIGNATURE",
+                        f"a webhook was refused, signature {fault}: it is not from sipgate, or "
+                        + SIGNATURE_FAULTS[fault])
 
 
 @dataclass
