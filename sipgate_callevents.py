@@ -2623,7 +2623,8 @@ def show_calls(options: argparse.Namespace, settings: Settings) -> int:
             write_rows(itertools.islice(rows, options.limit), form, sys.stdout)
             return 0
         limit = options.limit or 20
-        print(table(itertools.islice(rows, limit)))
+        shown = list(itertools.islice(rows, limit))
+        print(table(shown) if shown else "no call matches")
         if next(rows, None):
             print(f"These are the latest {limit}; --limit N shows more.")
     if withheld:
@@ -2762,7 +2763,8 @@ class Rehearsal:
     def _obey(self, action: ET.Element, leg: str) -> None:
         """Press keys for each Gather, and note what comes of the leg."""
         pressed = [*self.options.digits.split(","), "-1"]  # which says that the caller hung up
-        while action.get("onData", "").startswith(self.base_url + "/on-data"):
+        ours = self.base_url + "/on-data"
+        while action.get("onData", "").partition("?")[0] == ours:
             if "on_dtmf" not in self.receiver.your_code.functions:
                 print("    (on_dtmf does nothing with the digits)")
             form = {"event": "dtmf", "dtmf": pressed.pop(0), "callId": self.call_id + leg}
