@@ -1201,25 +1201,28 @@ class Receiver:
 # One request after the other from a connection, strictly framed (RFC 9112), in time and
 # within limits; one reply to each. Knows nothing of XML and SQL.
 #
-# The header parser of http.server is not used: it is the e-mail parser, to which a bare CR
-# begins a new header and one bad line ends them all, Content-Length included.
+# The readers raise WebhookError for what is refused, EOFError where the input ends: then no
+# request happened. http.server's own header parser is the e-mail parser: to that a bare CR begins
+# a new header, and one bad line ends them all, Content-Length included.
 # ------------------------------------------------------------------------------------------
 
 MAX_LINE = 8 * 1024  # bytes of a request or header line
 MAX_HEAD = 32 * 1024
 MAX_HEADERS = 64
 MAX_BODY = 64 * 1024
+MAX_CHUNKS = 1000  # with a byte in each, a body would take long
 
 REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) (/[\x21-\x7e]*) HTTP/1\.([01])\r\n")
 HEADER_LINE = re.compile(
     rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}):([\t\x20-\x7e\x80-\xff]*)\r\n")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,6})\r\n")
-FORM_TYPE = re.compile(r"application/x-www-form-urlencoded\s*(;|\Z)", re.IGNORECASE)
+LENGTH = re.compile("[0-9]{1,9}")
 HOST = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
+FORM_TYPE = "application/x-www-form-urlencoded"
 # Twice, each of these is a way to make two readers see two different requests.
 SINGLE_HEADERS = {"content-length", "host", "transfer-encoding", "expect", "content-type",
                   "x-sipgate-signature"}
-# What tunnels, proxies and browsers add; an Origin or Sec-Fetch-Site is a web page's.
+# What tunnels and proxies add, and browsers to what a web page sends.
 PASSED_ON = ("x-forwarded-", "forwarded", "via", "x-real-ip", "x-original-", "cf-",
              "true-client-ip", "origin", "sec-fetch-")
 
@@ -1228,47 +1231,44 @@ class RequestHead(NamedTuple):
     """A request line and its headers; names in lower case, repeated ones joined by ", "."""
 
     method: str
-    target: str
+    target: str  # path and query
     minor: int  # of the version: 0 or 1
     headers: dict[str, str]
 
-    @property
-    def path(self) -> str:
-        """The target without its query."""
-        return self.target.partition("?")[0]
+
+def _require(is_so: bool, status: int, reason: str) -> None:
+    if not is_so:
+        raise WebhookError(status, reason)
+
+
+def _matched(pattern: re.Pattern[Any], text: Any, what: str) -> re.Match[Any]:
+    match = pattern.fullmatch(text)
+    if match is None:
+        raise WebhookError(400, "malformed " + what)
+    return match
 
 
 def _line(stream: io.BufferedIOBase) -> bytes:
-    """The next line. Raises WebhookError (431), EOFError where the input ends before its end."""
-    line = stream.readline(MAX_LINE + 3)
-    if len(line) > MAX_LINE + 2:
-        raise WebhookError(431, "line too long")
+    line = stream.readline(MAX_LINE + 2)
     if not line.endswith(b"\n"):
+        _require(len(line) < MAX_LINE + 2, 431, "line too long")
         raise EOFError
     return line
 
 
 @functools.lru_cache(maxsize=128)
 def _header(line: bytes) -> tuple[str, str]:
-    """Name and value of a header line; most requests bring the same ones. Raises WebhookError."""
-    match = HEADER_LINE.fullmatch(line)
-    if match is None:
-        raise WebhookError(400, "malformed header line")
+    """Name and value of a header line; most requests bring the same ones."""
+    match = _matched(HEADER_LINE, line, "header line")
     return match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
 
 
 def read_head(stream: io.BufferedIOBase) -> RequestHead:
-    """Read a request head, each line judged when it is complete (RFC 9112 2 to 5).
-
-    Raises WebhookError (400, 431), EOFError where the input ends: then no request happened.
-    """
+    """Read a request head, each line judged when it is complete (RFC 9112 2 to 5)."""
     line = _line(stream)
     if line == b"\r\n":  # one empty line is skipped (RFC 9112 2.2)
         line = _line(stream)
-    request = REQUEST_LINE.fullmatch(line)
-    if request is None:
-        raise WebhookError(400, "malformed request line")
-    method, target, minor = request[1].decode(), request[2].decode(), int(request[3])
+    request = _matched(REQUEST_LINE, line, "request line")
     headers: dict[str, str] = {}
     size, count = len(line), 0
     line = _line(stream)
@@ -1278,39 +1278,27 @@ def read_head(stream: io.BufferedIOBase) -> RequestHead:
         if size > MAX_HEAD or count > MAX_HEADERS:
             raise WebhookError(431, "too many headers")
         if name in headers:
-            if name in SINGLE_HEADERS:
-                raise WebhookError(400, "a header that must be single is repeated")
+            _require(name not in SINGLE_HEADERS, 400, "a header that must be single is repeated")
             value = f"{headers[name]}, {value}"
         headers[name] = value
         line = _line(stream)
-    if not HOST.fullmatch(headers.get("host", "" if minor else "none")):
-        raise WebhookError(400, "Host missing or malformed")
-    return RequestHead(method, target, minor, headers)
+    minor = int(request[3])
+    _matched(HOST, headers.get("host", "" if minor else "none"), "or missing Host")
+    return RequestHead(request[1].decode(), request[2].decode(), minor, headers)
 
 
 def body_length(head: RequestHead) -> int | None:
-    """Return how many bytes of body follow `head`, None if it is chunked (RFC 9112 6.3).
-
-    Raises WebhookError (400, 413, 501).
-    """
-    length, coding = head.headers.get("content-length"), head.headers.get("transfer-encoding")
-    if coding is not None:
-        if length is not None:
-            raise WebhookError(400, "both Transfer-Encoding and Content-Length")
-        if coding.lower() != "chunked":
-            raise WebhookError(501, "transfer coding not supported")
-        if head.method != "POST" or not head.minor:
-            raise WebhookError(400, "a chunked body where none belongs")
-        return None
-    if length is None:
-        return 0
-    if not re.fullmatch("[0-9]{1,9}", length):
-        raise WebhookError(400, "malformed Content-Length")
-    if int(length) and head.method in ("GET", "HEAD"):
-        raise WebhookError(400, "a body where none belongs")
-    if int(length) > MAX_BODY:
-        raise WebhookError(413, "body too large")
-    return int(length)
+    """Return how many bytes of body follow `head`, None if it is chunked (RFC 9112 6.3)."""
+    coding = head.headers.get("transfer-encoding")
+    if coding is None:
+        length = int(_matched(LENGTH, head.headers.get("content-length", "0"), "length")[0])
+        _require(not length or head.method not in ("GET", "HEAD"), 400, "a body on GET or HEAD")
+        _require(length <= MAX_BODY, 413, "body too large")
+        return length
+    _require("content-length" not in head.headers, 400, "both Transfer-Encoding and a length")
+    _require(coding.lower() == "chunked", 501, "transfer coding not supported")
+    _require(head.method == "POST" and head.minor == 1, 400, "a chunked body where none belongs")
+    return None
 
 
 def _exactly(stream: io.BufferedIOBase, length: int) -> bytes:
@@ -1321,30 +1309,19 @@ def _exactly(stream: io.BufferedIOBase, length: int) -> bytes:
 
 
 def read_body(stream: io.BufferedIOBase, length: int | None) -> bytes:
-    """Read a body of `length` bytes; None: a chunked one (RFC 9112 7.1), without extras.
-
-    Raises WebhookError (400, 413), EOFError where the input ends: then no request happened.
-    """
+    """Read a body of `length` bytes; None: a chunked one (RFC 9112 7.1), without extras."""
     if length is not None:
         return _exactly(stream, length)
-    body, framed, chunk = b"", 0, b"-"
-    while chunk:
-        line = stream.readline(8)
-        match = CHUNK_LINE.fullmatch(line)
-        if match is None:
-            if len(line) < 8 and not line.endswith(b"\n"):
-                raise EOFError
-            raise WebhookError(400, "malformed chunk")
-        size = int(match[1], 16)
-        # The frames count as well: with a byte in each chunk they are the most of it.
-        framed += len(line) + size + 2
-        if len(body) + size > MAX_BODY or framed > 2 * MAX_BODY:
-            raise WebhookError(413, "body too large")
-        chunk = _exactly(stream, size)
-        if _exactly(stream, 2) != b"\r\n":
-            raise WebhookError(400, "malformed chunk")
-        body += chunk
-    return body
+    body = b""
+    for _ in range(MAX_CHUNKS):
+        size = int(_matched(CHUNK_LINE, _line(stream), "chunk")[1], 16)
+        _require(len(body) + size <= MAX_BODY, 413, "body too large")
+        chunk = _exactly(stream, size + 2)
+        _require(chunk.endswith(b"\r\n"), 400, "malformed chunk")
+        if not size:
+            return body
+        body += chunk[:-2]
+    raise WebhookError(413, "too many chunks")
 
 
 def outside_host(headers: Mapping[str, str]) -> str:
@@ -1353,218 +1330,118 @@ def outside_host(headers: Mapping[str, str]) -> str:
     A tunnel or proxy makes every visitor look like 127.0.0.1, so the headers have to tell.
     """
     host = headers.get("host", "")
-    name = HOST.fullmatch(host)
-    local = name is not None and is_loopback(name[1].strip("[]"))
-    if local and not any(key.startswith(PASSED_ON) for key in headers):
+    is_local = is_loopback(HOST.sub(r"\1", host).strip("[]"))
+    if is_local and not any(name.startswith(PASSED_ON) for name in headers):
         return ""
-    return host if host and not local else "the-address-of-your-proxy"
+    return host if host and not is_local else "the-address-of-your-proxy"
 
 
 @functools.lru_cache(maxsize=32)
-def rendered(reply: Reply, is_closing: bool, is_head: bool, moment: int) -> bytes:
+def rendered(reply: Reply, is_last: bool, is_head: bool, moment: int) -> bytes:
     """The bytes of `reply` at the Unix time `moment`; nearly all replies of a second are one."""
-    phrase = http.HTTPStatus(reply.status).phrase
-    lines = [f"HTTP/1.1 {reply.status} {phrase}",
+    lines = [f"HTTP/1.1 {reply.status} {http.HTTPStatus(reply.status).phrase}",
              "Date: " + email.utils.formatdate(moment, usegmt=True),
              "Content-Type: " + reply.content_type,
              f"Content-Length: {len(reply.body)}",
-             *(f"{name}: {value}" for name, value in reply.headers),
-             *(["Connection: close"] if is_closing else [])]
+             *map(": ".join, reply.headers),
+             *["Connection: close"] * is_last]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + (b"" if is_head else reply.body)
 
 
-class Connection:
-    """What the server has to know of a connection, to close it in time."""
+def _refusal(error: WebhookError) -> Reply:
+    if error.status != 404:  # which admit() has spoken of, if it was a webhook
+        logger.warning(error.detail or f"a request was refused with {error.status}: {error.reason}")
+    return Reply(error.status, error.reason.encode() + b"\n")
 
-    IDLE_SPARED = 5.0  # after a reply: a proxy may be about to send the next request
-    BEGUN_SPARED = 0.05  # after a first byte: a body can come 40 ms after its head
-    LEAVE_SECONDS = 1.0
 
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.deadline = math.inf  # past it, the server cuts the connection
-        self.is_leaving = self.is_cut = False
-        self.in_flight = False  # a complete request is being replied to
-        self.spare(self.BEGUN_SPARED)
+def _other_reply(server: WebhookServer, method: str, path: str) -> Reply:
+    receiver = server.receiver
+    # By this `check` proves that this very path leads to this very process.
+    mark = ("X-Instance", server.instance)
+    if path != server.health_path:
+        _require(path in receiver.routes, 404, "not found")
+        return Reply(405, b"takes POST from sipgate\n", headers=(("Allow", "POST"), mark))
+    if method not in ("GET", "HEAD"):
+        return Reply(405, b"takes GET\n", headers=(("Allow", "GET, HEAD"), mark))
+    wrong = receiver.health()
+    return Reply(503 if wrong else 200, (wrong or "ok").encode() + b"\n",
+                 headers=(mark, ("X-Refused", str(receiver.refused))))
 
-    def allow(self, seconds: float) -> None:
-        """Put the deadline so many seconds from now."""
-        self.deadline = time.monotonic() + seconds
 
-    def spare(self, seconds: float) -> None:
-        """Have it not leave for so many seconds from now."""
-        self.spared_until = time.monotonic() + seconds
-
-    def may_leave(self) -> bool:
-        """Whether it only waits for more of a request, and that has not come."""
-        if self.is_leaving or self.in_flight or time.monotonic() < self.spared_until:
-            return False
-        with contextlib.suppress(OSError, AttributeError):  # nothing has come; Windows cannot tell
-            peek = socket.MSG_PEEK | socket.MSG_DONTWAIT
-            return not socket.socket.recv(self.sock, 1, peek)
-        return True
-
-    def leave(self) -> None:
-        """Have it end soon. A request that has come all the same is replied to."""
-        self.is_leaving = True
-        self.allow(self.LEAVE_SECONDS)
-        if os.name != "nt":  # Windows would answer what has come with a reset
-            self._shut(socket.SHUT_RD)
-
-    def cut(self) -> None:
-        """Have it end at once: its thread finds the end of the input."""
-        self.is_cut = True
-        self._shut(socket.SHUT_RDWR)
-
-    def _shut(self, how: int) -> None:
-        with contextlib.suppress(OSError):  # it may have ended already
-            # Not SSLSocket's, which drops the state of TLS under the feet of its thread.
-            socket.socket.shutdown(self.sock, how)
+def reply_to(server: WebhookServer, head: RequestHead, body: bytes
+             ) -> tuple[Reply, Replied | None]:
+    """The reply to a complete request; to a webhook, with what is left to do."""
+    receiver, headers, path = server.receiver, head.headers, head.target.partition("?")[0]
+    deadline = time.monotonic() + receiver.reply_seconds
+    try:
+        if head.method != "POST" or path == server.health_path:
+            return _other_reply(server, head.method, path), None
+        outside = outside_host(headers)
+        event = receiver.admit(head.target, body, headers.get("x-sipgate-signature"), outside)
+        if body and not headers.get("content-type", "").lower().startswith(FORM_TYPE):
+            logger.warning("a webhook came without the Content-Type that sipgate sends (%s)",
+                           FORM_TYPE)
+        replied = receiver.reply_to(event, deadline, outside)
+        return replied.reply, replied
+    except WebhookError as error:
+        return _refusal(error), None
+    except Exception:
+        logger.exception("an error in this program; replied 500")
+        return Reply(500, b"internal error\n"), None
 
 
 class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
-    """One connection, in its own thread.
+    """One connection, in its own thread. Its socket blocks: the server ends what is late."""
 
-    Its socket blocks; the server cuts what has passed its deadline. So every limit is absolute,
-    and no client can stretch it byte by byte.
-    """
-
-    request_seconds = 10.0  # from the first byte of a request to its last
-    send_seconds = 10.0  # for the client to take the reply
-    idle_seconds = 75.0  # longer than nginx keeps a connection (60): it does not repeat a POST
-    linger_seconds, linger_bytes = 1.0, 4 * 1024 * 1024
     disable_nagle_algorithm = True
-    rbufsize = MAX_BODY
-
     server: WebhookServer
 
-    def setup(self) -> None:
-        self.tracked = self.server.connections[self.request]
-        self.tracked.allow(self.request_seconds)
-        if self.server.tls:
-            # Here and not in the accepting thread, which a silent client would hold up.
-            self.request = self.tracked.sock = self.server.tls.context().wrap_socket(
-                self.request, True, do_handshake_on_connect=False)
-            # What was shut while it was wrapped was the socket's old form: that had no effect.
-            if self.tracked.is_leaving or self.tracked.is_cut:
-                raise ConnectionAbortedError
-            self.request.do_handshake()
-            self.tracked.spare(Connection.BEGUN_SPARED)
-        super().setup()
-
     def handle_one_request(self) -> None:
-        """Read one request and reply to it."""
-        self.close_connection, self.command = True, ""  # until a request says otherwise
+        self.close_connection = True  # until a request says otherwise
+        server = self.server
         try:
-            if not self._await_request():
-                return
-            head = read_head(self.rfile)
-            self.command = head.method
-            length = body_length(head)
-            self._meet_expectation(head)
-            body = read_body(self.rfile, length)
+            head, body = self._read_request()
         except EOFError:
             return
         except WebhookError as error:
             self._refuse(error)
             return
-        if self.server.begin(self.tracked):
-            try:
-                self._reply_to(head, body)
-            finally:
-                self.server.end(self.tracked)
-
-    def _await_request(self) -> bool:
-        """Wait for the first byte of a request; False if the client closes, or speaks TLS."""
-        first = self.rfile.peek(1)[:1]  # type: ignore[attr-defined]
-        self.tracked.spare(Connection.BEGUN_SPARED)
-        if not self.tracked.is_leaving:
-            self.tracked.allow(self.request_seconds)
-        if first == b"\x16":
-            logger.warning("https on the http port: a TLS handshake came in; the tunnel or proxy "
-                           "must speak http to this port")
-        return first not in (b"", b"\x16")
-
-    def _meet_expectation(self, head: RequestHead) -> None:
-        """Ask for the body if the client waits for that (RFC 9110 10.1.1)."""
-        if "expect" not in head.headers:
+        if not server.go_on(self.request, server.reply_seconds, is_waiting=False):
             return
-        if head.headers["expect"].lower() != "100-continue":
-            raise WebhookError(417, "expectation not supported")
-        if head.minor:
-            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    def _reply_to(self, head: RequestHead, body: bytes) -> None:
-        """Reply to a complete request."""
+        reply, replied = reply_to(server, head, body)
         options = head.headers.get("connection", "").lower().replace(" ", "").split(",")
-        is_last = self.server.is_crowded() or self.tracked.is_leaving
-        self.close_connection = not head.minor or "close" in options or is_last
+        is_last = "close" in options or not head.minor or server.is_crowded()
+        content = rendered(reply, is_last, head.method == "HEAD", int(time.time()))
         try:
-            self._dispatch(head, body)
-        except WebhookError as error:
-            if error.status != 404:  # which admit() has spoken of, if it was a webhook
-                logger.warning(error.detail or "a request was refused: " + error.reason)
-            self._send(Reply(error.status, error.reason.encode() + b"\n"))
-        except OSError:  # the client has gone
-            raise
-        except Exception:
-            logger.exception("an error in this program; replied 500")
-            self._send(Reply(500, b"internal error\n"))
+            self.request.sendall(content)  # in one piece: one TCP segment
+        except OSError:  # an action that sipgate did not get is none
+            is_last, replied = True, replied and replied._replace(action=None)
+        if replied:
+            server.receiver.follow(replied)
+        self.close_connection = not server.go_on(self.request, server.idle_seconds) or is_last
 
-    def _dispatch(self, head: RequestHead, body: bytes) -> None:
-        """Do what the path stands for. Raises WebhookError, OSError."""
-        server = self.server
-        is_health = head.path == server.health_path
-        # By the marks `check` proves that this very path leads to this very process.
-        if is_health and head.method in ("GET", "HEAD"):
-            wrong = server.receiver.health()
-            self._send(Reply(503 if wrong else 200, (wrong or "ok").encode() + b"\n", headers=(
-                *server.marks, ("X-Refused", str(server.receiver.refused)),
-                ("Cache-Control", "no-store"))))
-        elif is_health:
-            self._send(Reply(405, b"takes GET\n", headers=(("Allow", "GET, HEAD"), *server.marks)))
-        elif head.method == "POST":
-            self._receive(head, body)
-        elif head.path in server.receiver.routes:
-            self._send(Reply(405, b"takes POST from sipgate\n",
-                             headers=(("Allow", "POST"), *server.marks)))
-        else:
-            raise WebhookError(404, "not found")
-
-    def _receive(self, head: RequestHead, body: bytes) -> None:
-        """Take in a webhook: the reply, and then what follows it."""
-        receiver, headers = self.server.receiver, head.headers
-        deadline, outside = time.monotonic() + receiver.reply_seconds, outside_host(headers)
-        event = receiver.admit(head.target, body, headers.get("x-sipgate-signature"), outside)
-        replied = receiver.reply_to(event, deadline, outside)
-        try:
-            self._send(replied.reply)
-        except OSError:
-            replied = replied._replace(action=None)  # which sipgate did not get to know
-            raise
-        finally:
-            receiver.follow(replied)
-        if body and not FORM_TYPE.match(headers.get("content-type", "")):
-            logger.warning("a webhook came without the Content-Type that sipgate sends "
-                           "(application/x-www-form-urlencoded)")
-
-    def _send(self, reply: Reply) -> None:
-        """Write `reply` in one piece, so that it is one TCP segment."""
-        self.tracked.allow(self.send_seconds)
-        self.connection.sendall(rendered(reply, self.close_connection, self.command == "HEAD",
-                                         int(time.time())))
-        self.tracked.allow(self.idle_seconds)
+    def _read_request(self) -> tuple[RequestHead, bytes]:
+        first = self.rfile.peek(1)[:1]  # type: ignore[attr-defined]
+        self.server.go_on(self.request, self.server.request_seconds)
+        if first == b"\x16":  # of a TLS handshake
+            logger.warning("https on the http port: the tunnel or proxy must speak http to it")
+            raise EOFError
+        head = read_head(self.rfile)
+        length = body_length(head)
+        expectation = head.headers.get("expect", "").lower()
+        _require(expectation in ("", "100-continue"), 417, "expectation not supported")
+        if expectation and head.minor:
+            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return head, read_body(self.rfile, length)
 
     def _refuse(self, error: WebhookError) -> None:
         """Reply, and read on for a moment: closed with input unread, the client sees a reset."""
-        logger.warning("a request was refused with %d: %s", error.status, error.reason)
-        self._send(Reply(error.status, error.reason.encode() + b"\n"))
-        socket.socket.shutdown(self.connection, socket.SHUT_WR)
-        self.tracked.allow(self.linger_seconds)
-        left = self.linger_bytes
-        while left > 0:
-            more = len(self.rfile.read1(65536))
-            left = left - more if more else 0
+        self.request.sendall(rendered(_refusal(error), True, False, int(time.time())))
+        socket.socket.shutdown(self.request, socket.SHUT_WR)
+        self.server.go_on(self.request, self.server.end_seconds)
+        for _ in range(64):  # 4 MiB at most
+            if not self.rfile.read(65536):
+                break
 
 
 class TlsFiles:
@@ -1572,177 +1449,166 @@ class TlsFiles:
 
     def __init__(self, certificate: str, key: str) -> None:
         """Load the PEM files. Raises SettingsError."""
-        self.certificate, self.key = certificate, key
-        self._lock = threading.Lock()
-        self._stamp: list[tuple[int, int]] = []
+        self.paths = certificate, key
+        self._stamp: list[int] = []
+        self._context: Any = None  # until there has been a usable pair
+        self.context()
+
+    def context(self) -> Any:
+        """The context for a new connection. Raises SettingsError while there has been none."""
         try:
-            self._load_if_new()
+            stamp = [os.stat(path).st_mtime_ns for path in self.paths]
+            if stamp != self._stamp:
+                self._stamp = stamp
+                # A new one: the live one would fail while only one of the files is new.
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                context.minimum_version = ssl.TLSVersion.TLSv1_2
+                # A password rather than a question on the terminal, which nobody would answer.
+                context.load_cert_chain(*self.paths, password=lambda: "")
+                self._context = context
         except (OSError, ValueError) as error:
-            raise SettingsError(f'WEBHOOK_TLS_CERT is "{certificate}" and WEBHOOK_TLS_KEY "{key}": '
-                                f"{error}; expected a PEM certificate (with its chain) and the key "
-                                "that belongs to it") from None
+            fault = ('WEBHOOK_TLS_CERT is "{}" and WEBHOOK_TLS_KEY "{}": {}; expected a PEM '
+                     "certificate (with its chain) and the key that belongs to it").format(
+                         *self.paths, error)
+            if not self._context:
+                raise SettingsError(fault) from None
+            logger.warning("%s; the old pair stays in use", fault)
+        return self._context
 
-    def context(self) -> ssl.SSLContext:
-        """The context for a new connection."""
-        with self._lock:
-            try:
-                self._load_if_new()
-            except (OSError, ValueError) as error:
-                logger.warning("the renewed certificate %s cannot be used with its key (%s); the "
-                               "old one stays in use", self.certificate, error)
-            return self._context
 
-    def _load_if_new(self) -> None:
-        found = [os.stat(path) for path in (self.certificate, self.key)]
-        stamp = [(status.st_mtime_ns, status.st_ino) for status in found]
-        if stamp != self._stamp:
-            self._stamp = stamp
-            # Into a new context: the live one would fail while only one of the files is new.
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.minimum_version = ssl.TLSVersion.TLSv1_2
-            # A password rather than a question on the terminal, which nobody would answer.
-            context.load_cert_chain(self.certificate, self.key, password=lambda: "")
-            self._context = context
+@dataclass
+class Connection:
+    """What the server has to know of a connection, to end it in time."""
+
+    sock: socket.socket
+    deadline: float  # past it, nothing is replied to any more
+    is_waiting: bool = True  # for a request, or for more of one
+
+    def shut(self, how: int) -> None:
+        with contextlib.suppress(OSError):  # it may have ended already
+            # Not SSLSocket's, which drops the state of TLS under the feet of its thread.
+            socket.socket.shutdown(self.sock, how)
 
 
 class WebhookServer(socketserver.ThreadingTCPServer):
-    """Listens on the webhook port; a thread for each connection."""
+    """Listens on the webhook port; a thread for each connection, which ends at its deadline."""
 
-    request_queue_size = 1024  # what finds no room in it is tried again by TCP, a second later
+    request_seconds = 10.0  # from the first byte of a request to its last
+    reply_seconds = 10.0  # until the client has taken the reply: sipgate waits no longer
+    idle_seconds = 75.0  # longer than nginx keeps a connection (60): it does not repeat a POST
+    end_seconds = 1.0  # for what is refused, or makes room for another
+    spared_seconds = 0.05  # from making room: a body can come 40 ms after its head
     max_connections = 256
-    timeout = 0.1  # until a signal or the stop is seen
+    request_queue_size = 1024  # what finds no room in it, TCP tries again a second later
+    timeout = 0.1  # until a signal, or what is past its deadline, is seen
     # On Windows it would let a second copy take the same port.
     allow_reuse_address = os.name != "nt"
-    daemon_threads = True
 
     receiver: Receiver  # to be set before serve_until()
 
     def __init__(self, host: str, port: int, base_path: str = "",
                  tls: TlsFiles | None = None) -> None:
         """Bind `host` and `port` (0: any free one). Raises OSError."""
-        self.health_path = base_path + "/healthz"
-        self.tls = tls
+        self.health_path, self.tls = base_path + "/healthz", tls
         self.instance = os.urandom(8).hex()
-        self.marks = (("X-Instance", self.instance),)
         self.is_stopping = False
-        self._changed = threading.Condition()  # guards the connections
+        self._changed = threading.Condition()  # guards the connections; told when one ends
         self.connections: dict[socket.socket, Connection] = {}
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        self.address_family = family
-        super().__init__(address, WebhookRequestHandler)  # type: ignore[arg-type]
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), WebhookRequestHandler)
         self.port = int(self.server_address[1])
-
-    def server_bind(self) -> None:
-        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):  # Windows
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        super().server_bind()
 
     def serve_until(self, is_told: Callable[[], bool]) -> None:
         """Accept connections until `is_told`, which is asked at least ten times a second."""
-        self._is_told, sweep_at = is_told, 0.0
+        self.socket.settimeout(self.timeout)
         while not is_told():
-            self.handle_request()
-            if time.monotonic() >= sweep_at:
-                sweep_at = time.monotonic() + 0.05
-                with self._changed:
-                    self._sweep()
+            with self._changed:
+                is_full = self._sweep() >= self.max_connections and not self._make_room()
+                if is_full:
+                    self._changed.wait(0.05)
+            if not is_full:
+                self._accept()
 
-    def _sweep(self) -> None:
-        """Cut what has passed its deadline."""
+    def _sweep(self) -> int:
+        """Cut what is past its deadline; return how many connections are not about to end."""
         now = time.monotonic()
         for connection in self.connections.values():
             if connection.deadline < now:
-                connection.cut()
-
-    def _is_full(self) -> bool:
-        """Whether a further connection has to wait. Those that leave are about to end."""
-        leaving = [connection.is_leaving for connection in self.connections.values()]
-        return leaving.count(False) >= self.max_connections
+                connection.shut(socket.SHUT_RDWR)
+        soon = now + self.end_seconds
+        return sum(one.is_waiting or one.deadline > soon for one in self.connections.values())
 
     def _make_room(self) -> bool:
-        """Have the connection leave that has waited longest, but none that is served.
+        """End the connection that has waited longest; a request that has come is replied to.
 
-        False if there is none, or very many are still about to end.
+        None that is idle, as its deadline is further off: by is_crowded() a quarter are not.
         """
-        if len(self.connections) < 2 * self.max_connections:
-            longest = sorted(self.connections.values(), key=lambda one: one.spared_until)
-            for connection in filter(Connection.may_leave, longest):
-                connection.leave()
-                return True
-        return False
+        now = time.monotonic()
+        latest = now + self.request_seconds - self.spared_seconds
+        waiting = [one for one in self.connections.values()
+                   if one.is_waiting and one.deadline < latest]
+        if not waiting or len(self.connections) > 2 * self.max_connections:
+            return False
+        longest = min(waiting, key=lambda one: one.deadline)
+        longest.is_waiting, longest.deadline = False, now + self.end_seconds
+        longest.shut(socket.SHUT_RD)
+        return True
 
-    def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a connection. Raises OSError."""
+    def _accept(self) -> None:
+        request = None
         try:
-            return super().get_request()
-        except OSError as error:  # no file descriptor is left, mostly
-            self._fail_to_accept(error)
-            raise
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Start the connection's thread; at the cap, wait until there is room."""
-        with self._changed:
-            while self._is_full() and not self._is_told():
-                if not self._make_room():
-                    self._changed.wait(0.05)
-                    self._sweep()
-            self.connections[request] = Connection(request)
-        try:
+            request, address = self.socket.accept()
+            if self.tls:
+                # Its thread shakes hands: a silent client would hold up all others here.
+                request = self.tls.context().wrap_socket(request, server_side=True,
+                                                         do_handshake_on_connect=False)
+            deadline = time.monotonic() + self.request_seconds
+            self.connections[request] = Connection(request, deadline)
             # Thread.start() waits for its thread to begin: for ever, if memory has run out.
-            _thread.start_new_thread(self.process_request_thread, (request, client_address))
-        except RuntimeError as error:
-            self._fail_to_accept(error)
-            self.shutdown_request(request)
-
-    def _fail_to_accept(self, error: Exception) -> None:
-        """Make room, and pause, or it would be tried again at once and for ever."""
-        with self._changed:
-            is_room = self._make_room()
-        logger.warning("a connection could not be accepted: %s%s", error,
-                       "; the one that has waited longest is closed" if is_room else "")
-        time.sleep(0.05)
+            _thread.start_new_thread(self.process_request_thread, (request, address))
+        except (socket.timeout, ConnectionError, ssl.SSLError):  # noqa: UP041 - before Python 3.10
+            pass  # nobody came, or has gone again
+        except (OSError, RuntimeError) as error:  # mostly no file descriptor or memory is left
+            logger.warning("a connection could not be accepted: %s", error)
+            if request:
+                self.shutdown_request(request)
+            with self._changed:
+                self._make_room()
+            time.sleep(0.05)  # or it would be tried again at once and for ever
 
     def shutdown_request(self, request: Any) -> None:
-        """Close a connection whose thread is done, or could not be started."""
         with self._changed:
-            connection = self.connections.pop(request, None)
+            self.connections.pop(request, None)
             self._changed.notify_all()
-        super().shutdown_request(connection.sock if connection else request)
+        super().shutdown_request(request)
 
     def is_crowded(self) -> bool:
         """Whether connections are to be closed after their reply: with notice no POST is lost."""
         return self.is_stopping or len(self.connections) > self.max_connections * 3 // 4
 
-    def begin(self, connection: Connection) -> bool:
-        """Whether the complete request may be replied to: not past its deadline, or the stop."""
+    def go_on(self, request: socket.socket, seconds: float, is_waiting: bool = True) -> bool:
+        """Give a connection so long for what it does next; False if it is too late for that."""
         with self._changed:
-            is_late = connection.is_cut or connection.deadline < time.monotonic()
-            connection.in_flight = not (self.is_stopping or is_late)
-            connection.deadline = math.inf  # the reply has a limit of its own
-            return connection.in_flight
-
-    def end(self, connection: Connection) -> None:
-        """The request is done with."""
-        with self._changed:
-            connection.in_flight = False
-            connection.spare(Connection.IDLE_SPARED)
-            if self.is_stopping:
-                self._changed.notify_all()
+            connection, now = self.connections[request], time.monotonic()
+            if connection.deadline < now or (self.is_stopping and is_waiting):
+                return False
+            connection.deadline, connection.is_waiting = now + seconds, is_waiting
+            return True
 
     def stop(self, seconds: float) -> None:
-        """Close what is not in flight, and wait for what is, for up to `seconds`."""
+        """Close what waits, and wait for the replies to what is in flight, for up to `seconds`."""
         self.server_close()
         with self._changed:
             self.is_stopping = True
-            for connection in self.connections.values():
-                if not connection.in_flight:
-                    connection.cut()
             known = self.connections.values()
-            self._changed.wait_for(lambda: not any(one.in_flight for one in known), seconds)
+            for connection in known:
+                if connection.is_waiting:
+                    connection.deadline = 0.0
+            self._sweep()
+            self._changed.wait_for(lambda: all(one.is_waiting for one in known), seconds)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        # A client that goes away leaves an OSError, which is no news; so does a failed handshake.
-        if not isinstance(sys.exc_info()[1], OSError):
+        if not isinstance(sys.exc_info()[1], OSError):  # that is a client that has gone
             logger.exception("an error in this program; a connection was closed")
 
 

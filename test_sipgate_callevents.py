@@ -43,7 +43,7 @@ from dataclasses import replace
 import sipgate_callevents as sc
 from sipgate_callevents import (
     AnswerEvent, CallFunctions, CallLog, DtmfEvent, HangupEvent, NewCallEvent, Receiver,
-    Settings, SettingsError, UnknownEvent, WebhookError, WebhookRequestHandler, WebhookServer,
+    Settings, SettingsError, UnknownEvent, WebhookError, WebhookServer,
     dial, gather, hang_up, is_signed, parse_event, play, reject, response_xml, voicemail,
 )
 
@@ -1140,19 +1140,11 @@ def all_of(connection):
 class Running:
     """A server on a free port, with a short patience."""
 
-    class Handler(WebhookRequestHandler):
-        linger_seconds = 0.3
-
-    class Impatient(Handler):
-        request_seconds = 0.2
-        idle_seconds = 0.4
-        send_seconds = 0.2
-
-    def __init__(self, settings=TRIAL, functions=NO_FUNCTIONS, handler=Handler, tls=None,
-                 host="127.0.0.1"):
+    def __init__(self, settings=TRIAL, functions=NO_FUNCTIONS, tls=None, host="127.0.0.1",
+                 **limits):
         self.server = WebhookServer(host, 0, settings.base_path, tls)
-        self.server.RequestHandlerClass = handler
-        self.server.timeout = 0.01
+        for name, value in {"timeout": 0.01, "end_seconds": 0.3, **limits}.items():
+            setattr(self.server, name, value)
         self.shown, self.is_told, self.clients = [], False, []
         self.receiver = self.server.receiver = Receiver(
             settings, [TEST_KEY], functions,
@@ -1189,8 +1181,11 @@ class Running:
     def calls(self):
         """The call ids that were shown, once all that follows is done."""
         known = self.server.connections
-        wait_until(lambda: not any(one.in_flight for one in list(known.values())))
+        wait_until(lambda: all(one.is_waiting for one in list(known.values())))
         return [event.call_id for event in self.shown]
+
+
+IMPATIENT = {"request_seconds": 0.2, "idle_seconds": 0.4, "reply_seconds": 0.2}
 
 
 def run_server(test, *arguments, **options):
@@ -1417,7 +1412,7 @@ class HttpTest(unittest.TestCase):
     def test_a_tls_hello_is_closed_with_a_message(self):
         with diagnostics() as said:
             self.assertEqual(self.running.exchange(b"\x16\x03\x01\x02", close=False), b"")
-        self.assertIn("https on the http port: a TLS handshake came in;", said[0])
+        self.assertIn("https on the http port: the tunnel", said[0])
 
     def test_ipv6_can_be_listened_on(self):
         try:
@@ -1462,7 +1457,7 @@ RESET = (socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # closing se
 class TimeLimitTest(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        cls.running = Running(handler=Running.Impatient)
+        cls.running = Running(**IMPATIENT)
         cls.addClassCleanup(cls.running.stop)
 
     def test_what_comes_too_slowly_is_closed_without_a_word_and_recorded_nowhere(self):
@@ -1504,7 +1499,7 @@ class CapTest(unittest.TestCase):
 
         self.go_on = threading.Event()
         self.running = run_server(self, functions=CallFunctions(on_new_call=wait_if_slow))
-        self.running.server.max_connections = 4
+        self.running.server.max_connections = 5  # one place is kept free
         self.addCleanup(self.go_on.set)
 
     def connect(self, sent=b""):
@@ -1525,7 +1520,7 @@ class CapTest(unittest.TestCase):
             self.assertEqual(connection.recv(65536)[:12], b"HTTP/1.1 200")
 
     def test_the_longest_waiting_connection_makes_room_and_an_idle_one_is_spared(self):
-        change(self, sc.Connection, "BEGUN_SPARED", 0)
+        self.running.server.spared_seconds = 0
         idle = self.connect(request())
         self.assert_answered(idle)
         first, second, third = self.connect(), self.connect(b"POST /new"), self.connect()
@@ -1536,37 +1531,27 @@ class CapTest(unittest.TestCase):
             connection.sendall(request())
         self.assert_answered(second, third, idle)
 
-    def test_a_connection_leaves_only_while_it_waits_for_more_of_a_request(self):
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            theirs = socket.create_connection(listener.getsockname())
-            ours = listener.accept()[0]
-        self.addCleanup(ours.close)
-        self.addCleanup(theirs.close)
-        connection = self.running.server.connections[ours] = sc.Connection(ours)
-        self.assertFalse(connection.may_leave(), "it has just come")
-        connection.spared_until = 0.0
-        self.assertTrue(connection.may_leave())
-        theirs.sendall(request())
-        self.assertFalse(connection.may_leave(), "a request has just come")
-        connection.leave()
-        sc.WebhookRequestHandler(ours, "", self.running.server)
-        del self.running.server.connections[ours]
+    def test_a_connection_leaves_only_while_it_waits_and_what_has_come_is_replied_to(self):
+        server, theirs = self.running.server, self.connect()
+        connection, = server.connections.values()
+        with server._changed:  # which its thread needs to go on
+            self.assertFalse(server._make_room(), "it has just come")
+            connection.deadline -= 1
+            theirs.sendall(request())
+            self.assertEqual([server._make_room(), server._make_room()], [True, False])
         if sys.platform == "linux":  # others may drop what has come
-            reply = theirs.recv(65536)
-            self.assertEqual(reply[:12], b"HTTP/1.1 200")
-            self.assertIn(b"\r\nConnection: close\r\n", reply)
-        connection.in_flight, connection.is_leaving = True, False
-        self.assertFalse(connection.may_leave(), "it is being replied to")
+            self.assert_answered(theirs)
 
     def test_a_request_that_is_complete_too_late_is_not_replied_to(self):
-        connection = sc.Connection(socket.socket())
-        self.addCleanup(connection.sock.close)
-        self.assertTrue(self.running.server.begin(connection))
+        server, sock = self.running.server, socket.socket()
+        self.addCleanup(sock.close)
+        connection = server.connections[sock] = sc.Connection(sock, time.monotonic() + 10)
+        self.assertTrue(server.go_on(sock, 10, False))
         connection.deadline = time.monotonic() - 1
-        self.assertFalse(self.running.server.begin(connection))
-        connection.allow(10)
-        connection.cut()  # its thread may have had a first byte just then
-        self.assertFalse(self.running.server.begin(connection))
+        self.assertEqual([server.go_on(sock, 10, now) for now in (True, False)], [False] * 2)
+        connection.deadline, server.is_stopping = time.monotonic() + 9, True
+        self.assertEqual([server.go_on(sock, 10, now) for now in (True, False)], [False, True])
+        del server.connections[sock]
 
     def test_whoever_sends_a_byte_and_no_more_makes_room_at_once(self):
         with within(1):
@@ -1574,22 +1559,20 @@ class CapTest(unittest.TestCase):
                 self.connect(b"P")
                 self.assertEqual(self.running.statuses(request()), [200])
 
-    def test_a_connection_that_does_not_end_keeps_no_other_from_making_room(self):
-        ours, theirs = socket.socketpair()
-        self.addCleanup(ours.close)
-        self.addCleanup(theirs.close)
-        stuck = self.running.server.connections[ours] = sc.Connection(ours)
-        stuck.leave()
-        for _ in range(3):
-            self.connect(b"P")
-        began = time.monotonic()
-        self.assertEqual(self.running.statuses(request()), [200])
-        self.assertLess(time.monotonic() - began, 2)
-        del self.running.server.connections[ours]
+    def test_connections_that_do_not_end_keep_no_other_from_making_room(self):
+        stuck = [socket.socket() for _ in range(5)]
+        for sock in stuck:
+            self.addCleanup(sock.close)
+            self.running.server.connections[sock] = sc.Connection(sock, 0.0, False)
+        with within(2):
+            self.assertEqual(self.running.statuses(request()), [200])
+        for sock in stuck:
+            del self.running.server.connections[sock]
 
     def test_what_is_in_flight_is_never_chosen(self):
-        busy = [self.connect(request(b"callId=slow")) for _ in range(4)]
-        wait_until(lambda: all(one.in_flight for one in self.running.server.connections.values()))
+        busy = [self.connect(request(b"callId=slow")) for _ in range(5)]
+        known = self.running.server.connections
+        wait_until(lambda: not any(one.is_waiting for one in known.values()))
         with self.running.connect(request()) as waiting:
             waiting.settimeout(0.2)
             with self.assertRaises(socket.timeout):
@@ -1605,7 +1588,7 @@ class TlsTest(unittest.TestCase):
         self.paths = [os.path.join(folder, name) for name in ("cert.pem", "key.pem")]
         self.write(*CERTIFICATES[0])
         self.tls = sc.TlsFiles(*self.paths)
-        self.running = run_server(self, tls=self.tls, handler=Running.Impatient)
+        self.running = run_server(self, tls=self.tls, **IMPATIENT)
 
     def write(self, *texts):
         for path, text in zip(self.paths, texts):
@@ -1636,7 +1619,7 @@ class TlsTest(unittest.TestCase):
         self.write(CERTIFICATES[1][0])
         with diagnostics() as said:
             self.assertEqual([self.served(), self.served()], [(200, 0)] * 2)
-        self.assertEqual(sum("cannot be used with its key" in line for line in said), 1)
+        self.assertEqual(sum("the old pair stays in use" in line for line in said), 1)
         os.remove(self.paths[0])
         self.assertEqual(self.served(), (200, 0))
         self.write(*CERTIFICATES[1])
@@ -1673,6 +1656,18 @@ class YourCodeOverHttpTest(unittest.TestCase):
         self.go_on.set()
         wait_until(lambda: len(seen) > 2)
         self.assertEqual(seen[:3], ["answer", "hangup", "hangup"])
+
+    def test_an_action_that_sipgate_did_not_get_is_none(self):
+        running, actions = self.serve(on_new_call=lambda event: reject()), []
+        running.receiver.show = lambda replied: actions.append(replied.action)
+        sent = request()
+        with running.connect(sent[:-1]) as connection:
+            wait_until(lambda: running.server.connections)
+            ours, = running.server.connections
+            ours.shutdown(socket.SHUT_WR)
+            connection.sendall(sent[-1:])
+            wait_until(lambda: actions)
+        self.assertEqual(actions, [None])
 
     def test_at_a_stop_what_is_in_flight_is_answered_and_the_rest_closed(self):
         begun = threading.Event()
@@ -2828,7 +2823,7 @@ class ProgramTest(InFolder):
         size = int(pages) * os.sysconf("SC_PAGE_SIZE")
         self.limit(program, "RLIMIT_AS", size + 2_000_000)  # not one more thread's stack
         with socket.create_connection(("127.0.0.1", program.port), 10) as connection, \
-                contextlib.suppress(OSError):
+                within(5), contextlib.suppress(OSError):
             connection.recv(1)
         self.limit(program, "RLIMIT_AS", -1)
         self.limit(other, "RLIMIT_NOFILE", 30, 30)
