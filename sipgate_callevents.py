@@ -53,12 +53,13 @@ Time limits, and what happens then:
       of these, storing the event                  1 s    it waits in memory, stderr says so
       of these, waiting for one of 8 slots       0.5 s    the call goes through undecided
       of these, event.call in your function      0.2 s    it is None
-    the client taking the reply                   10 s    closed
+    the client taking it, from that byte, too     10 s    closed
     between two requests of a connection          75 s    closed
     reading on after a malformed request           1 s    closed
     ending, to make room for another               1 s    closed
-    stopping: replies, on_answer, on_hangup        4 s    given up; the call log has 1 s more
-    on_answer, on_hangup                        no end    after 60 s stderr and /healthz say so
+    stopping: replies, on_answer, on_hangup        4 s    given up; the call log has 1 s more,
+                                                          stdout and stderr half a second each
+    a run of your code                          no end    after 60 s stderr and /healthz say so
 
 The 3 s hold while Python runs: code of yours that never lets go of the interpreter (a regular
 expression that takes minutes) stops every thread, and so every caller. With over 5,000 prints
@@ -1491,7 +1492,11 @@ class Connection:
 
 
 class WebhookServer(socketserver.ThreadingTCPServer):
-    """Listens on the webhook port; a thread for each connection, which ends at its deadline."""
+    """Listens on the webhook port; a thread for each connection, which ends at its deadline.
+
+    A client that sends a byte a second holds one for 20 s at most. At the cap, the one that has
+    waited longest for more of a request is ended for a newcomer; idle ones come last.
+    """
 
     request_seconds = 10.0  # from the first byte of a request to its last
     reply_seconds = 10.0  # until the client has taken the reply: sipgate waits no longer
