@@ -755,12 +755,15 @@ class CallLog:
         self.behind = ""  # why events wait; "" while they do not
         self._changed = threading.Condition()  # `behind`, or what is stored
         self._database: Any = None  # while it is not open
+        # Kept open: closing it would drop all locks of the process on it, SQLite's too (POSIX).
+        self._file: Any = None
         self._last_id = 0
         try:
             self._open()
         except sqlite3.Error as error:  # locked, for instance: calls are taken all the same
             self._fail(error)
         except OSError as error:
+            self._forget_file()
             raise SettingsError(f'CALL_LOG is "{path}": {error.strerror or error}; expected a file '
                                 "in a folder that this user may write, or off") from None
         self._newest = self._last_id / 1e6  # at the start
@@ -796,6 +799,7 @@ class CallLog:
                          ", ".join(dict.fromkeys(entry.call_id for entry in left)))
         else:
             self._disconnect()
+            self._forget_file()
 
     def _queue(self, entry: Entry, received_at: float) -> None:
         now = int(received_at * 1e6)
@@ -821,8 +825,8 @@ class CallLog:
         try:
             if not self._database:
                 self._open()
-            elif not os.path.samestat(os.stat(self.path), self._identity):
-                raise OSError("another file has taken its place")
+            elif not self._is_there():
+                raise OSError("the file was deleted or replaced")
             if batch:
                 self._store(batch)
             if self.behind and self._worker.waiting() == batch:
@@ -838,10 +842,13 @@ class CallLog:
     def _open(self) -> None:
         if os.path.exists(self.path) and not os.path.isfile(self.path):
             raise OSError("it is no file")
-        # Created here, since SQLite would let others read it; -wal and -shm take after it.
-        with open(self.path, "a+b", opener=functools.partial(os.open, mode=0o600)) as file:
-            file.seek(0)
-            head = file.read(72)
+        if not self._is_there():
+            self._forget_file()
+            # Created here, since SQLite would let others read it; -wal and -shm take after it.
+            self._file = open(  # noqa: SIM115 - see above
+                self.path, "a+b", 0, opener=functools.partial(os.open, mode=0o600))
+        self._file.seek(0)
+        head = self._file.read(72)
         # Read here too: SQLite cannot tell a damaged file of ours from another program's.
         marks = [int.from_bytes(head[at:at + 4], "big") for at in (60, 68)]
         if head and marks != [SCHEMA_VERSION, APPLICATION_ID]:
@@ -859,7 +866,17 @@ class CallLog:
         with contextlib.suppress(sqlite3.OperationalError):  # as on some network file systems
             self._database.execute("PRAGMA journal_mode=WAL")
         self._last_id = max(self._last_id, newest or 0)
-        self._identity = os.stat(self.path)
+
+    def _is_there(self) -> bool:
+        with contextlib.suppress(OSError):
+            return bool(self._file) and os.path.samestat(
+                os.stat(self.path), os.fstat(self._file.fileno()))
+        return False
+
+    def _forget_file(self) -> None:
+        if self._file:
+            self._file.close()
+        self._file = None
 
     def _disconnect(self) -> None:
         if self._database:
@@ -871,6 +888,7 @@ class CallLog:
         self._fall_behind(str(error))  # first: nobody is to wait for the rest
         self._disconnect()  # which rolls back
         if type(error) is sqlite3.DatabaseError:  # as SQLITE_CORRUPT and SQLITE_NOTADB alone are
+            self._forget_file()  # or Windows would not let it be renamed
             name = f"{self.path}.damaged-{self.clock():.0f}"
             for suffix in ("", "-wal", "-shm", "-journal"):
                 with contextlib.suppress(OSError):
