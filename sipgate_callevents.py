@@ -3124,7 +3124,7 @@ const heat = values => {
 };
 
 const showCharts = data => charts.replaceChildren(
-  bars("today by hour", "hour", data.hours.map((_, hour) => hour), data.hours),
+  bars("today by hour", "hour", data.today.hours.map((_, hour) => hour), data.today.hours),
   bars("the last 30 days", "day", data.days.map(([day]) => day.slice(8) + "."),
     data.days.map(([, ...counts]) => counts)),
   heat(data.heat));
@@ -3192,214 +3192,180 @@ setInterval(tick, 1000);
 look();
 </script>
 """
-# The Content-Security-Policy lets in the style and the script above, and nothing else.
-OWN_PARTS = "".join(
-    f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'; "
-    for tag, part in re.findall(r"<(style|script)>(.*?)</", PAGE, re.DOTALL))
 SHOWN_DAYS = 30
 BARS = {"answered": 0, "talking": 0, "voicemail": 1, "missed": 2, "unanswered": 2, "lost": 2}
-
-
-def day_of(moment: float) -> str:
-    """The local date of a Unix time."""
-    return time.strftime("%Y-%m-%d", time.localtime(moment))
+HEADERS = {
+    "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    # It lets in the style and the script above, and nothing else.
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'" + "".join(
+        f"; {tag}-src 'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'"
+        for tag, part in re.findall(r"<(style|script)>(.*?)</", PAGE, re.DOTALL))}
 
 
 def key_of(call: Call) -> str:
-    """What tells a call from the others: its first leg."""
+    """The name of its first leg."""
     return call.legs[0] if call.legs else f"#{call.started * 1e6:.0f}"
 
 
-class Overview:
-    """What all open pages share: the calls of the last days, by the day on which they began.
-
-    A thread reads the whole once, latest first, and then what is new; it never holds a
-    transaction for long. `text` is the answer to every page until `version` changes.
-    """
-
-    POLL_SECONDS = 0.4
-
-    def __init__(self, settings: Settings, clock: Callable[[], float] = time.time) -> None:
-        self.settings, self.clock = settings, clock
-        self.lock = threading.Lock()  # while days change: only the one thread changes them
-        self.days: dict[str, dict[str, Call]] = {}
-        self._day_of: dict[str, str] = {}  # by leg, the day of its call
-        self._bars: dict[str, list[list[int]]] = {}  # finished counts, by day
-        self._last_id, self._state = 0, (0, 0)
-        self._trouble, self._health_text, self._health_at = "", "", 0.0
-        self._count, self._instance = 0, os.urandom(4).hex()
-        self.version, self.text = "", b"{}"
-        self.is_stopping = threading.Event()
-
-    def run(self) -> None:
-        """Follow the call log until told to stop."""
-        while not self.is_stopping.is_set():
-            try:
-                self._look()
-            except Exception:  # the page goes on with what comes later
-                logger.exception("an error in this program; the page may be incomplete")
-            self.is_stopping.wait(self.POLL_SECONDS)
-
-    def _look(self) -> None:
-        """Take in what is new, and publish it."""
-        is_new, fault = False, ""
-        try:
-            with open_log(self.settings.call_log) as database:
-                is_new = self._follow(database)
-        except NothingToShow:
-            is_new = bool(self.days)
-            self._begin_anew()
-        except CommandEnd as error:
-            fault = str(error)
-            self._begin_anew()  # or what was not read now would stay unread
-        self._publish(is_new, fault)
-
-    def _begin_anew(self) -> None:
-        with self.lock:
-            self.days, self._day_of, self._bars, self._last_id = {}, {}, {}, 0
-
-    def _follow(self, database: sqlite3.Connection) -> bool:
-        """Take in what is new; return whether anything has changed."""
-        oldest, newest = database.execute("SELECT min(id), max(id) FROM events").fetchone()
-        now, is_new = self.clock(), (newest or 0) != self._last_id
-        # VACUUM, with which `forget` ends, raises the version of the schema.
-        state = (oldest or 0, database.execute("PRAGMA schema_version").fetchone()[0])
-        if (newest or 0) < self._last_id or state != self._state:
-            is_new = True
-            self._begin_anew()
-        if not self._last_id:
-            self._last_id, self._state = newest or 0, state
-            self._read_all(database, now)
-        elif is_new:
-            rows = database.execute("SELECT DISTINCT call_id, id FROM events WHERE id > ?",
-                                    (self._last_id,)).fetchall()
-            self._last_id = newest
-            for leg in {call_id or f"#{number}" for call_id, number in rows}:
-                self._keep(call_with(database, leg), now)
-        for call in self._open_calls():  # time alone can end them
-            is_new |= self._keep(call_with(database, key_of(call)), now) not in (call, None)
-        return is_new
-
-    def _read_all(self, database: sqlite3.Connection, now: float) -> None:
-        """Read all days, and publish what is known so far now and then."""
-        published = time.monotonic()
-        for _, legs in listed_calls(database, now, now - SHOWN_DAYS * DAY):
-            self._keep(legs, now)
-            if time.monotonic() - published > 2 or len(self._day_of) == 50:
-                self._publish(True)
-                published = time.monotonic()
-
-    def _keep(self, legs: Sequence[Leg], now: float) -> Call | None:
-        """Keep the call of these legs, in place of what they were before."""
-        if not legs:
-            return None
-        call = put_together(legs, now)
-        with self.lock:
-            for leg in (key_of(call), *call.legs):
-                day = self._day_of.pop(leg, "")
-                self.days.get(day, {}).pop(leg, None)
-                self._bars.pop(day, None)
-            day = day_of(call.started)
-            self.days.setdefault(day, {})[key_of(call)] = call
-            self._day_of.update(dict.fromkeys((key_of(call), *call.legs), day))
-            self._bars.pop(day, None)
-        return call
-
-    def _open_calls(self) -> list[Call]:
-        recent = sorted(self.days)[-2:]
-        return [call for day in recent for call in self.days[day].values()
-                if call.outcome in ("ringing", "talking")]
-
-    def _health(self) -> str:
-        """What is wrong with the running server, which is asked every five seconds."""
-        if time.monotonic() >= self._health_at:
-            self._health_at = time.monotonic() + 5
-            health = local_health(self.settings)
-            self._health_text = health.trouble if health.instance else (
-                "no server runs: calls that come now are not recorded")
-        return self._health_text
-
-    def _publish(self, is_new: bool, fault: str = "") -> None:
-        trouble = fault or self._health()
-        if is_new or trouble != self._trouble or not self.version:
-            self._trouble, self._count = trouble, self._count + 1
-            version = f"{self._instance}-{self._count}"
-            figures = {**self._figures(self.clock()), "version": version, "trouble": trouble}
-            self.version, self.text = version, json.dumps(figures).encode()
-
-    def _figures(self, now: float) -> dict[str, Any]:
-        """All that the page shows above its list."""
-        last_day = datetime.date.fromtimestamp(now)
-        days = [str(last_day - datetime.timedelta(age)) for age in range(SHOWN_DAYS)]
-        bars = {day: self._bars_of(day) for day in days}
-        today, before = ([*self.days.get(day, {}).values()] for day in (days[0], days[7]))
-        # Day by day: a long sort would keep who asks from getting a turn.
-        callers, withheld = to_ring_back(
-            call for day in sorted(self.days, reverse=True)
-            for call in sorted(self.days[day].values(), key=last_at, reverse=True))
-        return {
-            "now": now, "url": "" if self.settings.trial else self.settings.webhook_url,
-            "open": [page_row(call) for call in self._open_calls()],
-            "back": [{**page_row(calls[0]), "calls": len(calls)} for calls in callers[:100]],
-            "withheld": withheld, "today": glance(today), "before": glance(before),
-            "hours": bars[days[0]],
-            "heat": [[
-                sum(sum(bars[day][hour]) for day in days[:28] if weekday_of(day) == weekday)
-                for hour in range(24)] for weekday in range(7)],
-            "days": [[day, *map(sum, zip(*bars[day]))] for day in reversed(days)]}
-
-    def _bars_of(self, day: str) -> list[list[int]]:
-        """Answered, voicemail and missed by hour; counted anew only where the day has changed."""
-        if day not in self._bars:
-            bars = [[0, 0, 0] for _ in range(24)]
-            for call in self.days.get(day, {}).values():
-                if call.outcome in BARS:
-                    bars[time.localtime(call.started).tm_hour][BARS[call.outcome]] += 1
-            self._bars[day] = bars
-        return self._bars[day]
-
-    def listed(self, text: str, direction: str, outcome: str, count: int) -> dict[str, Any]:
-        """The latest `count` calls that hold `text`, in that direction and with that outcome."""
-        def is_wanted(call: Call) -> bool:
-            words = " ".join((call.from_number, call.to_number, *call.users, *call.answered_by))
-            return (text.lower() in words.lower() and direction in ("", call.direction)
-                    and outcome in ("", call.outcome))
-
-        with self.lock:
-            days = [[*self.days[day].values()] for day in sorted(self.days, reverse=True)]
-        latest = (call for calls in days for call in sorted(calls, key=lambda call: -call.started))
-        found = [*itertools.islice(filter(is_wanted, latest), count + 1)]
-        return {"calls": [*map(page_row, found[:count])], "more": len(found) > count}
-
-
-def last_at(call: Call) -> float:
-    """The Unix time of the last that is known of a call."""
-    return call.ended or call.answered or call.started
-
-
-def weekday_of(day: str) -> int:
-    """0 for a Monday."""
-    return time.strptime(day, "%Y-%m-%d").tm_wday
-
-
 def page_row(call: Call) -> dict[str, Any]:
-    """A call as the page gets it: Unix times, names that read as what they are, and a key."""
-    names = {name: [printable(text) for text in getattr(call, name)]
-             for name in ("users", "answered_by")}
-    return {**call_row(call), **names, "key": key_of(call)}
+    return {**call_row(call), "key": key_of(call), "users": [*map(printable, call.users)],
+            "answered_by": [*map(printable, call.answered_by)]}
 
 
-def glance(calls: Sequence[Call]) -> dict[str, Any]:
-    """A day in a few figures."""
-    counted = [call for call in calls if call.outcome in BARS]
-    incoming = [BARS[call.outcome] for call in counted if call.direction != "out"]
+def counted(calls: Iterable[Call]) -> dict[str, Any]:
+    """The figures of a day, and of each hour: answered, voicemail, missed."""
+    hours = [[0, 0, 0] for _ in range(24)]
+    calls = [call for call in calls if call.outcome in BARS]
+    for call in calls:
+        hours[time.localtime(call.started).tm_hour][BARS[call.outcome]] += 1
+    incoming = [BARS[call.outcome] for call in calls if call.direction != "out"]
     waits = sorted(call.wait_s for call in calls if call.wait_s is not None)
     talks = [call.talk_s for call in calls if call.talk_s is not None]
-    return {"calls": len(counted), "missed": incoming.count(2),
+    return {"hours": hours, "calls": len(calls), "missed": incoming.count(2),
             "share": incoming.count(0) / len(incoming) if incoming else None,
             "wait": waits[len(waits) // 2] if waits else None,
-            "longest": waits[-1] if waits else None,
+            "longest": max(waits, default=None),
             "talk": sum(talks) / len(talks) if talks else None}
+
+
+class Overview:
+    """What all open pages share: the calls of the last days, which one thread keeps up to date."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.version, self.text = "", "{}"  # what is sent to who has another version
+        self.days: dict[datetime.date, dict[str, Call]] = {}  # by the day on which they began
+        self._counted: dict[datetime.date, Any] = {}  # a day's figures, until it changes
+        self._state, self._newest = None, 0  # of the log, as far as it was read
+        self._published: Any = None  # until something changes
+
+    def look(self) -> None:
+        """Take in what is new, and publish it."""
+        fault = ""
+        try:
+            with open_log(self.settings.call_log) as database:
+                self._follow(database)
+        except NothingToShow:
+            self._expect(None, 0)
+        except Exception as error:  # noqa: BLE001 - the page says it; the next look tries again
+            fault = str(error)
+        self._publish(fault)
+
+    def _expect(self, state: Any, newest: int) -> None:
+        """Begin anew if that is another log, or something was removed."""
+        if state != self._state or newest < self._newest:
+            self._state, self._newest, self._published = state, 0, None
+            self.days, self._counted = {}, {}
+
+    def _follow(self, database: sqlite3.Connection) -> None:
+        # VACUUM, with which `forget` ends, raises the version of the schema.
+        newest, *state = database.execute(
+            "SELECT (SELECT coalesce(max(id), 0) FROM events), (SELECT min(id) FROM events), "
+            "schema_version FROM pragma_schema_version").fetchone()
+        self._expect(state, newest)
+        now, due = time.time(), 50
+        since = max((self._newest + 0.5) / 1e6, now - SHOWN_DAYS * DAY)
+        for count, (call, legs) in enumerate(listed_calls(database, now, since)):
+            self._keep(call, legs)
+            if count == due:  # reading all takes a while
+                self._publish()
+                due *= 2
+        self._newest = newest
+        for call in self._open_calls():  # time alone can end them
+            legs = call_with(database, key_of(call))
+            if legs:
+                self._keep(put_together(legs, now), legs)
+
+    def _keep(self, call: Call, legs: Iterable[Leg]) -> None:
+        """Keep a call, in place of what its legs were before."""
+        key, day = key_of(call), datetime.date.fromtimestamp(call.started)
+        if self.days.get(day, {}).get(key) == call:
+            return
+        for date, calls in self.days.items():
+            for leg in legs:
+                if calls.pop(leg.name, None):
+                    self._counted.pop(date, None)
+        self.days.setdefault(day, {})[key] = call
+        self._counted.pop(day, None)
+        self._published = None
+
+    def _latest(self, moment: Callable[[Call], float]) -> Iterator[Call]:
+        # Day by day: one long sort would keep who asks waiting. Each begins with a copy.
+        for _, calls in sorted(self.days.items(), reverse=True):
+            yield from sorted(calls.values(), key=moment, reverse=True)
+
+    def _open_calls(self) -> list[Call]:
+        return [call for day in sorted(self.days)[-2:] for call in self.days[day].values()
+                if call.outcome in ("ringing", "talking")]
+
+    def _publish(self, fault: str = "") -> None:
+        health, today = local_health(self.settings), datetime.date.today()
+        trouble = fault or (health.trouble if health.instance else
+                            "no server runs: calls that come now are not recorded")
+        if self._published != (trouble, today):
+            self._published = trouble, today
+            version = os.urandom(8).hex()
+            figures = {"version": version, "trouble": trouble, **self._figures(today)}
+            self.text, self.version = json.dumps(figures), version
+
+    def _figures(self, today: datetime.date) -> dict[str, Any]:
+        days = [today - datetime.timedelta(age) for age in range(SHOWN_DAYS)]
+        heat = [[0] * 24 for _ in range(7)]
+        for age, day in enumerate(days):
+            if day not in self._counted:
+                self._counted[day] = counted(self.days.get(day, {}).values())
+            for hour, counts in enumerate(self._counted[day]["hours"]):
+                heat[day.weekday()][hour] += sum(counts) if age < 28 else 0
+        callers, withheld = to_ring_back(
+            self._latest(lambda call: call.ended or call.answered or call.started))
+        return {
+            "now": time.time(), "url": self.settings.webhook_url, "heat": heat,
+            "open": [*map(page_row, self._open_calls())], "withheld": withheld,
+            "back": [{**page_row(calls[0]), "calls": len(calls)} for calls in callers[:100]],
+            "today": self._counted[days[0]], "before": self._counted[days[7]],
+            "days": [[str(day), *map(sum, zip(*self._counted[day]["hours"]))]
+                     for day in reversed(days)]}
+
+    # What a page asks for; the parameters stand in its address.
+
+    def news(self, version: str = "") -> str:
+        return "{}" if version == self.version else self.text
+
+    def listed(self, text: str = "", direction: str = "", outcome: str = "",
+               count: str = "50") -> str:
+        text = text.lower().lstrip("+")
+
+        def is_wanted(call: Call) -> bool:
+            words = " ".join((call.from_number, call.to_number, *call.users, *call.answered_by))
+            return (text in words.lower() and call.direction.startswith(direction)
+                    and call.outcome.startswith(outcome))
+
+        latest = filter(is_wanted, self._latest(lambda call: call.started))
+        found = [*map(page_row, itertools.islice(latest, int(count) + 1))]
+        return json.dumps({"calls": found[:int(count)], "more": len(found) > int(count)})
+
+    def events(self, key: str) -> str:
+        with open_log(self.settings.call_log) as database:
+            legs = call_with(database, key)
+        call = legs and put_together(legs, time.time())
+        return json.dumps([[at, event.event, words or event_line(event, call)]
+                           for at, event, words in events_of(legs)])
+
+    def as_csv(self) -> str:
+        text = io.StringIO()
+        with open_log(self.settings.call_log) as database:
+            write_rows(call_rows(listed_calls(database, time.time())), "csv", text)
+        return text.getvalue()
+
+
+ANSWERS: dict[str, tuple[str, Callable[..., str]]] = {
+    "/": ("text/html; charset=utf-8", lambda overview, **query: PAGE),
+    "/data": ("application/json", Overview.news),
+    "/calls": ("application/json", Overview.listed),
+    "/call": ("application/json", Overview.events),
+    "/calls.csv": ("text/csv; charset=utf-8", Overview.as_csv)}
 
 
 class PageHandler(http.server.BaseHTTPRequestHandler):
@@ -3407,135 +3373,77 @@ class PageHandler(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     timeout = 60
+    disable_nagle_algorithm = True  # or a body comes 40 ms after its head
     server: PageServer
 
     def do_GET(self) -> None:
-        """The page, its data, or a refusal."""
-        target = urllib.parse.urlsplit(self.path)
-        query = dict(urllib.parse.parse_qsl(target.query, keep_blank_values=True))
-        key = query.get("key") if target.path == "/" else None
-        refused = self._refused(key)
-        if refused:
-            self._send(refused, b"refused\n", "text/plain")
-        elif key:
-            self.send_response(303)
-            self.send_header("Location", "/")
-            self.send_header("Set-Cookie", f"{self.server.cookie_name}={self.server.cookie}; "
-                             "HttpOnly; SameSite=Strict; Path=/")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-        else:
-            self._dispatch(target.path, query)
+        path, _, text = self.path.partition("?")
+        query = dict(urllib.parse.parse_qsl(text, keep_blank_values=True))
+        status, kind = self._status(path, query), "text/plain"
+        body = "Open the address that the command `page` printed.\n"
+        if status == 200:
+            try:
+                kind, answer = ANSWERS[path]
+                body = answer(self.server.overview, **query)
+            except CommandEnd as error:
+                status, kind, body = 503, "text/plain", str(error)
+        content = body.encode()
+        self.send_response(status)
+        headers = {**HEADERS, "Content-Type": kind, "Content-Length": str(len(content))}
+        if status == 303:
+            cookie = f"{self.server.cookie}; HttpOnly; SameSite=Strict; Path=/"
+            headers.update({"Location": "/", "Set-Cookie": cookie})
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content if self.command == "GET" else b"")
 
     do_HEAD = do_GET
 
-    def _refused(self, key: str | None) -> int:
-        """The status of a refusal, 0 for none."""
+    def _status(self, path: str, query: dict[str, str]) -> int:
         host = self.headers.get("Host", "")
         if not re.fullmatch(r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]+)?", host):
             return 421  # another name led here (DNS rebinding)
         if self.headers.get("Origin", f"http://{host}") != f"http://{host}":
             return 403
-        if key is not None:
-            return 0 if hmac.compare_digest(key.encode(), self.server.key.encode()) else 403
-        cookies = re.findall(rf"{self.server.cookie_name}=([0-9a-f]+)",
-                             self.headers.get("Cookie", ""))
-        is_ours = [hmac.compare_digest(cookie, self.server.cookie) for cookie in cookies]
-        return 0 if any(is_ours) else 403
+        is_first = path == "/" and "key" in query
+        given = [query["key"]] if is_first else self.headers.get("Cookie", "").split("; ")
+        secret = self.server.key if is_first else self.server.cookie
+        if not any(hmac.compare_digest(each.encode(), secret.encode()) for each in given):
+            return 403
+        return 303 if is_first else 200 if path in ANSWERS else 404
 
-    def _dispatch(self, path: str, query: Mapping[str, str]) -> None:
-        overview = self.server.overview
-        if path == "/":
-            self._send(200, PAGE.encode(), "text/html")
-        elif path == "/data":
-            is_known = query.get("version") == overview.version
-            self._send(200, b"{}" if is_known else overview.text, "application/json")
-        elif path == "/calls":
-            count = re.sub("[^0-9]", "", query.get("count", ""))[:4] or "50"
-            found = overview.listed(query.get("text", ""), query.get("direction", ""),
-                                    query.get("outcome", ""), int(count))
-            self._send(200, json.dumps(found).encode(), "application/json")
-        elif path in ("/call", "/calls.csv"):
-            self._read_log(path, query)
-        else:
-            self._send(404, b"not found\n", "text/plain")
-
-    def _read_log(self, path: str, query: Mapping[str, str]) -> None:
-        """What is read from the call log itself: the events of a call, or all calls as CSV."""
-        try:
-            with open_log(self.server.overview.settings.call_log) as database:
-                if path == "/calls.csv":
-                    text = io.StringIO()
-                    write_rows(call_rows(listed_calls(database, time.time())), "csv", text)
-                    self._send(200, text.getvalue().encode(), "text/csv")
-                    return
-                stored = events_of(call_with(database, query.get("key", "")))
-        except CommandEnd:
-            stored = []
-        lines = [[one.at, one.event.event, one.words or event_line(one.event)] for one in stored]
-        self._send(200, json.dumps(lines).encode(), "application/json")
-
-    def _send(self, status: int, body: bytes, content_type: str) -> None:
-        self.send_response(status)
-        for name, value in {
-                "Content-Type": content_type + "; charset=utf-8", "Content-Length": str(len(body)),
-                "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
-                "Referrer-Policy": "no-referrer",
-                "Content-Security-Policy": f"default-src 'none'; connect-src 'self'; {OWN_PARTS}"
-                "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-                }.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing: the address holds the key."""
+    def log_message(self, *args: Any) -> None:
+        pass  # the address holds the key
 
 
-class PageServer(http.server.ThreadingHTTPServer):
-    """Serves the page on 127.0.0.1."""
-
+class PageServer(socketserver.ThreadingTCPServer):
     daemon_threads = True
     allow_reuse_address = os.name != "nt"
 
-    def __init__(self, settings: Settings, port: int) -> None:
-        """Bind the port (0: any free one). Raises OSError."""
-        self.overview = Overview(settings)
-        self.key = settings.call_page_key or os.urandom(16).hex()
-        # Cookies know no ports: another page on this machine is not to take ours away.
-        self.cookie = os.urandom(16).hex()
-        self._follower = threading.Thread(target=self.overview.run, daemon=True)
+    def __init__(self, overview: Overview, port: int) -> None:
         super().__init__(("127.0.0.1", port), PageHandler)
-        self.cookie_name = f"page{self.server_port}"
-        self._follower.start()
-
-    def server_bind(self) -> None:
-        # HTTPServer's own looks up the name of the address, which can take long.
-        socketserver.TCPServer.server_bind(self)
-        self.server_port = int(self.server_address[1])
-
-    def server_close(self) -> None:
-        self.overview.is_stopping.set()
-        if self._follower.is_alive():  # it has not begun where the port is taken
-            self._follower.join(1)
-        super().server_close()
+        self.overview, self.port = overview, self.server_address[1]
+        self.key = overview.settings.call_page_key or os.urandom(16).hex()
+        # Named after the port, which cookies do not know; good for as long as the key.
+        self.cookie = f"page{self.port}=" + hashlib.sha256(self.key.encode()).hexdigest()
 
 
 def page(options: argparse.Namespace, settings: Settings) -> int:
     """The command `page`."""
+    overview = Overview(settings)
     try:
-        server = PageServer(settings, options.page_port)
+        server = PageServer(overview, options.page_port)
     except OSError as error:
         raise CommandEnd(f"cannot listen on 127.0.0.1 port {options.page_port}: "
                          f"{error.strerror}; choose another with --port") from None
     sys.setswitchinterval(0.0005)  # so that who asks gets a turn while the log is read
-    with server, contextlib.suppress(KeyboardInterrupt):
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        print(f"Open http://127.0.0.1:{server.server_port}/?key={server.key}\n"
-              "in a browser on this machine. Ctrl-C stops.", flush=True)
-        server.serve_forever()
-    return 0
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    print(f"Open http://127.0.0.1:{server.port}/?key={server.key}\n"
+          "in a browser on this machine. Ctrl-C stops.", flush=True)
+    while True:
+        overview.look()
+        time.sleep(0.4)
 
 
 # ------------------------------------------------------------------------------------------

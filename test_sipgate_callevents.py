@@ -2036,11 +2036,19 @@ class PageTest(InFolder):
         settings = Settings(call_log=self.path, webhook_port=port or free_port(),
                             call_page_key="k" * 16)
         self.store(())
-        sc.Overview.POLL_SECONDS = 0.02
-        self.server = sc.PageServer(settings, 0)
+        self.overview, is_over = sc.Overview(settings), threading.Event()
+
+        def follow():
+            while not is_over.wait(0.02):
+                self.overview.look()
+
+        follower = threading.Thread(target=follow)
+        follower.start()
+        self.addCleanup(follower.join)
+        self.addCleanup(is_over.set)
+        self.server = sc.PageServer(self.overview, 0)
         serve(self, self.server)
-        self.cookie = f"{self.server.cookie_name}={self.server.cookie}"
-        wait_until(lambda: self.server.overview.version)
+        wait_until(lambda: self.overview.version)
 
     def add(self, text, ago):
         """Store a flow that began so many seconds ago."""
@@ -2048,10 +2056,10 @@ class PageTest(InFolder):
         self.store((row[0] + shift, *row[1:]) for row in rows_of(text))
 
     def get(self, target, **headers):
-        connection = http.client.HTTPConnection("127.0.0.1", self.server.server_port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=10)
         with contextlib.closing(connection):
             connection.request(headers.pop("method", "GET"), target,
-                               headers={"Cookie": self.cookie, **headers})
+                               headers={"Cookie": self.server.cookie, **headers})
             reply = connection.getresponse()
             return reply.status, reply.headers, reply.read().decode()
 
@@ -2066,8 +2074,11 @@ class PageTest(InFolder):
         self.serve()
         status, headers, _ = self.get(f"/?key={self.server.key}", Cookie="")
         self.assertEqual((status, headers["Location"]), (303, "/"))
-        self.assertEqual(headers["Set-Cookie"], f"{self.cookie}; HttpOnly; SameSite=Strict; Path=/")
-        self.assertNotIn(self.server.key, self.cookie)
+        self.assertEqual(headers["Set-Cookie"], f"{self.server.cookie}; HttpOnly; SameSite=Strict; Path=/")
+        self.assertNotIn(self.server.key, self.server.cookie)
+        again = sc.PageServer(self.overview, 0)  # a wall screen goes on after a restart
+        self.addCleanup(again.server_close)
+        self.assertEqual(again.cookie.split("=")[1], self.server.cookie.split("=")[1])
         status, headers, text = self.get("/")
         self.assertEqual((status, text), (200, sc.PAGE))
         for part in ("Cache-Control: no-store\n", "X-Content-Type-Options: nosniff\n",
@@ -2085,10 +2096,10 @@ class PageTest(InFolder):
         self.serve()
         for target, headers, status in [
                 ("/", {"Cookie": ""}, 403),
-                ("/data", {"Cookie": self.cookie[:-1]}, 403),
+                ("/data", {"Cookie": self.server.cookie[:-1]}, 403),
                 ("/?key=wrong", {}, 403),
                 ("/?key=", {}, 403),
-                ("/", {"Host": f"evil.example:{self.server.server_port}"}, 421),
+                ("/", {"Host": f"evil.example:{self.server.port}"}, 421),
                 ("/", {"Host": ""}, 421),
                 ("/", {"Host": "127.0.0.1.evil.example"}, 421),
                 ("/", {"Origin": "https://evil.example"}, 403),
@@ -2117,13 +2128,15 @@ class PageTest(InFolder):
     def test_it_follows_the_log_and_only_changes_are_sent(self):
         self.add("0 n A Alice", ago=5)
         self.serve()
-        version = self.server.overview.version
-        wait_until(lambda: self.data(f"/data?version={self.server.overview.version}") == {})
+        version = self.overview.version
+        wait_until(lambda: self.data(f"/data?version={self.overview.version}") == {})
         self.add("0 a A Alice; 1 h A", ago=2)
         wait_until(lambda: self.data(f"/data?version={version}").get("open") == [])
         self.assertEqual([call["outcome"] for call in self.data("/calls")["calls"]], ["answered"])
         self.run_command("forget", "--yes", P)
         wait_until(lambda: P not in self.get("/data")[2] + self.get("/calls")[2])
+        version, self.overview._published = self.overview.version, ("", datetime.date.min)
+        wait_until(lambda: self.overview.version != version)  # another day has begun
         names = ["<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "\u202eevil"]
         body = urllib.parse.urlencode({"from": "49222", "user[]": names}, doseq=True).encode()
         self.store([plain_row(int(time.time() * 1e6), "newCall", "", body)])
@@ -2135,19 +2148,20 @@ class PageTest(InFolder):
 
     def test_calls_are_found_and_opened(self):
         self.add(";".join(missed_call(n, n, f"4917{n:02}") for n in range(60)), ago=4000)
-        self.add("0 n A Zoe dir=out; 0.1 r A reject; 4 h A busy dir=out", ago=100)
+        self.add("0 n A Zoe dir=out; 0.1 r A reject; 2 d A 1; 4 h A busy dir=out", ago=100)
         self.serve()
         wait_until(lambda: len(self.data("/calls?count=100")["calls"]) == 61)
         found = self.data("/calls")
         self.assertEqual((len(found["calls"]), found["more"]), (50, True))
-        for query, callers in [("text=491707", ["491707"]), ("direction=out", [FIRM]),
+        for query, callers in [("text=%2B491707", ["491707"]), ("direction=out", [FIRM]),
                                ("outcome=missed&count=999", [f"4917{n:02}" for n in range(60)])]:
             found = self.data("/calls?" + query)["calls"]
             self.assertEqual(sorted(call["from"] for call in found), callers)
         self.assertEqual([line[1:3] for line in self.data("/call?key=A")], [
             ["newCall", f"New call from {FIRM} to {P} is ringing..."],
             ["reply", "Reject busy"],
-            ["hangup", "The call has been hung up (busy)"]])
+            ["dtmf", f"{FIRM} pressed 1"],
+            ["hangup", "The call has been hung up (busy, rejected after 0:04)"]])
         status, headers, text = self.get("/calls.csv")
         self.assertEqual((status, headers["Content-Type"], len(text.splitlines())),
                          (200, "text/csv; charset=utf-8", 62))
@@ -2157,12 +2171,11 @@ class PageTest(InFolder):
         self.serve(running.server.port)
         wait_until(lambda: self.data()["trouble"] == "")
         running.receiver.refused = 2
-        self.server.overview._health_at = 0
         wait_until(lambda: "webhooks were refused (2)" in self.data()["trouble"])
 
     def test_a_log_that_cannot_be_read_is_told_and_one_that_is_not_there_changes_nothing(self):
         empty = sc.Overview(Settings(call_log=self.path, webhook_port=free_port()))
-        versions = [(empty._look(), empty.version)[1] for _ in range(2)]
+        versions = [(empty.look(), empty.version)[1] for _ in range(2)]
         self.assertEqual(versions[0], versions[1])
         self.serve()
         with database_at(self.path) as database:
@@ -2179,8 +2192,8 @@ class PageTest(InFolder):
         self.addCleanup(program.kill)
         line = program.process.stdout.readline().decode()
         self.assertRegex(line, rf"^Open http://127\.0\.0\.1:{port}/\?key=[0-9a-f]{{32}}\n$")
-        status, _, err = program.end()
-        self.assertEqual((status, err), (0, ""))
+        status, _, err = program.end(signal.SIGINT)
+        self.assertEqual((status, err), (130, ""))
 
 
 # ---- Rehearsal ----
