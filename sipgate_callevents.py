@@ -3343,8 +3343,8 @@ class Overview:
                     and call.outcome.startswith(outcome))
 
         latest = filter(is_wanted, self._latest(lambda call: call.started))
-        found = [*map(page_row, itertools.islice(latest, int(count) + 1))]
-        return json.dumps({"calls": found[:int(count)], "more": len(found) > int(count)})
+        found = [*map(page_row, itertools.islice(latest, int(count)))]
+        return json.dumps({"calls": found, "more": any(latest)})
 
     def events(self, key: str) -> str:
         with open_log(self.settings.call_log) as database:
@@ -3404,7 +3404,8 @@ class PageHandler(http.server.BaseHTTPRequestHandler):
         host = self.headers.get("Host", "")
         if not re.fullmatch(r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]+)?", host):
             return 421  # another name led here (DNS rebinding)
-        if self.headers.get("Origin", f"http://{host}") != f"http://{host}":
+        origin = f"http://{host}"
+        if self.headers.get("Origin", origin) != origin:
             return 403
         is_first = path == "/" and "key" in query
         given = [query["key"]] if is_first else self.headers.get("Cookie", "").split("; ")
@@ -3421,28 +3422,26 @@ class PageServer(socketserver.ThreadingTCPServer):
     daemon_threads = True
     allow_reuse_address = os.name != "nt"
 
-    def __init__(self, overview: Overview, port: int) -> None:
+    def __init__(self, settings: Settings, port: int) -> None:
         super().__init__(("127.0.0.1", port), PageHandler)
-        self.overview, self.port = overview, self.server_address[1]
-        self.key = overview.settings.call_page_key or os.urandom(16).hex()
+        self.overview, self.port = Overview(settings), self.server_address[1]
+        self.key = settings.call_page_key or os.urandom(16).hex()
         # Named after the port, which cookies do not know; good for as long as the key.
         self.cookie = f"page{self.port}=" + hashlib.sha256(self.key.encode()).hexdigest()
 
 
 def page(options: argparse.Namespace, settings: Settings) -> int:
     """The command `page`."""
-    overview = Overview(settings)
     try:
-        server = PageServer(overview, options.page_port)
+        server = PageServer(settings, options.page_port)
     except OSError as error:
         raise CommandEnd(f"cannot listen on 127.0.0.1 port {options.page_port}: "
                          f"{error.strerror}; choose another with --port") from None
-    sys.setswitchinterval(0.0005)  # so that who asks gets a turn while the log is read
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(f"Open http://127.0.0.1:{server.port}/?key={server.key}\n"
           "in a browser on this machine. Ctrl-C stops.", flush=True)
     while True:
-        overview.look()
+        server.overview.look()
         time.sleep(0.4)
 
 

@@ -2036,7 +2036,8 @@ class PageTest(InFolder):
         settings = Settings(call_log=self.path, webhook_port=port or free_port(),
                             call_page_key="k" * 16)
         self.store(())
-        self.overview, is_over = sc.Overview(settings), threading.Event()
+        self.server, is_over = sc.PageServer(settings, 0), threading.Event()
+        self.overview = self.server.overview
 
         def follow():
             while not is_over.wait(0.02):
@@ -2046,7 +2047,6 @@ class PageTest(InFolder):
         follower.start()
         self.addCleanup(follower.join)
         self.addCleanup(is_over.set)
-        self.server = sc.PageServer(self.overview, 0)
         serve(self, self.server)
         wait_until(lambda: self.overview.version)
 
@@ -2076,7 +2076,7 @@ class PageTest(InFolder):
         self.assertEqual((status, headers["Location"]), (303, "/"))
         self.assertEqual(headers["Set-Cookie"], f"{self.server.cookie}; HttpOnly; SameSite=Strict; Path=/")
         self.assertNotIn(self.server.key, self.server.cookie)
-        again = sc.PageServer(self.overview, 0)  # a wall screen goes on after a restart
+        again = sc.PageServer(self.overview.settings, 0)  # a wall screen goes on after a restart
         self.addCleanup(again.server_close)
         self.assertEqual(again.cookie.split("=")[1], self.server.cookie.split("=")[1])
         status, headers, text = self.get("/")
@@ -2104,6 +2104,7 @@ class PageTest(InFolder):
                 ("/", {"Host": "127.0.0.1.evil.example"}, 421),
                 ("/", {"Origin": "https://evil.example"}, 403),
                 ("/", {"Origin": "null"}, 403),
+                ("/", {"Cookie": f"a=b; {self.server.cookie}; c=d"}, 200),
                 ("/", {"Host": "localhost:9999"}, 200),
                 ("/", {"Host": "[::1]:9999", "Origin": "http://[::1]:9999"}, 200),
                 ("/none", {}, 404),
@@ -2135,7 +2136,8 @@ class PageTest(InFolder):
         self.assertEqual([call["outcome"] for call in self.data("/calls")["calls"]], ["answered"])
         self.run_command("forget", "--yes", P)
         wait_until(lambda: P not in self.get("/data")[2] + self.get("/calls")[2])
-        version, self.overview._published = self.overview.version, ("", datetime.date.min)
+        version, trouble = self.overview.version, self.data()["trouble"]
+        self.overview._published = (trouble, datetime.date.min)
         wait_until(lambda: self.overview.version != version)  # another day has begun
         names = ["<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "\u202eevil"]
         body = urllib.parse.urlencode({"from": "49222", "user[]": names}, doseq=True).encode()
@@ -2184,6 +2186,32 @@ class PageTest(InFolder):
             database.execute(f"PRAGMA user_version={sc.SCHEMA_VERSION}")
         self.add("0 n A Alice", ago=5)
         self.wait_for_open(P)
+        os.remove(self.path)
+        self.wait_for_open()
+        self.assertEqual(self.get("/calls.csv")[0], 503)
+
+    def test_a_call_ends_by_time_alone_and_two_become_one(self):
+        self.add("0 n A Alice", ago=3599)
+        self.serve()
+        self.add("0 n B Bob orig=B xcid=b from=49222; 1 n C Carl orig=C xcid=c from=49333", ago=20)
+        wait_until(lambda: len(self.data("/calls")["calls"]) == 3)
+        self.wait_for_open("49222", "49333")
+        self.add("0 a C Carl orig=B xcid=b from=49222", ago=10)
+        self.wait_for_open("49222")
+        self.assertEqual([call["legs"] for call in self.data("/calls")["calls"]],
+                         [["B", "C"], ["A"]])
+
+    def test_a_connection_serves_many_questions_at_once(self):
+        self.serve()
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=10)
+        with contextlib.closing(connection), within(0.6):  # no 40 ms for each
+            for _ in range(20):
+                connection.request("GET", "/data", headers={"Cookie": self.server.cookie})
+                connection.getresponse().read()
+        with socket.create_connection(("127.0.0.1", self.server.port)) as plain:
+            plain.sendall(b"HEAD / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nCookie: "
+                          + self.server.cookie.encode() + b"\r\n\r\n")
+            self.assertTrue(plain.makefile("rb").read().endswith(b"\r\n\r\n"))
 
     def test_the_command_prints_the_address_and_ends_quietly(self):
         port = free_port()
