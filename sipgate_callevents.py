@@ -726,7 +726,8 @@ class Entry:
     xcid: str = ""
     digest: bytes | None = None
     id: int = 0
-    is_new: bool | None = None  # no repeat; None until it is stored
+    # Gets whether it is new, which a repeat is not, once it is stored; None if that has failed.
+    outcome: queue.SimpleQueue[bool | None] = field(default_factory=queue.SimpleQueue)
 
 
 class CallLog:
@@ -753,7 +754,6 @@ class CallLog:
         # Behind a link it is the file itself that is made private, or put aside.
         self.path, self.days = os.path.realpath(path), days
         self.behind = ""  # why events wait; "" while they do not
-        self._changed = threading.Condition()  # `behind`, or what is stored
         self._database: Any = None  # while it is not open
         # Kept open: closing it would drop all locks of the process on it, SQLite's too (POSIX).
         self._file: Any = None
@@ -780,12 +780,12 @@ class CallLog:
         entry = Entry(kind, event.call_id, event.body, getattr(event, "orig_call_id", ""),
                       getattr(event, "xcid", ""), digest)
         self._queue(entry, received_at)
-        with self._changed:
-            is_told = self._changed.wait_for(
-                lambda: self.behind or entry.is_new is not None, STORE_SECONDS)
-        if not is_told:
-            self._fall_behind("storing takes longer than a call can wait")
-        return entry.is_new
+        try:
+            return entry.outcome.get(timeout=0 if self.behind else STORE_SECONDS)
+        except queue.Empty:
+            if not self.behind:
+                self._fall_behind("storing takes longer than a call can wait")
+            return None
 
     def record_reply(self, event: CallEvent, document: bytes) -> None:
         """Store the XML of the reply to `event`, without waiting for it."""
@@ -813,9 +813,7 @@ class CallLog:
                          entry.call_id)
 
     def _fall_behind(self, reason: str) -> None:
-        with self._changed:
-            self.behind = reason
-            self._changed.notify_all()
+        self.behind = reason
         logger.warning("the call log is behind (%s): calls go through, their events wait in memory",
                        reason)
 
@@ -835,6 +833,9 @@ class CallLog:
             if time.monotonic() >= self._remove_at:
                 self._remove_at = time.monotonic() + self._remove()
         except (sqlite3.Error, OSError) as error:
+            for entry in self._worker.waiting():  # first: nobody is to wait for the rest
+                if entry.outcome.empty():  # or it would grow with each try
+                    entry.outcome.put(None)
             self._fail(error)
             batch.clear()  # to get it again
             time.sleep(self.RETRY_SECONDS)
@@ -885,7 +886,7 @@ class CallLog:
         self._database = None
 
     def _fail(self, error: Exception) -> None:
-        self._fall_behind(str(error))  # first: nobody is to wait for the rest
+        self._fall_behind(str(error))
         self._disconnect()  # which rolls back
         if type(error) is sqlite3.DatabaseError:  # as SQLITE_CORRUPT and SQLITE_NOTADB alone are
             self._forget_file()  # or Windows would not let it be renamed
@@ -899,10 +900,8 @@ class CallLog:
         self._database.execute("BEGIN IMMEDIATE")
         outcomes = [self._insert(entry) for entry in batch]
         self._database.execute("COMMIT")
-        with self._changed:
-            for entry, is_new in zip(batch, outcomes):
-                entry.is_new = is_new
-            self._changed.notify_all()
+        for entry, is_new in zip(batch, outcomes):
+            entry.outcome.put(is_new)
 
     def _insert(self, entry: Entry) -> bool:
         while not self._database.execute(INSERT, vars(entry)).rowcount:
@@ -1645,6 +1644,8 @@ STOP_SECONDS = 4.0  # and a second more for the call log
 
 def printable(text: str, keep: str = "") -> str:
     """`text` for a terminal: control and bidi characters are escaped, but for `keep`."""
+    if text.isprintable():
+        return text
     return "".join(char if char.isprintable() or char in keep else ascii(char)[1:-1]
                    for char in text)
 
@@ -1692,7 +1693,8 @@ class Output(io.FileIO):
                 text += piece()
             except Exception:  # the other lines are printed all the same
                 logger.exception("an error in this program; an event is not printed")
-        rest = printable(text, keep="\n\t").encode(self._encoding, "backslashreplace")
+        text = "\n".join(printable(line, keep="\t") for line in text.split("\n"))
+        rest = text.encode(self._encoding, "backslashreplace")
         with contextlib.suppress(OSError, ValueError):  # nobody reads it
             while rest:
                 written = super().write(rest)
