@@ -622,8 +622,8 @@ class Worker(threading.Thread):
                  most: int = 1000) -> None:
         """Start the thread: it calls `work` with a list of what waits, up to `most` items.
 
-        `limit` items may wait. After IDLE_SECONDS without any the list is empty. What `work`
-        takes out of the list, it gets again.
+        `limit` items may wait. After IDLE_SECONDS without any the list is empty. If `work`
+        clears it, the same come again.
         """
         super().__init__(name=name, daemon=True)
         self._work, self.limit, self._most = work, limit, most
@@ -797,7 +797,7 @@ class CallLog:
         if left:
             logger.error("events could not be stored, of the calls %s",
                          ", ".join(dict.fromkeys(entry.call_id for entry in left)))
-        else:
+        if not self._worker.is_alive():  # or it has the database, and perhaps for ever
             self._disconnect()
             self._forget_file()
 
@@ -996,7 +996,7 @@ class YourCode:
         """Return what your function makes of `event`; None if it fails, or not by `deadline`.
 
         That is Receiver.reply_seconds after the request; storing the event has taken a second of
-        them at most. So the caller waits no longer, whatever your code or the disk does.
+        them at most. The caller waits no longer, as long as Python runs.
         """
         name = event.function
         if name not in self.functions:
@@ -1131,8 +1131,8 @@ class Receiver:
         `signature` is its X-Sipgate-Signature, `outside` the host it was addressed to if it came
         from beyond this machine. Raises WebhookError: what nobody signed who should have gets 403,
         and is neither stored nor run. But VERIFY_SIGNATURE=new-call takes answer, hangup and dtmf
-        unsigned; off, and trial mode from this machine, anything. A forged hangup falsifies the
-        call log, and ends no call.
+        unsigned; off, and trial mode from this machine, all events. A forged hangup falsifies the
+        call log, runs on_hangup, and ends no call.
         """
         path, _, query = target.partition("?")
         unsigned = self._unsigned(outside)
@@ -1563,7 +1563,7 @@ class WebhookServer(socketserver.ThreadingTCPServer):
     def _make_room(self) -> bool:
         """End the connection that has waited longest; a request that has come is replied to.
 
-        None that is idle, as its deadline is further off: by is_crowded() a quarter are not.
+        Idle ones come last, as their deadline is further off; by is_crowded() a quarter are not.
         """
         now = time.monotonic()
         latest = now + self.request_seconds - self.spared_seconds

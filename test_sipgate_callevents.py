@@ -742,6 +742,22 @@ class CallLogTest(unittest.TestCase):
             self.assertEqual((stored(old), set(self.rows())), (ids, {"new"}))
             os.remove(self.path)
 
+    def test_the_stop_does_not_wait_for_a_disk_that_hangs_in_a_removal(self):
+        log, reached, release = self.open(), threading.Event(), threading.Event()
+
+        class Hanging(Failing):
+            def execute(self, *statement):
+                reached.set()
+                release.wait(10)
+                return self.inner.execute(*statement)
+
+        log._database = Hanging(log._database, "")
+        log._newest, log._remove_at = self.now, 0
+        self.assertTrue(reached.wait(5))
+        with within(1):
+            log.close(0.1)
+        release.set()
+
     def test_an_error_in_the_commit_loses_nothing_and_stores_nothing_twice(self):
         log, ids = self.open(), []
         for digest in (None, b"d", None, b"e"):
