@@ -2119,8 +2119,8 @@ FORGOTTEN = "[forgotten]"  # stands in place of what `forget` has removed
 LEG_ROWS = """SELECT min(id), event, body, orig_call_id, xcid
     FROM (SELECT * FROM events WHERE {} = ? ORDER BY event = 'dtmf', id LIMIT ?)
     GROUP BY event, body, id * (event IN ('dtmf', 'reply'))"""
-LINKED_LEGS = """SELECT call_id FROM events WHERE orig_call_id = ?1
-    UNION ALL SELECT call_id FROM events WHERE xcid = ?1 LIMIT ?2"""
+LINKED_LEGS = """SELECT call_id FROM events WHERE orig_call_id = ?
+    UNION ALL SELECT call_id FROM events WHERE xcid = ? LIMIT ?"""
 
 
 @dataclass(frozen=True)
@@ -2290,7 +2290,7 @@ def linked_legs(database: sqlite3.Connection, name: str) -> list[Leg]:
         room -= len(rows)
         more: set[str] = set()
         for link in {each} | (leg.origs | leg.xcids) - seen:
-            found = database.execute(LINKED_LEGS, (link, LINK_EVENTS + 1)).fetchall()
+            found = database.execute(LINKED_LEGS, (link, link, LINK_EVENTS + 1)).fetchall()
             if len(found) <= LINK_EVENTS:
                 # Others that name the same orig are linked once that has come itself.
                 more.update([link], *(found if link not in leg.origs else []))
