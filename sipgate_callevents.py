@@ -768,6 +768,7 @@ class CallLog:
                                 "in a folder that this user may write, or off") from None
         self._newest = self._last_id / 1e6  # at the start
         self._remove_at = time.monotonic() + self.FIRST_SECONDS
+        self._believe_at = time.monotonic() + DAY  # a clock that has held for so long
         self._worker = Worker("call-log", self._work, self.QUEUE)
 
     def record(self, event: CallEvent, received_at: float, digest: bytes | None) -> bool | None:
@@ -832,12 +833,12 @@ class CallLog:
                 logger.info("the call log has caught up: all events are stored")
             if time.monotonic() >= self._remove_at:
                 self._remove_at = time.monotonic() + self._remove()
-        except (sqlite3.Error, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - MemoryError, too: no event is passed over
+            batch.clear()  # to get it again
             for entry in self._worker.waiting():  # first: nobody is to wait for the rest
                 if entry.outcome.empty():  # or it would grow with each try
                     entry.outcome.put(None)
             self._fail(error)
-            batch.clear()  # to get it again
             time.sleep(self.RETRY_SECONDS)
 
     def _open(self) -> None:
@@ -914,9 +915,9 @@ class CallLog:
 
     def _remove(self) -> float:
         """Remove some of what is too old; return the seconds until the next step."""
-        now, newest, self._newest = self.clock(), self._newest, math.inf
-        if now - newest > DAY:
-            return DAY  # a clock that is perhaps wrong is believed once it has held for a day
+        now = self.clock()
+        if now - self._newest > DAY and time.monotonic() < self._believe_at:
+            return DAY  # perhaps the clock is wrong
         before = now - self.days * DAY
         try:
             for path in glob.glob(glob.escape(self.path) + ".damaged-*"):
@@ -1789,8 +1790,10 @@ def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
     for the start.
     """
     arrived: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: arrived.append(number))
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it, and means it
+            signal.signal(number, lambda number, frame: arrived.append(number))
     tls = None
     if settings.webhook_tls_cert or settings.webhook_tls_key:
         tls = TlsFiles(settings.webhook_tls_cert, settings.webhook_tls_key)
