@@ -2528,14 +2528,20 @@ def show_calls(options: argparse.Namespace, settings: Settings) -> int:
 
 def rows_without(database: sqlite3.Connection, number: str) -> Iterator[Any]:
     """Yield each stored row that holds the number, but for the values that do."""
+    tokens: dict[str, str] = {}  # for ids: what is joined stays joined, and nothing else
+
     def blank(text: Any) -> Any:
         return FORGOTTEN if text and re.search(number, urllib.parse.unquote_plus(text)) else text
+
+    def blank_id(text: Any) -> Any:
+        word = f"{FORGOTTEN[:-1]} {os.urandom(4).hex()}]"
+        return text if blank(text) == text else tokens.setdefault(text, word)
 
     for row in latest_first(database, "id, event, call_id, orig_call_id, xcid, body"):
         # In XML a value stands between brackets or quotes, in a form beside the first =.
         value = "[^<>\"']+" if row[1] == "reply" else "(?<==)[^&]+|[^&=]+"
         text = re.sub(value, lambda found: blank(found[0]), row[5].decode("latin-1"))
-        kept = (row[0], *map(blank, row[1:5]), text.encode("latin-1"))
+        kept = (row[0], blank(row[1]), *map(blank_id, row[2:5]), text.encode("latin-1"))
         if kept != row:
             yield kept
 
@@ -2598,6 +2604,7 @@ def forget_number(options: argparse.Namespace, settings: Settings) -> int:
         erase(database, number, os.path.dirname(path))
     for name in holding(damaged, number):
         os.remove(name)
+        print(f"{name} held it, and is removed.")
     left = ", ".join(holding(files, number))
     if left:
         raise CommandEnd(f"{digits} is still in {left}: end what else reads it, and try again")
