@@ -281,8 +281,9 @@ def decode_signature(header: str | None) -> bytes:
 def is_signed(body: bytes, header: str | None, keys: Sequence[PublicKey]) -> bool:
     """Whether `header` (an X-Sipgate-Signature) signs `body` with one of `keys`.
 
-    It proves that sipgate signed this body for some customer: not for which, not when, nor on
-    which path. A replayed newCall is decided again. So the path of WEBHOOK_URL is to be a secret.
+    It proves that sipgate signed this body for some customer: not for which, not when, nor for
+    which path and query (event.state). A replayed newCall is decided again. So the path of
+    WEBHOOK_URL is to be a secret.
 
     Total: any header gives True or False. RSASSA-PKCS1-v1_5 with SHA-256 (RFC 8017 8.2.2): the
     one block that is right is built and compared whole, so that no parser can be misled.
@@ -453,7 +454,7 @@ def parse_event(body: bytes, default_event: str, state: str = "", **more: Any) -
         raise WebhookError(400, f"the form has more than {MAX_FIELDS} fields") from None
     name = _single(form, "event") or default_event
     if not name:
-        raise WebhookError(404, "no event is named")
+        raise WebhookError(404, "no event is named", "a webhook came in that names no event")
     kind = EVENTS.get(name, UnknownEvent)
     values: dict[str, Any] = {"event": name} if kind is UnknownEvent else {}
     if kind is DtmfEvent:
@@ -833,7 +834,7 @@ class CallLog:
                 logger.info("the call log has caught up: all events are stored")
             if time.monotonic() >= self._remove_at:
                 self._remove_at = time.monotonic() + self._remove()
-        except Exception as error:  # noqa: BLE001 - MemoryError, too: no event is passed over
+        except (sqlite3.Error, OSError, MemoryError) as error:
             batch.clear()  # to get it again
             for entry in self._worker.waiting():  # first: nobody is to wait for the rest
                 if entry.outcome.empty():  # or it would grow with each try
@@ -1172,7 +1173,8 @@ class Receiver:
     def _verify(self, body: bytes, signature: str) -> None:
         if self.settings.verify_signature == "off" or is_signed(body, signature, self.keys):
             return
-        raise refusal("does not match" if decode_signature(signature) else "malformed")
+        is_whole = len(decode_signature(signature)) in [key.size for key in self.keys]
+        raise refusal("does not match" if is_whole else "malformed")
 
     def reply_to(self, event: CallEvent, deadline: float, outside: str = "") -> Replied:
         """Store the event, decide, and return the reply: by `deadline` (time.monotonic()).
@@ -1209,8 +1211,6 @@ class Receiver:
         if self.call_log and replied.action and replied.is_new:
             self.call_log.record_reply(replied.event, replied.reply.body)
         self.show(replied)
-        if self.your_code.stuck():
-            logger.warning("%s", self.your_code.stuck())
         if replied.is_new and not replied.event.is_decided:
             self.your_code.run_later(replied.event)
 
@@ -1368,7 +1368,7 @@ def rendered(reply: Reply, is_last: bool, is_head: bool, moment: int) -> bytes:
 
 
 def _refusal(error: WebhookError) -> Reply:
-    if error.status != 404:  # which admit() has spoken of, if it was a webhook
+    if error.detail or error.status != 404:  # admit() has spoken of a webhook at a wrong path
         logger.warning(error.detail or f"a request was refused with {error.status}: {error.reason}")
     return Reply(error.status, error.reason.encode() + b"\n")
 
@@ -1574,7 +1574,8 @@ class WebhookServer(socketserver.ThreadingTCPServer):
             return False
         longest = min(waiting, key=lambda one: one.deadline)
         longest.is_waiting, longest.deadline = False, now + self.end_seconds
-        longest.shut(socket.SHUT_RD)
+        if os.name != "nt":  # which would answer what has come with a reset
+            longest.shut(socket.SHUT_RD)
         return True
 
     def _accept(self) -> None:
@@ -1644,7 +1645,7 @@ STOP_SECONDS = 4.0  # and a second more for the call log
 
 
 def printable(text: str, keep: str = "") -> str:
-    """`text` for a terminal: control and bidi characters are escaped, but for `keep`."""
+    """`text` for a terminal: what is not printable (bidi controls!) is escaped, but for `keep`."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() or char in keep else ascii(char)[1:-1]
@@ -1808,7 +1809,14 @@ def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
             settings, [*keys, SIPGATE_KEY], functions,
             lambda replied: out.put(lambda: tell(replied)), call_log=call_log, find_call=find_call)
         sys.stderr.write(announce(settings))
-        server.serve_until(lambda: bool(arrived))
+
+        def is_told() -> bool:
+            stuck = receiver.your_code.stuck()
+            if stuck:
+                logger.warning("%s", stuck)
+            return bool(arrived)
+
+        server.serve_until(is_told)
         deadline = time.monotonic() + STOP_SECONDS
         server.stop(STOP_SECONDS)
         left = receiver.your_code.hooks.finish(max(deadline - time.monotonic(), 0.1))
@@ -2504,15 +2512,17 @@ def show_calls(options: argparse.Namespace, settings: Settings) -> int:
     """The command `calls`."""
     form, withheld = options.format, 0
     with open_log(settings.call_log) as database:
-        pairs = listed_calls(database, time.time(), read_since(options.since))
+        since = read_since(options.since)
+        pairs = listed_calls(database, time.time(), since)
         if options.missed:
             callers, withheld = to_ring_back(call for call, _ in pairs)
             pairs = iter([(call, []) for calls in callers for call in calls])
-        found = (pair for pair in pairs if has_number(*pair, options.number))
+        found = (pair for pair in pairs
+                 if pair[0].started >= since and has_number(*pair, options.number))
         rows = call_rows(found, form if options.events else "")
         if options.missed and not options.all:
             rows = ({**call_row(calls[0]), "calls": len(calls)} for calls in callers
-                    if has_number(calls[0], [], options.number))
+                    if calls[0].started >= since and has_number(calls[0], [], options.number))
         if form != "table":
             write_rows(itertools.islice(rows, options.limit), form, sys.stdout)
             return 0
@@ -2575,7 +2585,7 @@ def erase(database: sqlite3.Connection, number: str, folder: str) -> None:
         database.execute("REPLACE INTO events VALUES (?, ?, ?, ?, ?, ?, NULL)", row)
         time.sleep(0.0001)  # so that a running server gets its turn
     rewrite(database, folder)
-    database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    database.execute(EMPTY_WAL)
 
 
 def forget_number(options: argparse.Namespace, settings: Settings) -> int:
@@ -2584,7 +2594,7 @@ def forget_number(options: argparse.Namespace, settings: Settings) -> int:
     if not re.fullmatch("[0-9]{3,32}", digits):
         raise SettingsError(f'"{digits}": expected a complete number, such as +49 157 91234567')
     # However written, but in no longer one.
-    number = r"(?<![0-9])(?:00)?" + r"[\s()/.#*+-]*".join(digits) + "(?![0-9])"
+    number = r"(?<![0-9])(?:00)?" + r"(?:\(0\)|[\s()/.#*+_-])*".join(digits) + "(?![0-9])"
     damaged = glob.glob(glob.escape(path) + ".damaged-*")
     files = [path, path + "-wal", *damaged]
     with open_log(settings.call_log) as database:
@@ -2672,7 +2682,7 @@ class Rehearsal:
             reply = self._post(action.get("onData", ""), form)
             action = reply if pressed else ET.Element("Hangup")
         unasked = ",".join(pressed[:-1])
-        if self.scenario == "menu" and unasked:
+        if self.scenario == "menu" and unasked and not action.get("onData"):
             print(f"    (your functions do not ask for {unasked})")
         number = action.findtext("Number", "")
         self.answer = {} if action.tag != "Dial" else {
@@ -2694,6 +2704,8 @@ class Rehearsal:
             print("    (is the sound a WAV file? sipgate plays no other)")
         self.receiver.follow(replied)
         while self.receiver.your_code.hooks.waiting():
+            if self.receiver.your_code.stuck():
+                raise CommandEnd(self.receiver.your_code.stuck())
             time.sleep(0.005)
         response = ET.fromstring(text if event.is_decided else "<Response />")
         self.urls.update((name[2:].lower(), target) for name, target in response.items())
@@ -3399,6 +3411,8 @@ class PageHandler(http.server.BaseHTTPRequestHandler):
                 body = answer(self.server.overview, **query)
             except CommandEnd as error:
                 status, kind, body = 503, "text/plain", str(error)
+            except (TypeError, ValueError):  # parameters that the page does not send
+                status, kind, body = 400, "text/plain", "malformed query"
         content = body.encode()
         self.send_response(status)
         headers = {**HEADERS, "Content-Type": kind, "Content-Length": str(len(content))}

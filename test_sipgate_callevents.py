@@ -294,7 +294,8 @@ class SettingsTest(unittest.TestCase):
             "https://[abc]/x", "https://example.org?a=b", "https://example.org/#a",
             "https://example.org/ä", "https://ADDRESS/x", "https://x.example/SECRET-PATH",
             "https://example.org/a/new-call", "https://example.org/on-hangup/"),
-         "expected an address such as https://example.org/3f9c2a, without /new-call, query or user"),
+         "expected an address such as https://example.org/3f9c2a, without /new-call, query or "
+         "user"),
     )
 
     def problems(self, **values):
@@ -925,10 +926,11 @@ class ReceiverTest(unittest.TestCase):
         log, malformed = new_log(self), (403, "signature malformed, see VERIFY_SIGNATURE")
         talk = Conversation(call_log=log, functions=CallFunctions(on_new_call=self.fail))
         for signature, refused in [
-                (None, MISSING), ("x", malformed), (sign(NEW_CALL)[:-1], malformed),
+                (None, MISSING), ("x", malformed), ("YWJj", malformed),
+                (sign(NEW_CALL)[:-1], malformed),
                 (sign(HANGUP), (403, "signature does not match, see VERIFY_SIGNATURE"))]:
             self.assertEqual(refusal(talk.receive, "/new-call", NEW_CALL, signature), refused)
-        self.assertEqual((talk.events(), talk.receiver.refused, stored(log.path)), ([], 4, []))
+        self.assertEqual((talk.events(), talk.receiver.refused, stored(log.path)), ([], 5, []))
 
     def test_nothing_is_parsed_before_it_is_verified(self):
         many = b"&".join([b"a=b"] * 2000)
@@ -1088,14 +1090,12 @@ class YourCodeTest(unittest.TestCase):
         talk.receiver.reply_seconds, talk.receiver.your_code.SLOT_SECONDS = 0.1, 0.05
         with diagnostics() as said:
             self.assertEqual(self.together(talk, 9), [TRIAL_XML] * 9)
-        self.assertRegex("\n".join(said), "(?s)on_new_call has not returned in time; .*code <lambda>")
+        self.assertRegex("\n".join(said),
+                         "(?s)on_new_call has not returned in time; .*code <lambda>")
         self.assertIn("all 8 slots", "\n".join(said))
         self.assertEqual(talk.receiver.health(), "")
         talk.receiver.your_code.STUCK_SECONDS = 0.0
-        with diagnostics() as said:
-            talk.receive("/on-hangup", HANGUP)
-        self.assertEqual(said, [talk.receiver.health()])
-        self.assertIn("stuck: on_new_call has been running", said[0])
+        self.assertIn("stuck: on_new_call has been running", talk.receiver.health())
         go_on.set()
         wait_until(lambda: not talk.receiver.health())
         self.assertIn(b"<Hangup />", talk.receive("/new-call", NEW_CALL).body)
@@ -2090,7 +2090,8 @@ class PageTest(InFolder):
         self.serve()
         status, headers, _ = self.get(f"/?key={self.server.key}", Cookie="")
         self.assertEqual((status, headers["Location"]), (303, "/"))
-        self.assertEqual(headers["Set-Cookie"], f"{self.server.cookie}; HttpOnly; SameSite=Strict; Path=/")
+        self.assertEqual(headers["Set-Cookie"],
+                         f"{self.server.cookie}; HttpOnly; SameSite=Strict; Path=/")
         self.assertNotIn(self.server.key, self.server.cookie)
         again = sc.PageServer(self.overview.settings, 0)  # a wall screen goes on after a restart
         self.addCleanup(again.server_close)
@@ -2124,6 +2125,8 @@ class PageTest(InFolder):
                 ("/", {"Host": "localhost:9999"}, 200),
                 ("/", {"Host": "[::1]:9999", "Origin": "http://[::1]:9999"}, 200),
                 ("/none", {}, 404),
+                ("/data?foo=1", {}, 400),
+                ("/calls?count=x", {}, 400),
                 ("/", {"method": "HEAD"}, 200),
                 ("/", {"method": "POST"}, 501)]:
             self.assertEqual(self.get(target, **headers)[0], status, f"{target} {headers}")
@@ -2271,7 +2274,8 @@ class RehearsalTest(unittest.TestCase):
         options = argparse.Namespace(**{"sender": "492111234567", "to": "4915791234567",
                                         "digits": "1", **changed})
         log = new_log(self)
-        talk = Conversation(TRIAL, functions, call_log=log, find_call=functools.partial(sc.find_call, log.path))
+        talk = Conversation(TRIAL, functions, call_log=log,
+                            find_call=functools.partial(sc.find_call, log.path))
         with contextlib.redirect_stdout(io.StringIO()) as out:
             sc.Rehearsal(talk.receiver, name, options).play()
         events = talk.events()
@@ -2335,6 +2339,15 @@ class RehearsalTest(unittest.TestCase):
                 (play("http://x/a.mp3"), sound, 1), (play("http://x/a.WAV?b"), sound, 0)]:
             said = self.rehearse(functions=always(action)._replace(on_dtmf=sc.on_dtmf))[0]
             self.assertEqual(str(said).count(line), count, said)
+        said = self.rehearse("menu", always(gather("http://x/a")))[0]
+        self.assertNotIn("do not ask", str(said), "another server may")
+
+    def test_code_that_does_not_return_ends_the_rehearsal(self):
+        go_on = threading.Event()
+        self.addCleanup(go_on.set)
+        change(self, sc.YourCode, "STUCK_SECONDS", 0.05)
+        with self.assertRaisesRegex(sc.CommandEnd, "on_answer has been running"):
+            self.rehearse(functions=CallFunctions(on_answer=lambda event: go_on.wait(10)))
 
 
 # ---- Check ----
@@ -2431,7 +2444,7 @@ class CheckTest(InFolder):
     def test_the_call_log(self):
         missing = os.path.join(self.folder, "none", "calls.db")
         for kind, said, path in [
-                ("ok", "^call log: no calls are kept", "off"), ("ok", "^call log: no calls are", ""),
+                ("ok", "^call log: no calls are", "off"), ("ok", "^call log: no calls are", ""),
                 ("problem", "and this user may not create it$", missing),
                 ("problem", f"^call log: {self.folder}: unable to open", self.folder)]:
             self.assert_log(kind, said, path)
@@ -2614,7 +2627,8 @@ class HangingTest(unittest.TestCase):
     """With the real time limit, which passes while other tests run."""
 
     CODE = """\
-import time
+import sipgate_callevents, time
+sipgate_callevents.YourCode.STUCK_SECONDS = 1
 
 class Slow(Exception):
     def __str__(self):
@@ -2664,7 +2678,8 @@ def on_new_call(event):
             self.assertTrue(reply.startswith(b"<Response onAnswer="), reply)
         status, _, err = self.program.end()
         self.assertEqual(status, 0)
-        self.assertRegex(err, r"(?s):\d\d ERROR: on_new_call .*mine.py', line 5, code __str__")
+        self.assertIn("WARNING: your code is stuck: on_new_call has been running", err)
+        self.assertRegex(err, r"(?s):\d\d ERROR: on_new_call .*mine.py', line 6, code __str__")
 
 
 class SettingsFromTest(InFolder):
@@ -2915,7 +2930,8 @@ class ProgramTest(InFolder):
         part_one = text_of("sipgate_callevents.py").partition("# PART II")[0]
         path = self.write("part_one.py", part_one + (
             "\nsys.exit(serve(Settings(webhook_port=int(sys.argv[1]), call_log='off'), announce=\n"
-            "    lambda settings: f'listens on x port {settings.webhook_port} Ctrl-C stops\\n'))\n"))
+            "    lambda settings:"
+            " f'listens on x port {settings.webhook_port} Ctrl-C stops\\n'))\n"))
         program = self.start("0", script=path)
         for path, body in (("/new-call", NEW_CALL), ("/on-hangup", HANGUP)):
             self.assertEqual(program.post(path, body)[0], 200)
@@ -2972,6 +2988,9 @@ class CommandTest(InFolder):
         for number, count in ((MOBILE, 1), ("+" + MOBILE, 1), (P, 1), ("49171*", 1), ("4917", 0),
                               ("+49.157 (111) 222", 9), ("+49 (0) 157 111222", 9)):
             self.assertEqual(len(self.entries("--number", number)), count, number)
+        for second, count in ((50000, 2), (50001, 1)):  # by when they began, not by their end
+            since = sc.local_time(1e9 + second)
+            self.assertEqual(len(self.entries("--since", since)), count)
         entry, = self.entries("--since", "2026-01-01", "--events")
         self.assertEqual((entry["from"], entry["users"], entry["digits"]),
                          ("492111234567", ["Alice", "Bob"], "1"))
@@ -3089,6 +3108,11 @@ class ForgetTest(InFolder):
             ("reply", response_xml(gather(state='{"n": "%s"}' % number), on_data="http://x/d"),
              b'<Response><Gather onData="[forgotten]" maxDigits="1" timeout="2000" />'
              b"</Response>\n")]
+
+    def test_a_zero_in_brackets_is_no_part_of_a_number(self):
+        self.store([plain_row(10**15, "newCall", "A", b"from=%2B49+(0)157_999111")])
+        status, out, _ = self.run_command("forget", "--yes", self.NUMBER)
+        self.assertEqual((status, stored(self.path, "body")), (0, [b"from=[forgotten]"]), out)
 
     def test_no_byte_of_a_forgotten_number_is_left_however_it_hides(self):
         number, blanked = self.NUMBER, self.hidden()
