@@ -424,8 +424,7 @@ class UnknownEvent(CallEvent):
 
 # A further event: a class above (is_decided=False, if its function is to run later), named here;
 # its fields below; a line in ROUTES; its function in CallFunctions; what event_line prints. If a
-# reply has to ask for it, so that sipgate sends it: its URL in Receiver.urls, and its attribute in
-# response_xml.
+# reply has to ask for it, so that sipgate sends it: its attribute in response_xml.
 EVENTS: dict[str, type[CallEvent]] = {
     kind.event: kind for kind in (NewCallEvent, AnswerEvent, HangupEvent, DtmfEvent)}
 FIELDS = {  # of the form, each with its name here
@@ -487,33 +486,33 @@ def _single(form: Mapping[str, Sequence[str]], key: str) -> str:
 
 @dataclass(frozen=True)
 class Action:
-    """An element of sipgate's XML, made by the functions below."""
+    """What happens to the call, as an element of sipgate's XML; made by the functions below."""
 
-    tag: str
-    attributes: tuple[tuple[str, str], ...] = ()
-    children: tuple[Action, ...] = ()
-    text: str = ""
+    xml: str
+
+
+def _expect(is_right: object, argument: str, value: object, expected: str) -> None:
+    if not is_right:
+        raise ValueError(f"{argument} is {value!r}: expected {expected}")
 
 
 def _phone_number(argument: str, value: str) -> str:
     digits = re.sub(r"\A\s*\+|[\s()/-]", "", value) if isinstance(value, str) else ""
     # "+49 (0) 211" means 49211; without the brackets it would be a wrong number.
-    if not re.fullmatch("[1-9][0-9]{0,31}", digits) or re.search(r"\(\s*0\s*\)", value):
-        raise ValueError(f"{argument} is {value!r}: expected text of digits that begin with the "
-                         "country code, without 0 or 00, such as '4915799912345'")
+    _expect(re.fullmatch("[1-9][0-9]{0,31}", digits) and not re.search(r"\(\s*0\s*\)", value),
+            argument, value, "text of digits that begin with the country code, without 0 or 00, "
+            "such as '4915799912345'")
     return digits
 
 
 def _absolute_url(argument: str, value: str) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"https?://[A-Za-z0-9\[][!\x22$-~]*", value):
-        raise ValueError(f"{argument} is {value!r}: expected a URL that begins with http:// or "
-                         "https://")
+    _expect(isinstance(value, str) and re.fullmatch(r"https?://[A-Za-z0-9\[][!\x22$-~]*", value),
+            argument, value, "a URL that begins with http:// or https://")
     return value
 
 
 def _at_least_one(argument: str, value: int) -> str:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{argument} is {value!r}: expected a whole number of 1 or more")
+    _expect(type(value) is int and value > 0, argument, value, "a whole number of 1 or more")
     return str(value)
 
 
@@ -523,22 +522,21 @@ def dial(*numbers: str, caller_id: str | None = None, anonymous: bool | None = N
     Numbers are E.164 digits; +, blanks, dashes, slashes and brackets are removed.
     `caller_id` is the number to show, `anonymous` whether to show none. Raises ValueError.
     """
-    if not 1 <= len(numbers) <= 5:
-        raise ValueError(f"numbers: {len(numbers)} were given, expected 1 to 5")
-    attributes = []
+    _expect(1 <= len(numbers) <= 5, "the count of numbers", len(numbers), "1 to 5")
+    element = ET.Element("Dial")
     if caller_id is not None:
-        attributes.append(("callerId", _phone_number("caller_id", caller_id)))
+        element.set("callerId", _phone_number("caller_id", caller_id))
     if anonymous is not None:
-        if not isinstance(anonymous, bool):
-            raise ValueError(f"anonymous is {anonymous!r}: expected True or False")
-        attributes.append(("anonymous", str(anonymous).lower()))
-    targets = (Action("Number", text=_phone_number("numbers", number)) for number in numbers)
-    return Action("Dial", tuple(attributes), tuple(targets))
+        _expect(isinstance(anonymous, bool), "anonymous", anonymous, "True or False")
+        element.set("anonymous", str(anonymous).lower())
+    for number in numbers:
+        ET.SubElement(element, "Number").text = _phone_number("numbers", number)
+    return Action(ET.tostring(element, "unicode"))
 
 
 def voicemail() -> Action:
     """Send the caller to voicemail."""
-    return Action("Dial", children=(Action("Voicemail"),))
+    return Action("<Dial><Voicemail /></Dial>")
 
 
 def play(url: str) -> Action:
@@ -546,7 +544,9 @@ def play(url: str) -> Action:
 
     It must be WAV, mono, 16-bit PCM, 8 kHz. Raises ValueError for a URL that is not absolute.
     """
-    return Action("Play", children=(Action("Url", text=_absolute_url("url", url)),))
+    element = ET.Element("Play")
+    ET.SubElement(element, "Url").text = _absolute_url("url", url)
+    return Action(ET.tostring(element, "unicode"))
 
 
 def gather(url: str | None = None, *, play: str | None = None, max_digits: int = 1,
@@ -556,57 +556,50 @@ def gather(url: str | None = None, *, play: str | None = None, max_digits: int =
     `url` is the address to send them to instead of our own, `timeout_ms` runs from the end of
     the sound, in milliseconds, and `state` comes back as event.state. Raises ValueError.
     """
-    # What does not begin with http is completed by response_xml.
-    target = "" if url is None else _absolute_url("url", url)
+    # A path is completed by response_xml.
+    target = "/on-data" if url is None else _absolute_url("url", url)
     if state is not None:
-        if not isinstance(state, str):
-            raise ValueError(f"state is {state!r}: expected text")
+        _expect(isinstance(state, str), "state", state, "text")
         target += ("&" if "?" in target else "?") + urllib.parse.urlencode({"state": state})
-    sound = () if play is None else (Action("Url", text=_absolute_url("play", play)),)
-    return Action("Gather", (
-        ("onData", target),
-        ("maxDigits", _at_least_one("max_digits", max_digits)),
-        ("timeout", _at_least_one("timeout_ms", timeout_ms)),
-    ), (Action("Play", children=sound),) if sound else ())
+    element = ET.Element("Gather", onData=target,
+                         maxDigits=_at_least_one("max_digits", max_digits),
+                         timeout=_at_least_one("timeout_ms", timeout_ms))
+    if play is not None:
+        sound = ET.SubElement(element, "Play")
+        ET.SubElement(sound, "Url").text = _absolute_url("play", play)
+    return Action(ET.tostring(element, "unicode"))
 
 
 def reject(reason: str = "rejected") -> Action:
     """Refuse the call: the caller hears that it is rejected, or with "busy" the busy tone."""
-    if reason not in ("rejected", "busy"):
-        raise ValueError(f"reason is {reason!r}: expected 'rejected' or 'busy'")
-    return Action("Reject", (("reason", reason),) if reason == "busy" else ())
+    _expect(reason in ("rejected", "busy"), "reason", reason, "'rejected' or 'busy'")
+    return Action('<Reject reason="busy" />' if reason == "busy" else "<Reject />")
 
 
 def hang_up() -> Action:
     """End the call."""
-    return Action("Hangup")
+    return Action("<Hangup />")
 
 
-def response_xml(action: Action | None = None, *, on_answer: str = "", on_hangup: str = "",
-                 on_data: str = "") -> bytes:
+def response_xml(action: Action | None = None, base_url: str = "") -> bytes:
     """Return sipgate's <Response> document, in ASCII, with `action` in it.
 
-    `on_answer` and `on_hangup` are the absolute URLs to send those events to (empty: they are
-    not sent); `on_data` is the one for a gather() without a URL. Raises ValueError where it
-    needs one and there is none.
+    It asks for the further events of the call, at the routes below `base_url`; without that for
+    none, and a gather() without a URL of its own raises ValueError.
     """
-    follow_ups = {"onAnswer": on_answer, "onHangup": on_hangup}
-    response = ET.Element("Response", {name: url for name, url in follow_ups.items() if url})
-    if action is not None:
-        _append(response, action, on_data)
+    response = ET.Element("Response")
+    if base_url:
+        response.set("onAnswer", base_url + "/on-answer")
+        response.set("onHangup", base_url + "/on-hangup")
+    if action:
+        element = ET.fromstring(action.xml)
+        target = element.get("onData", "")
+        if target.startswith("/"):
+            if not base_url:
+                raise ValueError("gather() without a URL needs WEBHOOK_URL")
+            element.set("onData", base_url + target)
+        response.append(element)
     return ET.tostring(response) + b"\n"
-
-
-def _append(parent: ET.Element, action: Action, on_data: str) -> None:
-    element = ET.SubElement(parent, action.tag, dict(action.attributes))
-    target = element.get("onData")
-    if target is not None and not target.startswith("http"):
-        if not on_data:
-            raise ValueError("gather() without a URL needs WEBHOOK_URL")
-        element.set("onData", on_data + target)
-    element.text = action.text
-    for child in action.children:
-        _append(element, child, on_data)
 
 
 # ------------------------------------------------------------------------------------------
@@ -1112,13 +1105,12 @@ class Receiver:
     refused: int = 0  # webhooks, since the start; about
 
     def __post_init__(self) -> None:
-        base, url = self.settings.base_path, self.settings.base_url
+        base = self.settings.base_path
         # The first two are WEBHOOK_URL as it stands, if that was entered at sipgate.
         self.routes = {base or "/": "", base + "/": "",
                        **{base + route: event for route, event in ROUTES.items()}}
-        self.urls = {"on_answer": url + "/on-answer", "on_hangup": url + "/on-hangup",
-                     "on_data": url + "/on-data"}
-        self._undecided = response_xml(None, **self.urls)  # made before anything can go wrong
+        # Made before anything can go wrong.
+        self._undecided = response_xml(None, self.settings.base_url)
         self.your_code = YourCode(self.functions)
 
     def health(self) -> str:
@@ -1182,18 +1174,18 @@ class Receiver:
         From here on the call is real, and no fault of ours may keep it from going through.
         """
         received_at, is_new, action = time.time(), True, None
-        urls, document = self.urls, self._undecided
+        base_url, document = self.settings.base_url, self._undecided
         if not event.function:  # of a kind that is not known
             document = response_xml()
         if outside and self.settings.trial:
-            urls, document = {}, response_xml()  # ours on localhost would lead sipgate nowhere
+            base_url, document = "", response_xml()  # localhost would lead sipgate nowhere
             logger.warning("this came in for %s; restart with --url https://%s to get answer and "
                            "hangup too", outside, outside)
         try:
             is_new = self._record(event, received_at)
             decision = self.your_code.decide(event, deadline) if event.is_decided else None
             if decision:
-                document, action = response_xml(decision, **urls), decision
+                document, action = response_xml(decision, base_url), decision
         except Exception:  # such as a gather() that needs our URL
             logger.exception("a reply could not be made; the call goes through undecided")
         reply = Reply(200, document, "application/xml") if event.is_decided else DISCARDED

@@ -517,8 +517,9 @@ class ActionTest(unittest.TestCase):
 
     def test_each_action_reads_as_in_the_reference(self):
         for expected, action in self.ROWS:
-            self.assertEqual(response_xml(action, on_data="http://x/on-data").decode(),
-                             f"<Response>{expected}</Response>\n")
+            self.assertEqual(response_xml(action, "http://x").decode(),
+                             '<Response onAnswer="http://x/on-answer" onHangup="http://x/on-hangup"'
+                             f">{expected}</Response>\n")
 
     def test_what_sipgate_would_not_understand_is_refused_when_it_is_built(self):
         for build, name, values, expected in self.WRONG:
@@ -527,7 +528,7 @@ class ActionTest(unittest.TestCase):
                     build(value)
                 self.assertEqual(str(caught.exception), f"{name} is {value!r}: {expected}")
         for count in (0, 6):
-            with self.assertRaisesRegex(ValueError, f"{count} were given, expected 1 to 5"):
+            with self.assertRaisesRegex(ValueError, f"numbers is {count}: expected 1 to 5"):
                 dial(*"1" * count)
         for build in (lambda: gather(state="\ud800"), lambda: response_xml(gather())):
             with self.assertRaises(ValueError):
@@ -3102,12 +3103,12 @@ class ForgetTest(InFolder):
             *rows, ("newCall", b"<x=1&from=49157999111", b"<x=1&from=" + blank),
             ("newCall", b"a=b=49157999111&c", b"a=[forgotten]&c"),
             (number, b"event=49157999111", b"event=[forgotten]"),
-            ("reply", response_xml(dial(number, "49157999112"), on_hangup=f"https://x/{number}/h"),
-             b'<Response onHangup="[forgotten]"><Dial><Number>[forgotten]</Number>'
-             b"<Number>49157999112</Number></Dial></Response>\n"),
-            ("reply", response_xml(gather(state='{"n": "%s"}' % number), on_data="http://x/d"),
-             b'<Response><Gather onData="[forgotten]" maxDigits="1" timeout="2000" />'
-             b"</Response>\n")]
+            ("reply", response_xml(dial(number, "49157999112"), f"https://x/{number}"),
+             b'<Response onAnswer="[forgotten]" onHangup="[forgotten]"><Dial><Number>[forgotten]'
+             b"</Number><Number>49157999112</Number></Dial></Response>\n"),
+            ("reply", response_xml(gather(state='{"n": "%s"}' % number), "http://x"),
+             b'<Response onAnswer="http://x/on-answer" onHangup="http://x/on-hangup">'
+             b'<Gather onData="[forgotten]" maxDigits="1" timeout="2000" /></Response>\n')]
 
     def test_a_zero_in_brackets_is_no_part_of_a_number(self):
         self.store([plain_row(10**15, "newCall", "A", b"from=%2B49+(0)157_999111")])
@@ -3201,7 +3202,7 @@ class ReadmeTest(unittest.TestCase):
         self.assertIsNone(decide(replace(incoming, users=("Alice",))))
         mine = self.functions(1)
         decide, on_dtmf = mine["on_new_call"], mine["on_dtmf"]
-        self.assertIn(b"/d?state=menu", response_xml(decide(incoming), on_data="http://x/d"))
+        self.assertIn(b"/x/on-data?state=menu", response_xml(decide(incoming), "http://x"))
         self.assertIsNone(decide(replace(incoming, call_id="B", orig_call_id="A")))
         self.assertEqual(on_dtmf(DtmfEvent(dtmf="1", state="menu")),
                          dial("4915799912345", "492111234567"))
