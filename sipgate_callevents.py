@@ -309,15 +309,13 @@ def is_signed(body: bytes, header: str | None, keys: Sequence[PublicKey]) -> boo
 MAX_FIELDS = 1000  # of a form: a group of 200 users has 600. parse_qs takes long for 20,000
 
 
+@dataclass(eq=False)
 class WebhookError(Exception):
-    """A request that is refused: `status`, and `reason`, a constant sentence for the reply.
+    """A request that is refused."""
 
-    `detail`, for stderr, says more, and what to do.
-    """
-
-    def __init__(self, status: int, reason: str, detail: str = "") -> None:
-        super().__init__(reason)
-        self.status, self.reason, self.detail = status, reason, detail
+    status: int
+    reason: str  # a constant sentence for the reply
+    detail: str = ""  # for stderr: more, and what to do
 
 
 @dataclass(frozen=True)
@@ -328,7 +326,7 @@ class CallEvent:
     are what to pass on if another program is to verify it.
     """
 
-    event: ClassVar[str]
+    event: str = ""
     function: ClassVar[str] = ""  # the one of yours that gets it
     is_decided: ClassVar[bool] = True  # by what that function returns; else it runs later
     call_id: str = ""
@@ -366,7 +364,7 @@ class LegEvent(CallEvent):
 class NewCallEvent(LegEvent):
     """A leg starts to ring. `users`: those whose phones ring, or the one who calls out."""
 
-    event: ClassVar[str] = "newCall"
+    event: str = "newCall"
     function: ClassVar[str] = "on_new_call"
     users: tuple[str, ...] = ()
     user_ids: tuple[str, ...] = ()  # such as "w0"
@@ -382,7 +380,7 @@ class NewCallEvent(LegEvent):
 class AnswerEvent(LegEvent):
     """Somebody or something answered: voicemail and queues do too, without a user."""
 
-    event: ClassVar[str] = "answer"
+    event: str = "answer"
     function: ClassVar[str] = "on_answer"
     is_decided: ClassVar[bool] = False
     user: str = ""
@@ -395,7 +393,7 @@ class AnswerEvent(LegEvent):
 class HangupEvent(LegEvent):
     """A leg ended. `cause`: normalClearing, busy, cancel, noAnswer, congestion, forwarded, ..."""
 
-    event: ClassVar[str] = "hangup"
+    event: str = "hangup"
     function: ClassVar[str] = "on_hangup"
     is_decided: ClassVar[bool] = False
     cause: str = ""
@@ -409,7 +407,7 @@ class DtmfEvent(CallEvent):
     `state` is what gather(state=...) was given.
     """
 
-    event: ClassVar[str] = "dtmf"
+    event: str = "dtmf"
     function: ClassVar[str] = "on_dtmf"
     dtmf: str = ""
     state: str = ""
@@ -418,8 +416,6 @@ class DtmfEvent(CallEvent):
 @dataclass(frozen=True)
 class UnknownEvent(CallEvent):
     """An event of a kind that sipgate did not have when this was written."""
-
-    event: str = ""  # type: ignore[misc]
 
 
 # A further event: a class above (is_decided=False, if its function is to run later), named here;
@@ -455,9 +451,7 @@ def parse_event(body: bytes, default_event: str, state: str = "", **more: Any) -
     if not name:
         raise WebhookError(404, "no event is named", "a webhook came in that names no event")
     kind = EVENTS.get(name, UnknownEvent)
-    values: dict[str, Any] = {"event": name} if kind is UnknownEvent else {}
-    if kind is DtmfEvent:
-        values["state"] = state
+    values: dict[str, Any] = {"state": state} if kind is DtmfEvent else {}
     for key, found in form.items():
         # user[] as documented, user[][0] as sipgate's own test sends it.
         wire = re.sub(r"\[\]\[[0-9]+\]\Z", "[]", key)
@@ -468,7 +462,7 @@ def parse_event(body: bytes, default_event: str, state: str = "", **more: Any) -
             values[python] = _single(form, key)
         elif any(found):
             values[python] = (*values.get(python, ()), *found)
-    return kind(fields=form, body=body, **values, **more)
+    return kind(event=name, fields=form, body=body, **values, **more)
 
 
 def _single(form: Mapping[str, Sequence[str]], key: str) -> str:
