@@ -605,38 +605,33 @@ class Worker(threading.Thread):
     """A queue, and the one thread that empties it, in order."""
 
     IDLE_SECONDS = 1.0
+    BATCH = 200
 
-    def __init__(self, name: str, work: Callable[[list[Any]], None], limit: int, *,
-                 most: int = 1000) -> None:
-        """Start the thread: it calls `work` with a list of what waits, up to `most` items.
+    def __init__(self, name: str, work: Callable[[list[Any]], None], limit: int) -> None:
+        """Start the thread: it calls `work` with a list of what waits, up to BATCH items.
 
-        `limit` items may wait. After IDLE_SECONDS without any the list is empty. If `work`
-        clears it, the same come again.
+        `limit` items may wait. After IDLE_SECONDS without any the list is empty. What `work`
+        drops from its end comes again.
         """
         super().__init__(name=name, daemon=True)
-        self._work, self.limit, self._most = work, limit, most
+        self._work, self.limit = work, limit
+        self.items: list[Any] = []  # not done yet, what is being worked on included
         self.lock = threading.Condition()
         self._is_closing = False
-        self._items: list[Any] = []
         self.start()
 
     def put(self, item: Any) -> bool:
         """Queue `item`, without waiting; False if there is no room."""
         with self.lock:
-            if len(self._items) >= self.limit:
+            if len(self.items) >= self.limit:
                 return False
-            self._items.append(item)
+            self.items.append(item)
             self.lock.notify()
             return True
 
     def is_needed(self) -> bool:
         """Whether something waits, or the end of the thread."""
-        return bool(self._items or self._is_closing)
-
-    def waiting(self) -> list[Any]:
-        """What is not done yet, with what is being worked on."""
-        with self.lock:
-            return self._items[:]
+        return bool(self.items or self._is_closing)
 
     def finish(self, seconds: float) -> list[Any]:
         """Wait up to `seconds` for what was put, and end the thread; return what is not done."""
@@ -644,19 +639,19 @@ class Worker(threading.Thread):
             self._is_closing = True
             self.lock.notify()
         self.join(seconds)
-        return self.waiting()
+        return self.items[:]
 
     def run(self) -> None:
-        while self._items or not self._is_closing:
+        while self.items or not self._is_closing:
             with self.lock:
                 self.lock.wait_for(self.is_needed, self.IDLE_SECONDS)
-                batch = self._items[:self._most]
+                batch = self.items[:self.BATCH]
             try:
                 self._work(batch)
             except Exception:  # the thread serves all that comes later, too
                 logger.exception("an error in this program; %d entries are passed over", len(batch))
             with self.lock:
-                del self._items[:len(batch)]
+                del self.items[:len(batch)]
 
 
 # ------------------------------------------------------------------------------------------
@@ -816,14 +811,14 @@ class CallLog:
                 raise OSError("the file was deleted or replaced")
             if batch:
                 self._store(batch)
-            if self.behind and self._worker.waiting() == batch:
+            if self.behind and self._worker.items == batch:
                 self.behind = ""
                 logger.info("the call log has caught up: all events are stored")
             if time.monotonic() >= self._remove_at:
                 self._remove_at = time.monotonic() + self._remove()
         except (sqlite3.Error, OSError, MemoryError) as error:
             batch.clear()  # to get it again
-            for entry in self._worker.waiting():  # first: nobody is to wait for the rest
+            for entry in self._worker.items[:]:  # first: nobody is to wait for the rest
                 if entry.outcome.empty():  # or it would grow with each try
                     entry.outcome.put(None)
             self._fail(error)
@@ -979,7 +974,7 @@ class YourCode:
                           if _content(function) != _content(_nothing)}
         self._slots = threading.Semaphore(self.SLOTS)
         self._running: dict[int, tuple[str, float]] = {}  # by thread: which, since when
-        self.hooks = Worker("hooks", self._run_hooks, 1000, most=1)
+        self.hooks = Worker("hooks", self._run_first, 1000)
 
     def decide(self, event: CallEvent, deadline: float) -> Action | None:
         """Return what your function makes of `event`; None if it fails, or not by `deadline`.
@@ -1028,7 +1023,8 @@ class YourCode:
                            "the call goes through undecided", self.SLOTS)
             outcome.put(None)
 
-    def _run_hooks(self, batch: list[CallEvent]) -> None:
+    def _run_first(self, batch: list[CallEvent]) -> None:
+        del batch[1:]  # they wait
         for event in batch:
             self._run(event, queue.SimpleQueue())
 
@@ -1660,7 +1656,7 @@ class Output(io.FileIO):
             descriptor = os.open(os.devnull, os.O_WRONLY)
         super().__init__(descriptor, "w", closefd=False)
         self._encoding = str(os.device_encoding(self.fileno()) or "utf-8")
-        self.worker = Worker("output", self._write, 5000, most=200)
+        self.worker = Worker("output", self._write, 5000)
         self.text = io.TextIOWrapper(self, self._encoding, "backslashreplace", "\n",
                                      line_buffering=True)
 
@@ -2689,7 +2685,7 @@ class Rehearsal:
         if "<Url>" in text and ".wav" not in text.lower():
             print("    (is the sound a WAV file? sipgate plays no other)")
         self.receiver.follow(replied)
-        while self.receiver.your_code.hooks.waiting():
+        while self.receiver.your_code.hooks.items:
             if self.receiver.your_code.stuck():
                 raise CommandEnd(self.receiver.your_code.stuck())
             time.sleep(0.005)

@@ -547,7 +547,8 @@ class WorkerTest(unittest.TestCase):
             if len(batches) == 2:
                 batch.clear()  # it failed
 
-        worker = sc.Worker("test", work, 10, most=4)
+        change(self, sc.Worker, "BATCH", 4)
+        worker = sc.Worker("test", work, 10)
         worker.put(0)
         wait_until(lambda: batches)
         self.assertEqual([worker.put(n) for n in range(1, 11)], [True] * 9 + [False])
@@ -560,7 +561,7 @@ class WorkerTest(unittest.TestCase):
         worker = sc.Worker("test", lambda batch: done.extend(1 / n for n in batch), 10)
         with diagnostics() as said:
             worker.put(0)
-            wait_until(lambda: not worker.waiting())
+            wait_until(lambda: not worker.items)
             worker.put(1)
             self.assertEqual((worker.finish(5), done), ([], [1]))
         self.assertIn("an error in this program", said[0])
@@ -918,7 +919,7 @@ class Conversation:
 
     def events(self):
         """What has been shown, once all that follows is done."""
-        wait_until(lambda: not self.receiver.your_code.hooks.waiting())
+        wait_until(lambda: not self.receiver.your_code.hooks.items)
         return [answered.event for answered in self.shown]
 
 
