@@ -739,14 +739,14 @@ class CallLog:
         self.behind = ""  # why events wait; "" while they do not
         self._database: Any = None  # while it is not open
         # Kept open: closing it would drop all locks of the process on it, SQLite's too (POSIX).
-        self._file: Any = None
+        self._file: Any = io.BytesIO()  # in its place before that
         self._last_id = 0
         try:
             self._open()
         except sqlite3.Error as error:  # locked, for instance: calls are taken all the same
             self._fail(error)
         except OSError as error:
-            self._forget_file()
+            self._file.close()
             raise SettingsError(f'CALL_LOG is "{path}": {error.strerror or error}; expected a file '
                                 "in a folder that this user may write, or off") from None
         self._newest = self._last_id / 1e6  # at the start
@@ -783,7 +783,7 @@ class CallLog:
                          ", ".join(dict.fromkeys(entry.call_id for entry in left)))
         if not self._worker.is_alive():  # or it has the database, and perhaps for ever
             self._disconnect()
-            self._forget_file()
+            self._file.close()
 
     def _queue(self, entry: Entry, received_at: float) -> None:
         now = int(received_at * 1e6)
@@ -828,7 +828,7 @@ class CallLog:
         if os.path.exists(self.path) and not os.path.isfile(self.path):
             raise OSError("it is no file")
         if not self._is_there():
-            self._forget_file()
+            self._file.close()
             # Created here, since SQLite would let others read it; -wal and -shm take after it.
             self._file = open(  # noqa: SIM115 - see above
                 self.path, "a+b", 0, opener=functools.partial(os.open, mode=0o600))
@@ -853,15 +853,9 @@ class CallLog:
         self._last_id = max(self._last_id, newest or 0)
 
     def _is_there(self) -> bool:
-        with contextlib.suppress(OSError):
-            return bool(self._file) and os.path.samestat(
-                os.stat(self.path), os.fstat(self._file.fileno()))
+        with contextlib.suppress(OSError, ValueError):  # it is gone, or not open
+            return os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
         return False
-
-    def _forget_file(self) -> None:
-        if self._file:
-            self._file.close()
-        self._file = None
 
     def _disconnect(self) -> None:
         if self._database:
@@ -873,7 +867,7 @@ class CallLog:
         self._fall_behind(str(error))
         self._disconnect()  # which rolls back
         if type(error) is sqlite3.DatabaseError:  # as SQLITE_CORRUPT and SQLITE_NOTADB alone are
-            self._forget_file()  # or Windows would not let it be renamed
+            self._file.close()  # or Windows would not let it be renamed
             name = f"{self.path}.damaged-{self.clock():.0f}"
             for suffix in ("", "-wal", "-shm", "-journal"):
                 with contextlib.suppress(OSError):
@@ -922,7 +916,7 @@ class CallLog:
 
     def _rewrite(self) -> None:
         folder = os.path.dirname(self.path)
-        self._database.execute(EMPTY_WAL)
+        self._empty_wal()  # first, or it would be written anew for nothing
         if shutil.disk_usage(folder).free < 2.5 * os.path.getsize(self.path):
             raise OSError("there is no room to write it anew")
         self._database.set_progress_handler(self._worker.is_needed, 1000)
@@ -930,6 +924,9 @@ class CallLog:
             rewrite(self._database, folder)
         finally:
             self._database.set_progress_handler(None, 0)
+        self._empty_wal()
+
+    def _empty_wal(self) -> None:
         if self._database.execute(EMPTY_WAL).fetchone()[0]:
             raise OSError("another program reads it")
 

@@ -812,9 +812,14 @@ class CallLogTest(unittest.TestCase):
             self.assertTrue(self.record(log, f"between{n}"))
             self.assertIn(f"between{n}", self.rows())
         self.assertIn("OLDCALL", self.rows(), "they came in its midst")
+        rewrite, rewritten = sc.rewrite, []
+        change(self, sc, "rewrite", lambda *given: (rewrite(*given), rewritten.append(given)))
         with diagnostics() as said:
             wait_until(lambda: said)
+            log._remove_at = 0
+            wait_until(lambda: len(said) > 1)
         self.assertIn("(another program reads it)", said[0])
+        self.assertLessEqual(len(rewritten), 1, "the next try does not begin anew")
         reader.execute("COMMIT")
         wait_until(lambda: self.is_clean(log))
         self.assertEqual(len(self.rows()), 1005)
