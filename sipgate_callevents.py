@@ -970,6 +970,7 @@ class YourCode:
         self.functions = {name: function for name, function in functions._asdict().items()
                           if _content(function) != _content(_nothing)}
         self._slots = threading.Semaphore(self.SLOTS)
+        self._is_full = False  # since a call waited for a slot in vain
         self._running: dict[int, tuple[str, float]] = {}  # by thread: which, since when
         self.hooks = Worker("hooks", self._run_first, 1000)
 
@@ -979,8 +980,7 @@ class YourCode:
         That is Receiver.reply_seconds after the request; storing the event has taken a second of
         them at most. The caller waits no longer, as long as Python runs.
         """
-        name = event.function
-        if name not in self.functions:
+        if event.function not in self.functions:
             return None
         outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
         # Thread.start() waits for its thread to begin: for ever, if memory has run out.
@@ -990,14 +990,15 @@ class YourCode:
         except queue.Empty:
             # Without the source lines, whose file could be on a disk that hangs.
             frames = traceback.walk_stack(sys._current_frames().get(thread))
+            below = "\n".join(str(frame) for frame, _ in frames)
             logger.error("%s has not returned in time; the call goes through undecided. It is at",
-                         name, extra={"below": "\n".join(str(frame) for frame, _ in frames)})
+                         event.function, extra={"below": below})
             return None
-        if action is not None and not isinstance(action, Action):
-            logger.error("%s returned a %s, not an action such as voicemail(); the call goes "
-                         "through undecided", name, type(action).__name__)
-            return None
-        return action
+        if action is None or isinstance(action, Action):
+            return action
+        logger.error("%s returned a %s, not an action such as voicemail(); the call goes through "
+                     "undecided", event.function, type(action).__name__)
+        return None
 
     def run_later(self, event: CallEvent) -> None:
         """Queue a run of your function; never waits."""
@@ -1009,36 +1010,43 @@ class YourCode:
         for name, since in list(self._running.values()):
             if time.monotonic() - since > self.STUCK_SECONDS:
                 return f"your code is stuck: {name} has been running for over a minute"
-        return ""
+        if self._is_full and self._slots.acquire(blocking=False):
+            self._slots.release()
+            self._is_full = False
+        return "your code is stuck: it has taken all slots" if self._is_full else ""
 
     def _run_in_slot(self, event: CallEvent, outcome: queue.SimpleQueue[Any]) -> None:
-        if self._slots.acquire(timeout=self.SLOT_SECONDS):
-            self._run(event, outcome)
-            self._slots.release()
-        else:
+        if not self._slots.acquire(timeout=self.SLOT_SECONDS):
             logger.warning("all %d slots for your code are taken, by code that has not returned; "
                            "the call goes through undecided", self.SLOTS)
+            self._is_full = True
             outcome.put(None)
+            return
+        try:
+            outcome.put(self._run(event))
+        finally:
+            self._slots.release()
 
     def _run_first(self, batch: list[CallEvent]) -> None:
         del batch[1:]  # they wait
         for event in batch:
-            self._run(event, queue.SimpleQueue())
+            self._run(event)
 
-    def _run(self, event: CallEvent, outcome: queue.SimpleQueue[Any]) -> None:
-        name, thread, action = event.function, threading.get_ident(), None
-        self._running[thread] = (name, time.monotonic())
+    def _run(self, event: CallEvent) -> Any:
+        """What your function returns; None, with a message, if it raises."""
+        thread = threading.get_ident()
+        self._running[thread] = (event.function, time.monotonic())
         try:
-            action = self.functions[name](event)
+            return self.functions[event.function](event)
         except BaseException as error:  # noqa: BLE001 - sys.exit() in your code is no end of ours
             trace: Any = error.__traceback__  # its first frame is this one
             # Text from here on: making it could hang, and the logger's lock with it.
             below = traceback.format_exception(None, error, trace.tb_next, -20, False)
-            logger.error("%s raised %s; the call goes on without it", name, type(error).__name__,
-                         extra={"below": "".join(below)})
+            logger.error("%s raised %s; the call goes on without it", event.function,
+                         type(error).__name__, extra={"below": "".join(below)})
+            return None
         finally:
             del self._running[thread]
-            outcome.put(action)
 
 
 class Reply(NamedTuple):
@@ -1068,13 +1076,6 @@ SIGNATURE_FAULTS = {
     "malformed": "a proxy changes X-Sipgate-Signature",
     "does not match": "a proxy changes the body, or sipgate has a new key (SIGNATURE_KEY_FILE)",
 }
-
-
-def refusal(fault: str) -> WebhookError:
-    """The error for one of SIGNATURE_FAULTS."""
-    return WebhookError(403, f"signature {fault}, see VERIFY_SIGNATURE",
-                        f"a webhook was refused, signature {fault}: it is not from sipgate, or "
-                        + SIGNATURE_FAULTS[fault])
 
 
 @dataclass
@@ -1123,15 +1124,13 @@ class Receiver:
                                "not WEBHOOK_URL plus /new-call, or a proxy changes the path",
                                path[:80])
                 raise WebhookError(404, "not found")
-            if signature is not None:
+            if signature is not None or not unsigned:
                 self._verify(body, signature)
-            elif not unsigned:
-                raise refusal("missing")
             state = dict(urllib.parse.parse_qsl(query)).get("state", "")
             event = parse_event(body, self.routes[path], state, signature=signature,
                                 find_call=self.find_call)
             if signature is None and not isinstance(event, unsigned):
-                raise refusal("missing")
+                self._verify(body, None)
             if not event.call_id and CallEvent not in unsigned:
                 raise WebhookError(400, "callId is missing")
         except WebhookError:
@@ -1149,11 +1148,15 @@ class Receiver:
             return (CallEvent,)
         return (AnswerEvent, HangupEvent, DtmfEvent) if mode == "new-call" and not is_trial else ()
 
-    def _verify(self, body: bytes, signature: str) -> None:
+    def _verify(self, body: bytes, signature: str | None) -> None:
         if self.settings.verify_signature == "off" or is_signed(body, signature, self.keys):
             return
         is_whole = len(decode_signature(signature)) in [key.size for key in self.keys]
-        raise refusal("does not match" if is_whole else "malformed")
+        fault = "does not match" if is_whole else "malformed" if signature else "missing"
+        raise WebhookError(
+            403, f"signature {fault}, see VERIFY_SIGNATURE",
+            f"a webhook was refused, signature {fault}: it is not from sipgate, or "
+            + SIGNATURE_FAULTS[fault])
 
     def reply_to(self, event: CallEvent, deadline: float, outside: str = "") -> Replied:
         """Store the event, decide, and return the reply: by `deadline` (time.monotonic()).

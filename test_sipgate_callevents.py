@@ -1100,7 +1100,7 @@ class YourCodeTest(unittest.TestCase):
         self.assertRegex("\n".join(said),
                          "(?s)on_new_call has not returned in time; .*code <lambda>")
         self.assertIn("all 8 slots", "\n".join(said))
-        self.assertEqual(talk.receiver.health(), "")
+        self.assertIn("your code is stuck: ", talk.receiver.health(), "at once")
         talk.receiver.your_code.STUCK_SECONDS = 0.0
         self.assertIn("stuck: on_new_call has been running", talk.receiver.health())
         go_on.set()
