@@ -909,8 +909,7 @@ class CallLog:
                 return self.QUIET_SECONDS
             self._rewrite()
         except (sqlite3.OperationalError, OSError) as error:
-            logger.warning("old events are not wholly gone from the call log (%s); the next try is "
-                           "in an hour", error)
+            logger.warning("old events are not wholly gone (%s); the next try is in an hour", error)
             return 3600.0
         return DAY
 
@@ -1017,8 +1016,8 @@ class YourCode:
 
     def _run_in_slot(self, event: CallEvent, outcome: queue.SimpleQueue[Any]) -> None:
         if not self._slots.acquire(timeout=self.SLOT_SECONDS):
-            logger.warning("all %d slots for your code are taken, by code that has not returned; "
-                           "the call goes through undecided", self.SLOTS)
+            logger.warning("your code has taken all %d slots, and not returned; the call goes "
+                           "through undecided", self.SLOTS)
             self._is_full = True
             outcome.put(None)
             return
@@ -1156,7 +1155,7 @@ class Receiver:
         raise WebhookError(
             403, f"signature {fault}, see VERIFY_SIGNATURE",
             f"a webhook was refused, signature {fault}: it is not from sipgate, or "
-            + SIGNATURE_FAULTS[fault])
+            f"{SIGNATURE_FAULTS[fault]}")
 
     def reply_to(self, event: CallEvent, deadline: float, outside: str = "") -> Replied:
         """Store the event, decide, and return the reply: by `deadline` (time.monotonic()).
@@ -1164,13 +1163,13 @@ class Receiver:
         From here on the call is real, and no fault of ours may keep it from going through.
         """
         received_at, is_new, action = time.time(), True, None
-        base_url, document = self.settings.base_url, self._undecided
-        if not event.function:  # of a kind that is not known
-            document = response_xml()
+        base_url = self.settings.base_url
         if outside and self.settings.trial:
-            base_url, document = "", response_xml()  # localhost would lead sipgate nowhere
+            base_url = ""  # ours, on localhost, would lead sipgate nowhere
             logger.warning("this came in for %s; restart with --url https://%s to get answer and "
                            "hangup too", outside, outside)
+        # A kind of event that is not known needs no further ones.
+        document = self._undecided if base_url and event.function else response_xml()
         try:
             is_new = self._record(event, received_at)
             decision = self.your_code.decide(event, deadline) if event.is_decided else None
