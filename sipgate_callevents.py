@@ -970,7 +970,7 @@ class YourCode:
                           if _content(function) != _content(_nothing)}
         self._slots = threading.Semaphore(self.SLOTS)
         self._is_full = False  # since a call waited for a slot in vain
-        self._running: dict[int, tuple[str, float]] = {}  # by thread: which, since when
+        self._running: list[tuple[str, float]] = []  # which, since when
         self.hooks = Worker("hooks", self._run_first, 1000)
 
     def decide(self, event: CallEvent, deadline: float) -> Action | None:
@@ -1006,7 +1006,7 @@ class YourCode:
 
     def stuck(self) -> str:
         """What of your code does not return, "" if there is nothing."""
-        for name, since in list(self._running.values()):
+        for name, since in self._running[:]:
             if time.monotonic() - since > self.STUCK_SECONDS:
                 return f"your code is stuck: {name} has been running for over a minute"
         if self._is_full and self._slots.acquire(blocking=False):
@@ -1033,8 +1033,8 @@ class YourCode:
 
     def _run(self, event: CallEvent) -> Any:
         """What your function returns; None, with a message, if it raises."""
-        thread = threading.get_ident()
-        self._running[thread] = (event.function, time.monotonic())
+        run = (event.function, time.monotonic())
+        self._running.append(run)
         try:
             return self.functions[event.function](event)
         except BaseException as error:  # noqa: BLE001 - sys.exit() in your code is no end of ours
@@ -1045,7 +1045,7 @@ class YourCode:
                          type(error).__name__, extra={"below": "".join(below)})
             return None
         finally:
-            del self._running[thread]
+            self._running.remove(run)
 
 
 class Reply(NamedTuple):
