@@ -413,11 +413,6 @@ class DtmfEvent(CallEvent):
     state: str = ""
 
 
-@dataclass(frozen=True)
-class UnknownEvent(CallEvent):
-    """An event of a kind that sipgate did not have when this was written."""
-
-
 # A further event: a class above (is_decided=False, if its function is to run later), named here;
 # its fields below; a line in ROUTES; its function in CallFunctions; what event_line prints. If a
 # reply has to ask for it, so that sipgate sends it: its attribute in response_xml.
@@ -450,7 +445,7 @@ def parse_event(body: bytes, default_event: str, state: str = "", **more: Any) -
     name = _single(form, "event") or default_event
     if not name:
         raise WebhookError(404, "no event is named", "a webhook came in that names no event")
-    kind = EVENTS.get(name, UnknownEvent)
+    kind = EVENTS.get(name, CallEvent)  # which is for what sipgate may add one day
     values: dict[str, Any] = {"state": state} if kind is DtmfEvent else {}
     for key, found in form.items():
         # user[] as documented, user[][0] as sipgate's own test sends it.
@@ -830,8 +825,7 @@ class CallLog:
         if not self._is_there():
             self._file.close()
             # Created here, since SQLite would let others read it; -wal and -shm take after it.
-            self._file = open(  # noqa: SIM115 - see above
-                self.path, "a+b", 0, opener=functools.partial(os.open, mode=0o600))
+            self._file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "rb", 0)
         self._file.seek(0)
         head = self._file.read(72)
         # Read here too: SQLite cannot tell a damaged file of ours from another program's.
@@ -2154,7 +2148,7 @@ class Leg:
         numbers, kinds, bodies, origs, xcids = zip(*sorted(rows))
         self.name, self.origs, self.xcids = name, set(origs) - {None}, set(xcids) - {None}
         self.stored = [
-            StoredEvent(number / 1e6, UnknownEvent(event=kind), described(body))
+            StoredEvent(number / 1e6, CallEvent(event=kind), described(body))
             if kind == "reply" else StoredEvent(number / 1e6, parse_event(body, kind))
             for number, kind, body in zip(numbers, kinds, bodies)]
         self.begun, self.last_at = self.stored[0].at, self.stored[-1].at

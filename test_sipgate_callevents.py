@@ -43,7 +43,7 @@ from dataclasses import replace
 import sipgate_callevents as sc
 from sipgate_callevents import (
     AnswerEvent, CallFunctions, CallLog, DtmfEvent, HangupEvent, NewCallEvent, Receiver,
-    Settings, SettingsError, UnknownEvent, WebhookError, WebhookServer,
+    Settings, SettingsError, WebhookError, WebhookServer,
     dial, gather, hang_up, is_signed, parse_event, play, reject, response_xml, voicemail,
 )
 
@@ -409,7 +409,7 @@ class EventTest(unittest.TestCase):
         (HANGUP, HangupEvent(**LEG, cause="normalClearing", answering_number="4921199999999")),
         (b"event=dtmf&dtmf=0042*%23&callId=1",
          DtmfEvent(call_id="1", dtmf="0042*#", state="language")),
-        (b"event=transfer&callId=1&user=U", UnknownEvent(call_id="1", event="transfer")),
+        (b"event=transfer&callId=1&user=U", sc.CallEvent(call_id="1", event="transfer")),
         (b"", NewCallEvent()), (b"from=&callId=", NewCallEvent()),
     )
 
@@ -619,7 +619,7 @@ class CallLogTest(unittest.TestCase):
         for orig, xcid in (("1", "ab"), ("0", ""), ("", "")):
             self.assertTrue(log.record(HangupEvent(
                 call_id="1", orig_call_id=orig, xcid=xcid, body=b"\xff\0"), self.now, None))
-        log.record(UnknownEvent(event="reply", call_id="1"), self.now, None)  # not one of ours
+        log.record(sc.CallEvent(event="reply", call_id="1"), self.now, None)  # not one of ours
         self.assertEqual(self.rows("event || quote(orig_call_id) || quote(xcid) || hex(body)"), [
             "hangupNULL'ab'FF00", "hangup'0'NULLFF00", "hangupNULLNULLFF00", "?replyNULLNULL"])
         # The commit has reached the disk itself, of which only a power cut could tell.
