@@ -1395,7 +1395,7 @@ def reply_to(server: WebhookServer, head: RequestHead, body: bytes
     try:
         if head.method != "POST" or path == server.health_path:
             return _other_reply(server, head.method, path), None
-        outside = outside_host(headers)
+        outside = outside_host(headers) if receiver.settings.trial else ""
         event = receiver.admit(head.target, body, headers.get("x-sipgate-signature"), outside)
         if body and not headers.get("content-type", "").lower().startswith(FORM_TYPE):
             logger.warning("a webhook came without the Content-Type that sipgate sends (%s)",
@@ -1478,13 +1478,12 @@ class TlsFiles:
         try:
             stamp = [os.stat(path).st_mtime_ns for path in self.paths]
             if stamp != self._stamp:
-                self._stamp = stamp
                 # A new one: the live one would fail while only one of the files is new.
                 context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
                 context.minimum_version = ssl.TLSVersion.TLSv1_2
                 # A password rather than a question on the terminal, which nobody would answer.
                 context.load_cert_chain(*self.paths, password=lambda: "")
-                self._context = context
+                self._context, self._stamp = context, stamp
         except (OSError, ValueError) as error:
             fault = ('WEBHOOK_TLS_CERT is "{}" and WEBHOOK_TLS_KEY "{}": {}; expected a PEM '
                      "certificate (with its chain) and the key that belongs to it").format(
@@ -1531,14 +1530,19 @@ class WebhookServer(socketserver.ThreadingTCPServer):
 
     def __init__(self, host: str, port: int, base_path: str = "",
                  tls: TlsFiles | None = None) -> None:
-        """Bind `host` and `port` (0: any free one). Raises OSError."""
+        """Bind `host` and `port` (0: any free one). Raises OSError, with the remedy."""
         self.health_path, self.tls = base_path + "/healthz", tls
         self.instance = os.urandom(8).hex()
         self.is_stopping = False
         self._changed = threading.Condition()  # guards the connections; told when one ends
         self.connections: dict[socket.socket, Connection] = {}
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), WebhookRequestHandler)
+        try:
+            super().__init__((host, port), WebhookRequestHandler)
+        except (OSError, UnicodeError) as error:
+            why = getattr(error, "strerror", error)
+            raise OSError(f"cannot listen on {host} port {port}: {why}: set WEBHOOK_HOST to an "
+                          "address of this machine, WEBHOOK_PORT to a free port") from None
         self.port = int(self.server_address[1])
 
     def serve_until(self, is_told: Callable[[], bool]) -> None:
@@ -3562,18 +3566,12 @@ def run(options: argparse.Namespace) -> int:
     loaded = path and os.path.getmtime(path)
 
     def tell(replied: Replied) -> str:
-        if os.path.exists(path) and os.path.getmtime(path) != loaded:
+        if path and os.path.exists(path) and os.path.getmtime(path) != loaded:
             logger.warning("%s has changed: restart this program to use it", path)
         return told(replied, settings.call_output, with_time)
 
-    try:
-        return serve(settings, keys=keys, functions=functions, tell=tell, announce=announcement,
-                     find_call=functools.partial(find_call, settings.call_log))
-    except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", error)
-        raise CommandEnd(f"cannot listen on {settings.webhook_host} port {settings.webhook_port}: "
-                         f"{why}: set WEBHOOK_HOST to an address of this machine, WEBHOOK_PORT "
-                         "to a free port") from None
+    return serve(settings, keys=keys, functions=functions, tell=tell, announce=announcement,
+                 find_call=functools.partial(find_call, settings.call_log))
 
 
 def main() -> int:

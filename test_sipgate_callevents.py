@@ -1633,12 +1633,15 @@ class TlsTest(unittest.TestCase):
 
     def test_a_renewed_pair_is_picked_up_and_until_it_matches_the_old_one_is_used(self):
         self.write(CERTIFICATES[1][0])
+        stamps = [os.stat(path).st_mtime_ns for path in self.paths]
         with diagnostics() as said:
             self.assertEqual([self.served(), self.served()], [(200, 0)] * 2)
-        self.assertEqual(sum("the old pair stays in use" in line for line in said), 1)
+        self.assertIn("the old pair stays in use", " ".join(said))
         os.remove(self.paths[0])
         self.assertEqual(self.served(), (200, 0))
         self.write(*CERTIFICATES[1])
+        for path, stamp in zip(self.paths, stamps):  # what failed is tried again as it is
+            os.utime(path, ns=(stamp, stamp))
         self.assertEqual(self.served(), (200, 1))
 
     def test_a_pair_that_cannot_be_used_is_named(self):
