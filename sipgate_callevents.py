@@ -3242,6 +3242,12 @@ def page_row(call: Call) -> dict[str, Any]:
             "answered_by": [*map(printable, call.answered_by)]}
 
 
+def words_of(call: Call) -> str:
+    """What a search finds a call by."""
+    words = (call.from_number, call.to_number, *call.users, *call.answered_by)
+    return " ".join(words).lower()
+
+
 def counted(calls: Iterable[Call]) -> dict[str, Any]:
     """The figures of a day, and of each hour: answered, voicemail, missed."""
     hours = [[0, 0, 0] for _ in range(24)]
@@ -3265,7 +3271,8 @@ class Overview:
         self.settings = settings
         self.version, self.text = "", "{}"  # what is sent to who has another version
         self.days: dict[datetime.date, dict[str, Call]] = {}  # by the day on which they began
-        self._counted: dict[datetime.date, Any] = {}  # a day's figures, until it changes
+        # A day's figures, and the words in it, until it changes.
+        self._counted: dict[datetime.date, tuple[dict[str, Any], str]] = {}
         self._state, self._newest = None, 0  # of the log, as far as it was read
         self._published: Any = None  # until something changes
 
@@ -3319,10 +3326,12 @@ class Overview:
         self._counted.pop(day, None)
         self._published = None
 
-    def _latest(self, moment: Callable[[Call], float]) -> Iterator[Call]:
+    def _latest(self, moment: Callable[[Call], float], *sought: str) -> Iterator[Call]:
         # Day by day: one long sort would keep who asks waiting. Each begins with a copy.
-        for _, calls in sorted(self.days.items(), reverse=True):
-            yield from sorted(calls.values(), key=moment, reverse=True)
+        for day, calls in sorted(self.days.items(), reverse=True):
+            _, words = self._counted.get(day, ({}, "\n".join(sought)))
+            if all(text in words for text in sought):
+                yield from sorted(calls.values(), key=moment, reverse=True)
 
     def _open_calls(self) -> list[Call]:
         return [call for day in sorted(self.days)[-2:] for call in self.days[day].values()
@@ -3343,8 +3352,11 @@ class Overview:
         heat = [[0] * 24 for _ in range(7)]
         for age, day in enumerate(days):
             if day not in self._counted:
-                self._counted[day] = counted(self.days.get(day, {}).values())
-            for hour, counts in enumerate(self._counted[day]["hours"]):
+                calls = self.days.get(day, {}).values()
+                words = {text for call in calls
+                         for text in (call.direction, call.outcome, words_of(call))}
+                self._counted[day] = counted(calls), "\n".join(words)
+            for hour, counts in enumerate(self._counted[day][0]["hours"]):
                 heat[day.weekday()][hour] += sum(counts) if age < 28 else 0
         callers, withheld = to_ring_back(
             self._latest(lambda call: call.ended or call.answered or call.started))
@@ -3352,8 +3364,8 @@ class Overview:
             "now": time.time(), "url": self.settings.webhook_url, "heat": heat,
             "open": [*map(page_row, self._open_calls())], "withheld": withheld,
             "back": [{**page_row(calls[0]), "calls": len(calls)} for calls in callers[:100]],
-            "today": self._counted[days[0]], "before": self._counted[days[7]],
-            "days": [[str(day), *map(sum, zip(*self._counted[day]["hours"]))]
+            "today": self._counted[days[0]][0], "before": self._counted[days[7]][0],
+            "days": [[str(day), *map(sum, zip(*self._counted[day][0]["hours"]))]
                      for day in reversed(days)]}
 
     # What a page asks for; the parameters stand in its address.
@@ -3366,11 +3378,11 @@ class Overview:
         text = text.lower().lstrip("+")
 
         def is_wanted(call: Call) -> bool:
-            words = " ".join((call.from_number, call.to_number, *call.users, *call.answered_by))
-            return (text in words.lower() and call.direction.startswith(direction)
+            return (text in words_of(call) and call.direction.startswith(direction)
                     and call.outcome.startswith(outcome))
 
-        latest = filter(is_wanted, self._latest(lambda call: call.started))
+        latest = filter(is_wanted, self._latest(
+            lambda call: call.started, text, direction, outcome))
         found = [*map(page_row, itertools.islice(latest, int(count)))]
         return json.dumps({"calls": found, "more": any(latest)})
 
