@@ -15,10 +15,10 @@ Copy this one file to a server and start it; Python 3.8 or newer is all it needs
 sipgate POSTs a newCall when a call starts. The XML reply decides about the call and asks
 for the later events: answer, hangup, and dtmf (the digits of a <Gather>).
 
-Part I answers the phone: everything that a byte from the internet or a waiting caller can
-reach. Read it before you trust this file. Part II starts the program, and looks at what Part I
-has stored; no reply waits for it, but for event.call in a function of yours, and for up to
-half a second while `forget` writes.
+Part I answers the phone: all that a waiting caller, or who sends us bytes, has to do with until
+the reply. Read it before you trust this file. Part II starts the program, prints events after
+their reply, and looks at what is stored; no reply waits for it, but for event.call in a function
+of yours, and for up to half a second while `forget` writes.
 
     socket bytes
       |  WebhookRequestHandler    a complete, strictly framed request, in time, within limits
@@ -41,7 +41,7 @@ What an administrator asks, and the docstring that answers it:
     what happens when the disk is full, slow, or hangs      CallLog
     how long a caller waits, and what enforces that         YourCode.decide, CallLog.record
     what a client can do that sends a byte a second         WebhookServer
-    what happens on SIGTERM                                 serve
+    what happens on SIGTERM                                 serve, the last of Part I
     how to block a caller                                   on_new_call, below
     where to add an action, or an event                     Action, the comment above EVENTS
 
@@ -1387,8 +1387,8 @@ def _other_reply(server: WebhookServer, method: str, path: str) -> Reply:
                  headers=(mark, ("X-Refused", str(receiver.refused))))
 
 
-def reply_to(server: WebhookServer, head: RequestHead, body: bytes
-             ) -> tuple[Reply, Replied | None]:
+def reply_to_request(server: WebhookServer, head: RequestHead, body: bytes
+                     ) -> tuple[Reply, Replied | None]:
     """The reply to a complete request; to a webhook, with what is left to do."""
     receiver, headers, path = server.receiver, head.headers, head.target.partition("?")[0]
     deadline = time.monotonic() + receiver.reply_seconds
@@ -1425,9 +1425,9 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
         except WebhookError as error:
             self._refuse(error)
             return
-        if not server.go_on(self.request, server.reply_seconds, is_waiting=False):
+        if not server.go_on(self.request, server.sending_seconds, is_waiting=False):
             return
-        reply, replied = reply_to(server, head, body)
+        reply, replied = reply_to_request(server, head, body)
         options = head.headers.get("connection", "").lower().replace(" ", "").split(",")
         is_last = "close" in options or not head.minor or server.is_crowded()
         content = rendered(reply, is_last, head.method == "HEAD", int(time.time()))
@@ -1516,7 +1516,7 @@ class WebhookServer(socketserver.ThreadingTCPServer):
     """
 
     request_seconds = 10.0  # from the first byte of a request to its last
-    reply_seconds = 10.0  # until the client has taken the reply: sipgate waits no longer
+    sending_seconds = 10.0  # until the client has taken the reply: sipgate waits no longer
     idle_seconds = 75.0  # longer than nginx keeps a connection (60): it does not repeat a POST
     end_seconds = 1.0  # for what is refused, or makes room for another
     spared_seconds = 0.05  # from making room: a body can come 40 ms after its head
@@ -1568,7 +1568,7 @@ class WebhookServer(socketserver.ThreadingTCPServer):
     def _make_room(self) -> bool:
         """End the connection that has waited longest; a request that has come is replied to.
 
-        Idle ones come last, as their deadline is further off; by is_crowded() a quarter are not.
+        Idle ones come last, and not in their first 65 s: so is_crowded() keeps a quarter free.
         """
         now = time.monotonic()
         latest = now + self.request_seconds - self.spared_seconds
@@ -1788,8 +1788,9 @@ def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
           announce: Callable[[Settings], str] = lambda settings: "") -> int:
     """Receive webhooks until a signal comes; return the exit status. Raises SettingsError, OSError.
 
-    On SIGTERM or Ctrl-C no connection is accepted any more, and what is in flight gets its reply;
-    then your functions, the call log and the lines are finished, as far as time allows.
+    On SIGTERM or Ctrl-C no connection is accepted any more, what has come whole gets its reply, and
+    the rest is closed; then your functions, the call log and the lines are finished, as far as
+    time allows. Events that are left are told on stderr; the status is 0 all the same.
 
     `keys` come before sipgate's own; `tell` gives the text to print for an event, `announce` that
     for the start.

@@ -1201,7 +1201,7 @@ class Running:
         return [event.call_id for event in self.shown]
 
 
-IMPATIENT = {"request_seconds": 0.2, "idle_seconds": 0.4, "reply_seconds": 0.2}
+IMPATIENT = {"request_seconds": 0.2, "idle_seconds": 0.4, "sending_seconds": 0.2}
 
 
 def run_server(test, *arguments, **options):
