@@ -2749,12 +2749,11 @@ GET_SECONDS = 10.0  # for one answer from the network, however slowly it drips
 
 
 class Health(NamedTuple):
-    """What a GET gave: how the copy of this script is that replied, or why none did."""
+    """What a GET found."""
 
-    instance: str = ""
-    kind: str = "ok"  # of a finding
-    trouble: str = ""
-    error: Exception | str = ""
+    kind: str  # as of a finding
+    trouble: str  # "" if there is none
+    instance: str = ""  # of the copy of this script that replied
 
 
 def _fetch(url: str, context: ssl.SSLContext | None) -> Health:
@@ -2767,21 +2766,23 @@ def _fetch(url: str, context: ssl.SSLContext | None) -> Health:
             link.request("GET", parts.path)
             reply = link.getresponse()
             text = reply.read(200).decode("latin-1").strip()
+    except ConnectionRefusedError as error:
+        return Health("warning", str(error))
     except Exception as error:  # noqa: BLE001 - whatever the network makes of it
-        return Health(error=error)
+        return Health("problem", str(error))
     instance, refused = reply.headers.get("X-Instance", ""), reply.headers.get("X-Refused", "0")
     if not instance:
-        return Health(error=f"status {reply.status}")
+        return Health("problem", f"status {reply.status}")
     if reply.status == 503:
-        return Health(instance, "problem", text)
+        return Health("problem", text, instance)
     if refused != "0":
-        return Health(instance, "warning", f"webhooks were refused ({refused}), see its stderr")
-    return Health(instance)
+        return Health("warning", f"webhooks were refused ({refused}), see its stderr", instance)
+    return Health("ok", "", instance)
 
 
 def get_health(url: str, context: ssl.SSLContext | None = None) -> Health:
     """GET `url`, for GET_SECONDS at most. Raises nothing."""
-    found = [Health(error="timed out")]
+    found = [Health("problem", "timed out")]
     thread = threading.Thread(target=lambda: found.append(_fetch(url, context)), daemon=True)
     thread.start()
     thread.join(GET_SECONDS)
@@ -2798,8 +2799,7 @@ def local_health(settings: Settings) -> Health:
                       ssl._create_unverified_context())
 
 
-def _check_log(settings: Settings) -> tuple[str, str]:
-    path = settings.call_log
+def _check_log(path: str) -> tuple[str, str]:
     try:
         with open_log(path) as database:
             last_id = database.execute("SELECT max(id) FROM events").fetchone()[0]
@@ -2815,32 +2815,28 @@ def _check_log(settings: Settings) -> tuple[str, str]:
 
 
 def _check_port(settings: Settings, health: Health) -> tuple[str, str]:
-    place = f"port {settings.webhook_port} of {settings.webhook_host}"
-    if health.instance:
-        return health.kind, f"{place}: the running copy says: {health.trouble or 'ok'}"
-    kind = "warning" if isinstance(health.error, ConnectionRefusedError) else "problem"
-    return kind, (f"{place}: no server with these settings answers ({health.error}): start it, or "
-                  "give check the settings of the running copy (--env-file)")
+    said = f"the running copy says: {health.trouble or 'ok'}"
+    if not health.instance:
+        said = f"no server with these settings answers ({health.trouble}): start it"
+    return health.kind, f"port {settings.webhook_port} of {settings.webhook_host}: {said}"
 
 
 def _check_way_in(url: str, instance: str) -> tuple[str, str]:
     if not url:
-        return "warning", ("without WEBHOOK_URL sipgate cannot reach the running copy; if it has "
-                           "one, give check its settings (--env-file)")
+        return "warning", "without WEBHOOK_URL sipgate cannot reach the running copy"
     for route in ROUTES:
         health = get_health(url + route)
         if health.instance != instance:
             # From inside, a router may not be able to reach its own public address.
-            kind = "warning" if str(health.error).endswith("timed out") else "problem"
-            found = health.error or "another copy"
-            return kind, (f"{url}{route} does not lead here ({found}): does the tunnel or proxy "
-                          "run, with a valid certificate, lead to this port, and leave the path "
-                          "as it is (nginx: no slash at the end of proxy_pass)?")
+            kind = "warning" if health.trouble.endswith("timed out") else "problem"
+            return kind, (f"{url}{route} does not lead here ({health.trouble or 'another copy'}): "
+                          "does the tunnel or proxy run, with a valid certificate, and keep port "
+                          "and path (nginx: no slash at the end of proxy_pass)?")
     return "ok", f"{url} leads to the running copy, with each of its paths"
 
 
-def _findings(options: argparse.Namespace, settings: Settings) -> Iterator[tuple[str, str]]:
-    yield "ok", f"settings: {options.sources}"
+def _findings(sources: str, settings: Settings) -> Iterator[tuple[str, str]]:
+    yield "ok", f"settings: {sources}; they must be those of the running copy (--env-file)"
     for warning in warnings_of(settings):
         yield "warning", warning
     try:
@@ -2851,7 +2847,7 @@ def _findings(options: argparse.Namespace, settings: Settings) -> Iterator[tuple
         yield "ok", f"your functions: {settings.call_handlers or 'those in this script'}"
     except SettingsError as error:
         yield "problem", str(error)
-    yield _check_log(settings)
+    yield _check_log(settings.call_log)
     health = local_health(settings)
     yield _check_port(settings, health)
     if health.instance:
@@ -2861,7 +2857,7 @@ def _findings(options: argparse.Namespace, settings: Settings) -> Iterator[tuple
 def check(options: argparse.Namespace, settings: Settings) -> int:
     """The command `check`; the exit status is 1 if there is a problem."""
     status = 0
-    for kind, text in _findings(options, settings):
+    for kind, text in _findings(options.sources, settings):
         print(wrapped(f"{kind:8} {printable(text)}", sys.stdout, 9), flush=True)
         status |= kind == "problem"
     return status
