@@ -1910,24 +1910,24 @@ def checked(values: Mapping[str, Any], folder: str = "") -> Settings:
             found[name.lower()] = read_setting(name, text)
         except argparse.ArgumentTypeError as error:
             problems.append(f"{name} is {error}")
-    if problems:
-        raise SettingsError(*problems)
     settings = Settings(**found)
     if settings.trial and not is_loopback(settings.webhook_host):
-        raise SettingsError(f'WEBHOOK_HOST is "{settings.webhook_host}": expected 127.0.0.1, or '
-                            "WEBHOOK_URL set as well")
+        problems.append(f'WEBHOOK_HOST is "{settings.webhook_host}": expected 127.0.0.1, or '
+                        "WEBHOOK_URL set as well")
+    if problems:
+        raise SettingsError(*problems)
     return settings
 
 
 def warnings_of(settings: Settings) -> Iterator[str]:
     """What is allowed but probably not meant, a sentence each."""
     url = urllib.parse.urlsplit(settings.webhook_url)
-    is_public = url.hostname and not is_loopback(url.hostname)
-    if is_public and url.scheme == "http":
-        yield "WEBHOOK_URL begins with http: sipgate's newer accounts take https only"
-    if is_public and not url.path:
-        yield ("WEBHOOK_URL has no path: only a secret one keeps out other customers of sipgate, "
-               f"such as WEBHOOK_URL={settings.webhook_url}/{os.urandom(8).hex()}")
+    if url.hostname and not is_loopback(url.hostname):
+        if url.scheme == "http":
+            yield "WEBHOOK_URL begins with http: sipgate's newer accounts take https only"
+        if not url.path:
+            yield ("WEBHOOK_URL has no path: only a secret one keeps out other customers of "
+                   f"sipgate, such as WEBHOOK_URL={settings.webhook_url}/{os.urandom(8).hex()}")
     if url.hostname and settings.verify_signature == "off":
         yield "VERIFY_SIGNATURE=off: anyone who knows the address can invent calls"
     if time.localtime().tm_year < 2020:
@@ -1999,14 +1999,14 @@ TRIAL_TEXT = """\
 Trial mode proves nothing: any program on this machine can invent calls.
 For a first real call, book sipgate.io, then open a tunnel in a second terminal:
   ssh -R 80:127.0.0.1:{0.webhook_port} nokey@localhost.run
-and restart this program with the address that it prints, and a secret path:
+and restart this program with the address it prints and a secret path:
   --url https://ADDRESS/{1}
 """
 LIVE_TEXT = """\
-At https://console.sipgate.com, Webhooks > URLs, enter for incoming calls, for
-outgoing ones, or for both:
+At https://console.sipgate.com, Webhooks > URLs, enter for incoming calls,
+outgoing ones, or both:
   {0.webhook_url}/new-call
-There under Webhooks > Sources, choose the phone lines and groups.
+Under Webhooks > Sources, choose the phone lines and groups.
 """
 
 
@@ -2835,32 +2835,31 @@ def _check_way_in(url: str, instance: str) -> tuple[str, str]:
     return "ok", f"{url} leads to the running copy, with each of its paths"
 
 
-def _findings(sources: str, settings: Settings) -> Iterator[tuple[str, str]]:
-    yield "ok", f"settings: {sources}; they must be those of the running copy (--env-file)"
+def check(options: argparse.Namespace, settings: Settings) -> int:
+    """The command `check`; the exit status is 1 if there is a problem."""
+    kinds = []
+
+    def say(kind: str, text: str) -> None:
+        kinds.append(kind)
+        print(wrapped(f"{kind:8} {printable(text)}", sys.stdout, 9), flush=True)
+
+    say("ok", f"settings: {options.sources}; they must be those of the running copy (--env-file)")
     for warning in warnings_of(settings):
-        yield "warning", warning
+        say("warning", warning)
     try:
         load_keys(settings.signature_key_file)
         if settings.webhook_tls_cert or settings.webhook_tls_key:
             TlsFiles(settings.webhook_tls_cert, settings.webhook_tls_key)
         load_functions(settings.call_handlers)
-        yield "ok", f"your functions: {settings.call_handlers or 'those in this script'}"
+        say("ok", f"your functions: {settings.call_handlers or 'those in this script'}")
     except SettingsError as error:
-        yield "problem", str(error)
-    yield _check_log(settings.call_log)
+        say("problem", str(error))
+    say(*_check_log(settings.call_log))
     health = local_health(settings)
-    yield _check_port(settings, health)
+    say(*_check_port(settings, health))
     if health.instance:
-        yield _check_way_in(settings.webhook_url, health.instance)
-
-
-def check(options: argparse.Namespace, settings: Settings) -> int:
-    """The command `check`; the exit status is 1 if there is a problem."""
-    status = 0
-    for kind, text in _findings(options.sources, settings):
-        print(wrapped(f"{kind:8} {printable(text)}", sys.stdout, 9), flush=True)
-        status |= kind == "problem"
-    return status
+        say(*_check_way_in(settings.webhook_url, health.instance))
+    return int("problem" in kinds)
 
 
 # ------------------------------------------------------------------------------------------
@@ -3483,19 +3482,7 @@ def command_line(words: Sequence[str]) -> argparse.Namespace:
         parents=[flags], description="Take the calls of sipgate.io, or, with a command:",
         epilog=f"Settings in the environment or .env: {', '.join(SETTINGS)}")
     parser.add_argument("--version", action="version", version=__version__)
-    add_commands(parser.add_subparsers(dest="command").add_parser)
-    # First the flags, which may stand anywhere; then --prot is known for what it is.
-    options, rest = flags.parse_known_args(words)
-    if rest and rest[0] not in (*COMMANDS, "-h", "--help", "--version"):
-        parser.error(f"there is no {rest[0]}")
-    parser.parse_args(rest, options)
-    if options.command == "page":  # then --port is the page's
-        options.page_port = vars(options).pop("WEBHOOK_PORT", 8081)
-    return options
-
-
-def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Add each command and its options."""
+    command = parser.add_subparsers(dest="command").add_parser
     add = command("calls", help="show the latest calls").add_argument
     add("--missed", action="store_true", help="whom to ring back")
     add("--all", action="store_true", help="with --missed: each call")
@@ -3519,11 +3506,19 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     add("--sound", help="only check whether sipgate would play this file")
     command("check", help="find out why nothing arrives")
     command("page", help="show calls in a browser, on --port (8081)")
+    # First the flags, which may stand anywhere; then --prot is known for what it is.
+    options, rest = flags.parse_known_args(words)
+    if rest and rest[0] not in (*COMMANDS, "-h", "--help", "--version"):
+        parser.error(f"there is no {rest[0]}")
+    parser.parse_args(rest, options)
+    if options.command == "page":  # then --port is the page's
+        options.page_port = vars(options).pop("WEBHOOK_PORT", 8081)
+    return options
 
 
 def read_settings(options: argparse.Namespace) -> Settings:
     """Return the settings, and say in `options.sources` where they are from."""
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".env")
+    beside = os.path.abspath(pathlib.Path(__file__).with_name(".env"))
     path = options.env_file or next(filter(os.path.isfile, (beside, ".env")), "")
     in_file = {}
     if path:
@@ -3581,7 +3576,7 @@ def main() -> int:
     except BrokenPipeError:  # `head` has seen enough
         sys.stdout = None  # not even flushed at the exit
         return 0
-    except (SettingsError, CommandEnd, sqlite3.Error, OSError) as error:
+    except (SettingsError, CommandEnd, OSError) as error:
         for problem in error.args if isinstance(error, SettingsError) else [error]:
             text = f"sipgate_callevents: {printable(str(problem))}"
             print(wrapped(text, sys.stderr), file=sys.stderr)
