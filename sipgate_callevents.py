@@ -1835,8 +1835,7 @@ def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
 
 # ------------------------------------------------------------------------------------------
 # Starting
-# What is read and said before the first call: settings, keys, your functions, the text on the
-# screen. The environment and arguments are not read here.
+# What is read and said before the first call. The environment and arguments are not read here.
 # ------------------------------------------------------------------------------------------
 
 SETTINGS = [setting.name.upper() for setting in fields(Settings)]
@@ -1911,7 +1910,7 @@ def checked(values: Mapping[str, Any], folder: str = "") -> Settings:
         except argparse.ArgumentTypeError as error:
             problems.append(f"{name} is {error}")
     settings = Settings(**found)
-    if settings.trial and not is_loopback(settings.webhook_host):
+    if not problems and settings.trial and not is_loopback(settings.webhook_host):
         problems.append(f'WEBHOOK_HOST is "{settings.webhook_host}": expected 127.0.0.1, or '
                         "WEBHOOK_URL set as well")
     if problems:
@@ -2802,7 +2801,7 @@ def local_health(settings: Settings) -> Health:
 def _check_log(path: str) -> tuple[str, str]:
     try:
         with open_log(path) as database:
-            last_id = database.execute("SELECT max(id) FROM events").fetchone()[0]
+            last_id, = next(latest_first(database, "id"), (0,))
     except NothingToShow as error:
         if path == "off" or os.access(os.path.dirname(path), os.W_OK):
             return "ok", f"call log: {error}"
@@ -3497,7 +3496,7 @@ def command_line(words: Sequence[str]) -> argparse.Namespace:
     add("number", nargs="+", help="with its country code, written as you like")
     add("--yes", action="store_true", help="do not ask")
     add = command("simulate", help="rehearse calls without a phone").add_argument
-    add("scenario", nargs="?", choices=list(SCENARIOS), default="answered", metavar="SCENARIO",
+    add("scenario", nargs="?", choices=SCENARIOS, default="answered", metavar="SCENARIO",
         help=", ".join(SCENARIOS))
     add("--all", action="store_true", help="every scenario in turn")
     add("--from", dest="sender", type=bare_number, default="492111234567", help="the caller")
@@ -3578,8 +3577,8 @@ def main() -> int:
         return 0
     except (SettingsError, CommandEnd, OSError) as error:
         for problem in error.args if isinstance(error, SettingsError) else [error]:
-            text = f"sipgate_callevents: {printable(str(problem))}"
-            print(wrapped(text, sys.stderr), file=sys.stderr)
+            print(wrapped(f"sipgate_callevents: {printable(str(problem))}", sys.stderr),
+                  file=sys.stderr)
         return {SettingsError: 2, NothingToShow: 0}.get(type(error), 1)
 
 
