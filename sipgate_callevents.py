@@ -1966,8 +1966,8 @@ def load_functions(path: str) -> CallFunctions:
     warn_of_slips(module, names)
     found = {name: module[name] for name in names if name in module}
     if not found or not all(map(takes_an_event, found.values())):
-        raise SettingsError(f"{wrong}expected {', '.join(names)}: one or more of them, as plain "
-                            "functions of one argument, the event, without async")
+        raise SettingsError(f"{wrong}expected {', '.join(names)}: one or more, as plain functions "
+                            "of one argument, the event, without async")
     return CallFunctions(**found)
 
 
