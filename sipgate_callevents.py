@@ -2822,7 +2822,7 @@ def _check_port(settings: Settings, health: Health) -> tuple[str, str]:
 
 def _check_way_in(url: str, instance: str) -> tuple[str, str]:
     if not url:
-        return "warning", "without WEBHOOK_URL sipgate cannot reach the running copy"
+        return "warning", "without WEBHOOK_URL sipgate can reach no copy"
     for route in ROUTES:
         health = get_health(url + route)
         if health.instance != instance:
