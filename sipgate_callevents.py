@@ -2002,10 +2002,8 @@ and restart this program with the address it prints and a secret path:
   --url https://ADDRESS/{1}
 """
 LIVE_TEXT = """\
-At https://console.sipgate.com, Webhooks > URLs, enter for incoming calls,
-outgoing ones, or both:
+Under Webhooks at https://console.sipgate.com, choose Sources, and enter as URL
   {0.webhook_url}/new-call
-Under Webhooks > Sources, choose the phone lines and groups.
 """
 
 
@@ -2829,8 +2827,8 @@ def _check_way_in(url: str, instance: str) -> tuple[str, str]:
             # From inside, a router may not be able to reach its own public address.
             kind = "warning" if health.trouble.endswith("timed out") else "problem"
             return kind, (f"{url}{route} does not lead here ({health.trouble or 'another copy'}): "
-                          "does the tunnel or proxy run, with a valid certificate, and keep port "
-                          "and path (nginx: no slash at the end of proxy_pass)?")
+                          "does the tunnel or proxy run, with a valid certificate, and lead to "
+                          "this port, path included (nginx: no slash at the end of proxy_pass)?")
     return "ok", f"{url} leads to the running copy, with each of its paths"
 
 
