@@ -1909,12 +1909,12 @@ def checked(values: Mapping[str, Any], folder: str = "") -> Settings:
             found[name.lower()] = read_setting(name, text)
         except argparse.ArgumentTypeError as error:
             problems.append(f"{name} is {error}")
-    settings = Settings(**found)
-    if not problems and settings.trial and not is_loopback(settings.webhook_host):
-        problems.append(f'WEBHOOK_HOST is "{settings.webhook_host}": expected 127.0.0.1, or '
-                        "WEBHOOK_URL set as well")
     if problems:
         raise SettingsError(*problems)
+    settings = Settings(**found)
+    if settings.trial and not is_loopback(settings.webhook_host):
+        raise SettingsError(f'WEBHOOK_HOST is "{settings.webhook_host}": expected 127.0.0.1, or '
+                            "WEBHOOK_URL set as well")
     return settings
 
 
