@@ -1840,8 +1840,7 @@ def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
 
 # ------------------------------------------------------------------------------------------
 # Starting
-# What is read and said before the first call: settings, keys, your functions, the text on the
-# screen. The environment and arguments are not read here.
+# What is read and said before the first call. The environment and arguments are not read here.
 # ------------------------------------------------------------------------------------------
 
 SETTINGS = [setting.name.upper() for setting in fields(Settings)]
@@ -1927,12 +1926,12 @@ def checked(values: Mapping[str, Any], folder: str = "") -> Settings:
 def warnings_of(settings: Settings) -> Iterator[str]:
     """What is allowed but probably not meant, a sentence each."""
     url = urllib.parse.urlsplit(settings.webhook_url)
-    is_public = url.hostname and not is_loopback(url.hostname)
-    if is_public and url.scheme == "http":
-        yield "WEBHOOK_URL begins with http: sipgate's newer accounts take https only"
-    if is_public and not url.path:
-        yield ("WEBHOOK_URL has no path: only a secret one keeps out other customers of sipgate, "
-               f"such as WEBHOOK_URL={settings.webhook_url}/{os.urandom(8).hex()}")
+    if url.hostname and not is_loopback(url.hostname):
+        if url.scheme == "http":
+            yield "WEBHOOK_URL begins with http: sipgate's newer accounts take https only"
+        if not url.path:
+            yield ("WEBHOOK_URL has no path: only a secret one keeps out other customers of "
+                   f"sipgate, such as WEBHOOK_URL={settings.webhook_url}/{os.urandom(8).hex()}")
     if url.hostname and settings.verify_signature == "off":
         yield "VERIFY_SIGNATURE=off: anyone who knows the address can invent calls"
     if time.localtime().tm_year < 2020:
@@ -1972,8 +1971,8 @@ def load_functions(path: str) -> CallFunctions:
     warn_of_slips(module, names)
     found = {name: module[name] for name in names if name in module}
     if not found or not all(map(takes_an_event, found.values())):
-        raise SettingsError(f"{wrong}expected {', '.join(names)}: one or more of them, as plain "
-                            "functions of one argument, the event, without async")
+        raise SettingsError(f"{wrong}expected {', '.join(names)}: one or more, as plain functions "
+                            "of one argument, the event, without async")
     return CallFunctions(**found)
 
 
@@ -1984,39 +1983,32 @@ def takes_an_event(function: Any) -> bool:
     return False
 
 
-# An RSA key of 2048 bits or more, with the exponent 65537. What else the DER form holds, the
-# algorithm, tags and lengths, lies where it does in sipgate's key.
-RSA_KEY = re.compile(rb".{4}%b.{13}\x00([\x80-\xff].{255,})\x02\x03\x01\x00\x01"
-                     % re.escape(_DER[4:19]), re.DOTALL)
-
-
 def load_keys(path: str) -> list[PublicKey]:
     """Return the key in the file SIGNATURE_KEY_FILE names, if any. Raises SettingsError."""
     if not path:
         return []
-    found = None
+    der = b""
     with contextlib.suppress(OSError, ValueError):
         text = pathlib.Path(path).read_text("ascii", "replace")
         in_base64 = text.partition("-----BEGIN PUBLIC KEY-----")[2].partition("-----END")[0]
-        found = RSA_KEY.fullmatch(base64.b64decode(in_base64))
-    if not found:
+        der = base64.b64decode(in_base64)
+    # With 2048 bits it has 294 bytes; all but the modulus is, and lies, as in sipgate's key.
+    if len(der) < 294 or (der[4:19], der[-5:]) != (_DER[4:19], _DER[-5:]):
         raise SettingsError(f'SIGNATURE_KEY_FILE is "{path}": expected a PEM file with an RSA key '
                             'of at least 2048 bits ("BEGIN PUBLIC KEY")')
-    return [PublicKey(int.from_bytes(found[1], "big"), 65537)]
+    return [PublicKey(int.from_bytes(der[33:-5], "big"), 65537)]
 
 
 TRIAL_TEXT = """\
 Trial mode proves nothing: any program on this machine can invent calls.
 For a first real call, book sipgate.io, then open a tunnel in a second terminal:
   ssh -R 80:127.0.0.1:{0.webhook_port} nokey@localhost.run
-and restart this program with the address that it prints, and a secret path:
+and restart this program with the address it prints and a secret path:
   --url https://ADDRESS/{1}
 """
 LIVE_TEXT = """\
-At https://console.sipgate.com, Webhooks > URLs, enter for incoming calls, for
-outgoing ones, or for both:
+Under Webhooks at https://console.sipgate.com, choose Sources, and enter as URL
   {0.webhook_url}/new-call
-There under Webhooks > Sources, choose the phone lines and groups.
 """
 
 
@@ -2759,12 +2751,11 @@ GET_SECONDS = 10.0  # for one answer from the network, however slowly it drips
 
 
 class Health(NamedTuple):
-    """What a GET gave: how the copy of this script is that replied, or why none did."""
+    """What a GET found."""
 
-    instance: str = ""
-    kind: str = "ok"  # of a finding
-    trouble: str = ""
-    error: Exception | str = ""
+    kind: str  # as of a finding
+    trouble: str  # "" if there is none
+    instance: str = ""  # of the copy of this script that replied
 
 
 def _fetch(url: str, context: ssl.SSLContext | None) -> Health:
@@ -2777,21 +2768,23 @@ def _fetch(url: str, context: ssl.SSLContext | None) -> Health:
             link.request("GET", parts.path)
             reply = link.getresponse()
             text = reply.read(200).decode("latin-1").strip()
+    except ConnectionRefusedError as error:
+        return Health("warning", str(error))
     except Exception as error:  # noqa: BLE001 - whatever the network makes of it
-        return Health(error=error)
+        return Health("problem", str(error))
     instance, refused = reply.headers.get("X-Instance", ""), reply.headers.get("X-Refused", "0")
     if not instance:
-        return Health(error=f"status {reply.status}")
+        return Health("problem", f"status {reply.status}")
     if reply.status == 503:
-        return Health(instance, "problem", text)
+        return Health("problem", text, instance)
     if refused != "0":
-        return Health(instance, "warning", f"webhooks were refused ({refused}), see its stderr")
-    return Health(instance)
+        return Health("warning", f"webhooks were refused ({refused}), see its stderr", instance)
+    return Health("ok", "", instance)
 
 
 def get_health(url: str, context: ssl.SSLContext | None = None) -> Health:
     """GET `url`, for GET_SECONDS at most. Raises nothing."""
-    found = [Health(error="timed out")]
+    found = [Health("problem", "timed out")]
     thread = threading.Thread(target=lambda: found.append(_fetch(url, context)), daemon=True)
     thread.start()
     thread.join(GET_SECONDS)
@@ -2808,11 +2801,10 @@ def local_health(settings: Settings) -> Health:
                       ssl._create_unverified_context())
 
 
-def _check_log(settings: Settings) -> tuple[str, str]:
-    path = settings.call_log
+def _check_log(path: str) -> tuple[str, str]:
     try:
         with open_log(path) as database:
-            last_id = database.execute("SELECT max(id) FROM events").fetchone()[0]
+            last_id, = next(latest_first(database, "id"), (0,))
     except NothingToShow as error:
         if path == "off" or os.access(os.path.dirname(path), os.W_OK):
             return "ok", f"call log: {error}"
@@ -2825,56 +2817,51 @@ def _check_log(settings: Settings) -> tuple[str, str]:
 
 
 def _check_port(settings: Settings, health: Health) -> tuple[str, str]:
-    place = f"port {settings.webhook_port} of {settings.webhook_host}"
-    if health.instance:
-        return health.kind, f"{place}: the running copy says: {health.trouble or 'ok'}"
-    kind = "warning" if isinstance(health.error, ConnectionRefusedError) else "problem"
-    return kind, (f"{place}: no server with these settings answers ({health.error}): start it, or "
-                  "give check the settings of the running copy (--env-file)")
+    said = f"the running copy says: {health.trouble or 'ok'}"
+    if not health.instance:
+        said = f"no server with these settings answers ({health.trouble}): start it"
+    return health.kind, f"port {settings.webhook_port} of {settings.webhook_host}: {said}"
 
 
 def _check_way_in(url: str, instance: str) -> tuple[str, str]:
     if not url:
-        return "warning", ("without WEBHOOK_URL sipgate cannot reach the running copy; if it has "
-                           "one, give check its settings (--env-file)")
+        return "warning", "without WEBHOOK_URL sipgate can reach no copy"
     for route in ROUTES:
         health = get_health(url + route)
         if health.instance != instance:
             # From inside, a router may not be able to reach its own public address.
-            kind = "warning" if str(health.error).endswith("timed out") else "problem"
-            found = health.error or "another copy"
-            return kind, (f"{url}{route} does not lead here ({found}): does the tunnel or proxy "
-                          "run, with a valid certificate, lead to this port, and leave the path "
-                          "as it is (nginx: no slash at the end of proxy_pass)?")
+            kind = "warning" if health.trouble.endswith("timed out") else "problem"
+            return kind, (f"{url}{route} does not lead here ({health.trouble or 'another copy'}): "
+                          "does the tunnel or proxy run, with a valid certificate, and lead to "
+                          "this port, path included (nginx: no slash at the end of proxy_pass)?")
     return "ok", f"{url} leads to the running copy, with each of its paths"
 
 
-def _findings(options: argparse.Namespace, settings: Settings) -> Iterator[tuple[str, str]]:
-    yield "ok", f"settings: {options.sources}"
+def check(options: argparse.Namespace, settings: Settings) -> int:
+    """The command `check`; the exit status is 1 if there is a problem."""
+    kinds = []
+
+    def say(kind: str, text: str) -> None:
+        kinds.append(kind)
+        print(wrapped(f"{kind:8} {printable(text)}", sys.stdout, 9), flush=True)
+
+    say("ok", f"settings: {options.sources}; they must be those of the running copy (--env-file)")
     for warning in warnings_of(settings):
-        yield "warning", warning
+        say("warning", warning)
     try:
         load_keys(settings.signature_key_file)
         if settings.webhook_tls_cert or settings.webhook_tls_key:
             TlsFiles(settings.webhook_tls_cert, settings.webhook_tls_key)
         load_functions(settings.call_handlers)
-        yield "ok", f"your functions: {settings.call_handlers or 'those in this script'}"
+        say("ok", f"your functions: {settings.call_handlers or 'those in this script'}")
     except SettingsError as error:
-        yield "problem", str(error)
-    yield _check_log(settings)
+        say("problem", str(error))
+    say(*_check_log(settings.call_log))
     health = local_health(settings)
-    yield _check_port(settings, health)
+    say(*_check_port(settings, health))
     if health.instance:
-        yield _check_way_in(settings.webhook_url, health.instance)
-
-
-def check(options: argparse.Namespace, settings: Settings) -> int:
-    """The command `check`; the exit status is 1 if there is a problem."""
-    status = 0
-    for kind, text in _findings(options, settings):
-        print(wrapped(f"{kind:8} {printable(text)}", sys.stdout, 9), flush=True)
-        status |= kind == "problem"
-    return status
+        say(*_check_way_in(settings.webhook_url, health.instance))
+    return int("problem" in kinds)
 
 
 # ------------------------------------------------------------------------------------------
@@ -3509,19 +3496,7 @@ def command_line(words: Sequence[str]) -> argparse.Namespace:
         parents=[flags], description="Take the calls of sipgate.io, or, with a command:",
         epilog=f"Settings in the environment or .env: {', '.join(SETTINGS)}")
     parser.add_argument("--version", action="version", version=__version__)
-    add_commands(parser.add_subparsers(dest="command").add_parser)
-    # First the flags, which may stand anywhere; then --prot is known for what it is.
-    options, rest = flags.parse_known_args(words)
-    if rest and rest[0] not in (*COMMANDS, "-h", "--help", "--version"):
-        parser.error(f"there is no {rest[0]}")
-    parser.parse_args(rest, options)
-    if options.command == "page":  # then --port is the page's
-        options.page_port = vars(options).pop("WEBHOOK_PORT", 8081)
-    return options
-
-
-def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Add each command and its options."""
+    command = parser.add_subparsers(dest="command").add_parser
     add = command("calls", help="show the latest calls").add_argument
     add("--missed", action="store_true", help="whom to ring back")
     add("--all", action="store_true", help="with --missed: each call")
@@ -3536,7 +3511,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     add("number", nargs="+", help="with its country code, written as you like")
     add("--yes", action="store_true", help="do not ask")
     add = command("simulate", help="rehearse calls without a phone").add_argument
-    add("scenario", nargs="?", choices=list(SCENARIOS), default="answered", metavar="SCENARIO",
+    add("scenario", nargs="?", choices=SCENARIOS, default="answered", metavar="SCENARIO",
         help=", ".join(SCENARIOS))
     add("--all", action="store_true", help="every scenario in turn")
     add("--from", dest="sender", type=bare_number, default="492111234567", help="the caller")
@@ -3545,11 +3520,19 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     add("--sound", help="only check whether sipgate would play this file")
     command("check", help="find out why nothing arrives")
     command("page", help="show calls in a browser, on --port (8081)")
+    # First the flags, which may stand anywhere; then --prot is known for what it is.
+    options, rest = flags.parse_known_args(words)
+    if rest and rest[0] not in (*COMMANDS, "-h", "--help", "--version"):
+        parser.error(f"there is no {rest[0]}")
+    parser.parse_args(rest, options)
+    if options.command == "page":  # then --port is the page's
+        options.page_port = vars(options).pop("WEBHOOK_PORT", 8081)
+    return options
 
 
 def read_settings(options: argparse.Namespace) -> Settings:
     """Return the settings, and say in `options.sources` where they are from."""
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".env")
+    beside = os.path.abspath(pathlib.Path(__file__).with_name(".env"))
     path = options.env_file or next(filter(os.path.isfile, (beside, ".env")), "")
     in_file = {}
     if path:
@@ -3601,10 +3584,10 @@ def main() -> int:
     except BrokenPipeError:  # `head` has seen enough
         sys.stdout = None  # not even flushed at the exit
         return 0
-    except (SettingsError, CommandEnd, sqlite3.Error, OSError) as error:
+    except (SettingsError, CommandEnd, OSError) as error:
         for problem in error.args if isinstance(error, SettingsError) else [error]:
-            text = f"sipgate_callevents: {printable(str(problem))}"
-            print(wrapped(text, sys.stderr), file=sys.stderr)
+            print(wrapped(f"sipgate_callevents: {printable(str(problem))}", sys.stderr),
+                  file=sys.stderr)
         return {SettingsError: 2, NothingToShow: 0}.get(type(error), 1)
 
 

@@ -2441,7 +2441,7 @@ class CheckTest(InFolder):
         assert_port(mine, "problem", "the running copy says: the call log is behind")
 
     def assert_log(self, kind, said, path=""):
-        found, text = sc._check_log(Settings(call_log=path or self.path))
+        found, text = sc._check_log(path or self.path)
         self.assertEqual((found, bool(re.search(said, text))), (kind, True), text)
 
     def test_the_call_log(self):
