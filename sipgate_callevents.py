@@ -1908,7 +1908,9 @@ def checked(values: Mapping[str, Any], folder: str = "") -> Settings:
     found, problems = {}, []
     for name in SETTINGS:
         text = str(values.get(name, "")).strip() or str(getattr(Settings, name.lower()))
-        if name in PATHS and text not in ("", "off"):
+        if text.lower() == "off":  # and no file OFF with calls in it
+            text = "off"
+        elif name in PATHS and text:
             text = os.path.abspath(os.path.join(folder, text))
         try:
             found[name.lower()] = read_setting(name, text)

@@ -310,6 +310,7 @@ class SettingsTest(unittest.TestCase):
                              (Settings(call_log=settings.call_log), True, "http://localhost:8080"))
         for host in ("127.0.0.2", "::1", "localhost"):
             self.assertTrue(sc.checked({"WEBHOOK_HOST": host}).trial)
+        self.assertEqual(sc.checked({"CALL_LOG": "Off"}).call_log, "off")
         settings = sc.checked({"WEBHOOK_URL": "https://example.org/3f/"})  # the slash is mended
         self.assertEqual((settings.trial, settings.base_url), (False, "https://example.org/3f"))
 
