@@ -2629,75 +2629,78 @@ def forget_number(options: argparse.Namespace, settings: Settings) -> int:
 # URLs of its replies, obeys its actions, and leaves nothing behind.
 # ------------------------------------------------------------------------------------------
 
-# Events in their order; behind a colon who rings or answers, or why it ends. "B." is another leg.
-SCENARIOS = {
-    "answered": "newCall answer hangup",
-    "missed": "newCall hangup:cancel",
-    "busy": "newCall hangup:busy",
-    "declined": "newCall hangup:noAnswer",
-    "outgoing": "newCall answer hangup",
-    "voicemail": "newCall hangup:forwarded B.newCall:voicemail B.answer:voicemail B.hangup",
-    "transfer": "newCall answer B.newCall:Carl B.answer:Carl hangup B.hangup",
-    "menu": "newCall answer hangup",
+SCENARIOS = {  # of each leg who answers it, or behind a dash why it ends without that
+    "answered": "Alice",
+    "missed": "-cancel",
+    "busy": "-busy",
+    "declined": "-noAnswer",
+    "outgoing": "Alice",
+    "voicemail": "-forwarded voicemail",
+    "transfer": "Alice Carl",
+    "menu": "Alice",
 }
+REFUSALS = {"Hangup": "normalClearing", "Reject": "noAnswer"}  # actions, and the usual cause
 
 
+@dataclass
 class Rehearsal:
     """Plays one scenario towards `receiver`, and prints what is said."""
 
-    def __init__(self, receiver: Receiver, scenario: str, options: argparse.Namespace) -> None:
-        self.receiver, self.scenario, self.options = receiver, scenario, options
-        self.base_url, self.call_id = receiver.settings.base_url, os.urandom(32).hex()
-        self.urls = {"newCall": self.base_url + "/new-call"}  # replies ask for the others
-        self.causes: dict[str, str] = {}  # by leg: why our reply has ended it, "" if it has not
-        self.answer: dict[str, str] = {}  # who answers instead, where our reply dials
+    receiver: Receiver
+    scenario: str
+    options: argparse.Namespace
 
     def play(self) -> None:
         """Send the events of the scenario, as far as our replies let them happen."""
         print(f"\n{self.scenario}")
-        to = self.options.to
-        for step in SCENARIOS[self.scenario].split():
-            place, _, detail = step.partition(":")
-            leg, _, event = place.rpartition(".")
-            if any(self.causes.values()) and (event != "hangup" or leg not in self.causes):
-                continue  # what our reply has ended is neither answered nor passed on
-            own = {"newCall": {"user[]": [detail] if detail else ["Alice", "Bob"]},
-                   "answer": {"user": detail or "Alice", "answeringNumber": to, **self.answer},
-                   "hangup": {"cause": self.causes.get(leg) or detail or "normalClearing"}}
-            action = self._post(self.urls[event], {
-                "event": event, "direction": "out" if self.scenario == "outgoing" else "in",
-                "from": self.options.sender, "to": to, "diversion": to if leg else "",
-                "callId": self.call_id + leg, "origCallId": self.call_id, **own[event]})
-            if event == "newCall":
-                self._obey(action, leg)
+        call_id, to, hangups = os.urandom(32).hex(), self.options.to, []
+        for leg, plan in zip(("", "B"), SCENARIOS[self.scenario].split()):
+            user, _, cause = plan.partition("-")
+            form = {"direction": "out" if self.scenario == "outgoing" else "in",
+                    "from": self.options.sender, "to": to, "diversion": to if leg else "",
+                    "callId": call_id + leg, "origCallId": call_id}
+            reply = self._post(self.receiver.settings.base_url + "/new-call", {
+                "event": "newCall", **form, "user[]": [user] if leg else ["Alice", "Bob"]})
+            action = self._press_keys(reply, call_id + leg)
+            answer = {"user": user, "answeringNumber": to}
+            if action.tag == "Dial":
+                number = action.findtext("Number", "")
+                answer = {"user": "" if number else "voicemail", "answeringNumber": number}
+            if action.tag in REFUSALS:
+                user, cause = "", action.get("reason", REFUSALS[action.tag])
+            hangup = {"event": "hangup", **form, "cause": cause or "normalClearing"}
+            if user:
+                self._post(reply.get("onAnswer", ""), {"event": "answer", **form, **answer})
+                hangups.append((reply.get("onHangup", ""), hangup))
+            else:
+                self._post(reply.get("onHangup", ""), hangup)
+            if action.tag in REFUSALS:
+                break  # what our reply has ended is not passed on
+        for url, hangup in hangups:
+            self._post(url, hangup)
 
-    def _obey(self, action: ET.Element, leg: str) -> None:
-        """Press keys for each Gather, and note what comes of the leg."""
+    def _press_keys(self, reply: ET.Element, call_id: str) -> ET.Element:
+        """Obey each Gather; return the action that comes after them, or <Response>."""
         pressed = [*self.options.digits.split(","), "-1"]  # which says that the caller hung up
-        ours = self.base_url + "/on-data"
-        while action.get("onData", "").partition("?")[0] == ours:
+        action = next(iter(reply), reply)
+        while pressed and action.get("onData", "").startswith(self.receiver.urls["on_data"]):
             if "on_dtmf" not in self.receiver.your_code.functions:
                 print("    (on_dtmf does nothing with the digits)")
-            form = {"event": "dtmf", "dtmf": pressed.pop(0), "callId": self.call_id + leg}
+            form = {"event": "dtmf", "dtmf": pressed.pop(0), "callId": call_id}
             reply = self._post(action.get("onData", ""), form)
-            action = reply if pressed else ET.Element("Hangup")
+            action = next(iter(reply), reply)
         unasked = ",".join(pressed[:-1])
         if self.scenario == "menu" and unasked and not action.get("onData"):
             print(f"    (your functions do not ask for {unasked})")
-        number = action.findtext("Number", "")
-        self.answer = {} if action.tag != "Dial" else {
-            "user": "" if number else "voicemail", "answeringNumber": number}
-        usual = {"Hangup": "normalClearing", "Reject": "noAnswer"}.get(action.tag, "")
-        self.causes[leg] = action.get("reason", usual)
+        return action if pressed else ET.Element("Hangup")
 
     def _post(self, url: str, form: Mapping[str, Any]) -> ET.Element:
-        """Send an event as sipgate does; return the action of the reply, or <Response>."""
+        """Send an event as sipgate does; return the <Response> of one that is decided."""
         body = urllib.parse.urlencode(form, doseq=True, errors="replace").encode()
-        event = self.receiver.admit(url[len(self.base_url):], body)
+        event = self.receiver.admit(url[len(self.receiver.settings.base_url):], body)
         # Of a copy: event.call is looked up once, for your functions when the event is stored.
         print(f"--> {event.event:8} {event_line(replace(event))}", flush=True)
-        deadline = time.monotonic() + self.receiver.reply_seconds
-        replied = self.receiver.reply_to(event, deadline)
+        replied = self.receiver.reply_to(event, time.monotonic() + self.receiver.reply_seconds)
         text = replied.reply.body.decode().strip()
         print(wrapped(f"<-- {text}", sys.stdout, 4), flush=True)
         if "<Url>" in text and ".wav" not in text.lower():
@@ -2707,21 +2710,16 @@ class Rehearsal:
             if self.receiver.your_code.stuck():
                 raise CommandEnd(self.receiver.your_code.stuck())
             time.sleep(0.005)
-        response = ET.fromstring(text if event.is_decided else "<Response />")
-        self.urls.update((name[2:].lower(), target) for name, target in response.items())
-        return next(iter(response), response)
+        return ET.fromstring(text if event.is_decided else "<Response />")
 
 
 def _check_sound(path: str) -> int:
-    played = "1 channels, 2 bytes a sample, 8000 Hz"
-    try:
-        with wave.open(path, "rb") as sound:
-            found = "{} channels, {} bytes a sample, {} Hz".format(*sound.getparams())
-    except (wave.Error, EOFError):
-        found = "not a PCM WAV file"
-    verdict = "plays it" if found == played else f"skips it: {found}, expected {played}"
+    expected, found = "1 channels, 2 bytes a sample, 8000 Hz", "not a PCM WAV file"
+    with contextlib.suppress(wave.Error, EOFError), wave.open(path, "rb") as sound:
+        found = "{} channels, {} bytes a sample, {} Hz".format(*sound.getparams())
+    verdict = "plays it" if found == expected else f"skips it: {found}, expected {expected}"
     print(f"{path}: sipgate {verdict}")
-    return int(found != played)
+    return int(found != expected)
 
 
 def simulate(options: argparse.Namespace, settings: Settings) -> int:

@@ -2310,7 +2310,7 @@ class RehearsalTest(unittest.TestCase):
                          (("Alice", "Bob"), "", "4921100"))
         self.assertEqual((second.users, second.diversion, other.answering_number),
                          (("Carl",), "4915791234567", "4915791234567"))
-        *_, first, second = self.rehearse("transfer", CallFunctions(
+        *_, second, first = self.rehearse("transfer", CallFunctions(
             lambda event: None if event.first_leg else reject("busy")))[2]
         self.assertEqual((first.cause, second.cause, second.call.outcome),
                          ("normalClearing", "busy", "answered"))
