@@ -2653,7 +2653,7 @@ class Rehearsal:
     def play(self) -> None:
         """Send the events of the scenario, as far as our replies let them happen."""
         print(f"\n{self.scenario}")
-        call_id, to, hangups = os.urandom(32).hex(), self.options.to, []
+        call_id, to, talking = os.urandom(32).hex(), self.options.to, []
         for leg, plan in zip(("", "B"), SCENARIOS[self.scenario].split()):
             user, _, cause = plan.partition("-")
             form = {"direction": "out" if self.scenario == "outgoing" else "in",
@@ -2661,33 +2661,33 @@ class Rehearsal:
                     "callId": call_id + leg, "origCallId": call_id}
             reply = self._post(self.receiver.settings.base_url + "/new-call", {
                 "event": "newCall", **form, "user[]": [user] if leg else ["Alice", "Bob"]})
-            action = self._press_keys(reply, call_id + leg)
-            answer = {"user": user, "answeringNumber": to}
+            action, number = self._press_keys(reply, call_id + leg), to
             if action.tag == "Dial":
                 number = action.findtext("Number", "")
-                answer = {"user": "" if number else "voicemail", "answeringNumber": number}
+                user = "" if number else "voicemail"
             if action.tag in REFUSALS:
-                user, cause = "", action.get("reason", REFUSALS[action.tag])
+                cause = action.get("reason", REFUSALS[action.tag])
+            answer = {"event": "answer", **form, "user": user, "answeringNumber": number}
             hangup = {"event": "hangup", **form, "cause": cause or "normalClearing"}
-            if user:
-                self._post(reply.get("onAnswer", ""), {"event": "answer", **form, **answer})
-                hangups.append((reply.get("onHangup", ""), hangup))
+            if cause:
+                self._post(reply.attrib["onHangup"], hangup)
             else:
-                self._post(reply.get("onHangup", ""), hangup)
+                self._post(reply.attrib["onAnswer"], answer)
+                talking.append((reply.attrib["onHangup"], hangup))
             if action.tag in REFUSALS:
                 break  # what our reply has ended is not passed on
-        for url, hangup in hangups:
+        for url, hangup in talking:
             self._post(url, hangup)
 
     def _press_keys(self, reply: ET.Element, call_id: str) -> ET.Element:
         """Obey each Gather; return the action that comes after them, or <Response>."""
         pressed = [*self.options.digits.split(","), "-1"]  # which says that the caller hung up
-        action = next(iter(reply), reply)
-        while pressed and action.get("onData", "").startswith(self.receiver.urls["on_data"]):
+        action, ours = next(iter(reply), reply), self.receiver.settings.base_url + "/on-data"
+        while pressed and action.get("onData", "").startswith(ours):
             if "on_dtmf" not in self.receiver.your_code.functions:
                 print("    (on_dtmf does nothing with the digits)")
             form = {"event": "dtmf", "dtmf": pressed.pop(0), "callId": call_id}
-            reply = self._post(action.get("onData", ""), form)
+            reply = self._post(action.attrib["onData"], form)
             action = next(iter(reply), reply)
         unasked = ",".join(pressed[:-1])
         if self.scenario == "menu" and unasked and not action.get("onData"):
