@@ -2430,22 +2430,16 @@ def find_call(path: str, event: CallEvent) -> Call | None:
     return None
 
 
-def call_row(call: Call) -> dict[str, Any]:
-    """A call as a row; None is not known."""
-    return {name.replace("_number", ""): None if value == "" else value
-            for name, value in vars(call).items()}
-
-
-def call_rows(pairs: Iterable[Any], form: str = "") -> Iterator[dict[str, Any]]:
-    """Yield rows for pairs of a call and its legs, with events if these have a form."""
-    for call, legs in pairs:
-        row = call_row(call)
-        if form:
-            row["events"] = [
-                event_json(event, at, words) if form == "json" else printable(
-                    f"  {local_time(at)[11:]} {event.event:7} {words or event_line(event, call)}")
-                for at, event, words in events_of(legs)]
-        yield row
+def call_row(call: Call, legs: Iterable[Leg] = (), form: str = "") -> dict[str, Any]:
+    """A call as a row; None is not known. With its events, if these have a form."""
+    row = {name.replace("_number", ""): None if value == "" else value
+           for name, value in vars(call).items()}
+    if form:
+        row["events"] = [
+            event_json(event, at, words) if form == "json" else printable(
+                f"  {local_time(at)[11:]} {event.event:7} {words or event_line(event, call)}")
+            for at, event, words in events_of(legs)]
+    return row
 
 
 def readable(name: str, value: Any, form: str) -> Any:
@@ -2510,19 +2504,20 @@ def has_number(call: Call, legs: Iterable[Leg], wanted: str) -> bool:
 
 def show_calls(options: argparse.Namespace, settings: Settings) -> int:
     """The command `calls`."""
-    form, withheld = options.format, 0
+    since, form = read_since(options.since), options.format
+    withheld, times = 0, {}  # for how many a call to ring back stands
     with open_log(settings.call_log) as database:
-        since = read_since(options.since)
         pairs = listed_calls(database, time.time(), since)
         if options.missed:
             callers, withheld = to_ring_back(call for call, _ in pairs)
-            pairs = iter([(call, []) for calls in callers for call in calls])
-        found = (pair for pair in pairs
-                 if pair[0].started >= since and has_number(*pair, options.number))
-        rows = call_rows(found, form if options.events else "")
-        if options.missed and not options.all:
-            rows = ({**call_row(calls[0]), "calls": len(calls)} for calls in callers
-                    if calls[0].started >= since and has_number(calls[0], [], options.number))
+            if options.all:
+                callers = [[call] for calls in callers for call in calls]
+            callers.sort(key=lambda calls: calls[0].started, reverse=True)
+            times = {calls[0]: {"calls": len(calls)} for calls in callers}
+            pairs = ((call, call_with(database, next(iter(call.legs), ""))) for call in times)
+        rows = ({**call_row(call, legs, form if options.events else ""), **times.get(call, {})}
+                for call, legs in pairs
+                if call.started >= since and has_number(call, legs, options.number))
         if form != "table":
             write_rows(itertools.islice(rows, options.limit), form, sys.stdout)
             return 0
@@ -3378,7 +3373,8 @@ class Overview:
     def as_csv(self) -> str:
         text = io.StringIO()
         with open_log(self.settings.call_log) as database:
-            write_rows(call_rows(listed_calls(database, time.time())), "csv", text)
+            write_rows((call_row(call) for call, _ in listed_calls(database, time.time())),
+                       "csv", text)
         return text.getvalue()
 
 

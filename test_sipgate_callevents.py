@@ -3015,6 +3015,9 @@ class CommandTest(InFolder):
         self.assertRegex(self.calls("--missed", "--format", "csv")[1],
                          f"^in,'49157111222,'4930200,Alice,,{times[0]},.*,missed,.*,9$")
         self.assertEqual(len(self.entries("--missed", "--all")), 17)
+        latest = self.entries("--missed", "--all", "--limit", "3", "--events")
+        self.assertEqual([(entry["legs"], len(entry["events"])) for entry in latest],
+                         [(["L24"], 2), (["L23"], 2), (["L21"], 2)])
         self.assertEqual(self.calls("--missed", "--since", "2026-01-01"),
                          ["no call matches"])
 
