@@ -2539,7 +2539,7 @@ def rows_without(database: sqlite3.Connection, number: str) -> Iterator[Any]:
         return FORGOTTEN if text and re.search(number, urllib.parse.unquote_plus(text)) else text
 
     def blank_id(text: Any) -> Any:
-        word = f"{FORGOTTEN[:-1]} {os.urandom(4).hex()}]"
+        word = f"[forgotten {os.urandom(4).hex()}]"
         return text if blank(text) == text else tokens.setdefault(text, word)
 
     for row in latest_first(database, "id, event, call_id, orig_call_id, xcid, body"):
@@ -2571,16 +2571,17 @@ def holding(names: Iterable[str], number: str) -> list[str]:
     return found
 
 
-def erase(database: sqlite3.Connection, number: str, folder: str) -> None:
+def erase(path: str, number: str) -> None:
     """Blank the number in all rows, and remove what SQLite keeps of them."""
-    # NORMAL, or each row would wait for the disk.
-    database.executescript("PRAGMA secure_delete=ON; PRAGMA synchronous=NORMAL")
-    for row in rows_without(database, number):
-        # No digest: by it a guess at the number could be tried.
-        database.execute("REPLACE INTO events VALUES (?, ?, ?, ?, ?, ?, NULL)", row)
-        time.sleep(0.0001)  # so that a running server gets its turn
-    rewrite(database, folder)
-    database.execute(EMPTY_WAL)
+    with open_log(path) as database:
+        # NORMAL, or each row would wait for the disk.
+        database.executescript("PRAGMA secure_delete=ON; PRAGMA synchronous=NORMAL")
+        for row in rows_without(database, number):
+            # No digest: by it a guess at the number could be tried.
+            database.execute("REPLACE INTO events VALUES (?, ?, ?, ?, ?, ?, NULL)", row)
+            time.sleep(0.0001)  # so that a running server gets its turn
+        rewrite(database, os.path.dirname(path))
+        database.execute(EMPTY_WAL)
 
 
 def forget_number(options: argparse.Namespace, settings: Settings) -> int:
@@ -2590,8 +2591,7 @@ def forget_number(options: argparse.Namespace, settings: Settings) -> int:
         raise SettingsError(f'"{digits}": expected a complete number, such as +49 157 91234567')
     # However written, but in no longer one.
     number = r"(?<![0-9])(?:00)?" + r"(?:\(0\)|[\s()/.#*+_-])*".join(digits) + "(?![0-9])"
-    damaged = glob.glob(glob.escape(path) + ".damaged-*")
-    files = [path, path + "-wal", *damaged]
+    files = [*glob.glob(glob.escape(path) + ".damaged-*"), path, path + "-wal"]
     with open_log(settings.call_log) as database:
         # When each call began, by its first leg, as far as one event tells.
         begun = {row[3] or row[2] or row[0]: local_time(row[0] / 1e6)[:16]
@@ -2605,14 +2605,12 @@ def forget_number(options: argparse.Namespace, settings: Settings) -> int:
         print("Forget it? The calls stay. (yes/no)", flush=True)
         if not sys.stdin.readline().startswith("y"):
             raise CommandEnd("nothing was changed")
-    with open_log(settings.call_log) as database:
-        erase(database, number, os.path.dirname(path))
-    for name in holding(damaged, number):
+    erase(path, number)
+    for name in holding(files, number):
+        if name in (path, path + "-wal"):
+            raise CommandEnd(f"{digits} is still in {name}: end what else reads it, and try again")
         os.remove(name)
         print(f"{name} held it, and is removed.")
-    left = ", ".join(holding(files, number))
-    if left:
-        raise CommandEnd(f"{digits} is still in {left}: end what else reads it, and try again")
     print(f"It is gone from {path}. It may still be in backups,\nin the journal or file that "
           "stdout goes to, and where your functions put it.")
     return 0
