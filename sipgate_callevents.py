@@ -2635,75 +2635,68 @@ SCENARIOS = {  # of each leg who answers it, or behind a dash why it ends withou
 REFUSALS = {"Hangup": "normalClearing", "Reject": "noAnswer"}  # actions, and the usual cause
 
 
-@dataclass
-class Rehearsal:
-    """Plays one scenario towards `receiver`, and prints what is said."""
+def post_event(receiver: Receiver, url: str, form: Mapping[str, Any]) -> ET.Element:
+    """Send an event as sipgate does, and print what is said; return the <Response>, if any."""
+    body = urllib.parse.urlencode(form, doseq=True, errors="replace").encode()
+    event = receiver.admit(url[len(receiver.settings.base_url):], body)
+    # Of a copy: event.call is looked up once, for your functions when the event is stored.
+    print(f"--> {event.event:8} {event_line(replace(event))}", flush=True)
+    replied = receiver.reply_to(event, time.monotonic() + receiver.reply_seconds)
+    text = replied.reply.body.decode().strip()
+    print(wrapped(f"<-- {text}", sys.stdout, 4), flush=True)
+    if "<Url>" in text and ".wav" not in text.lower():
+        print("    (is the sound a WAV file? sipgate plays no other)")
+    receiver.follow(replied)
+    while receiver.your_code.hooks.waiting():
+        if receiver.your_code.stuck():
+            raise CommandEnd(receiver.your_code.stuck())
+        time.sleep(0.005)
+    return ET.fromstring(text if event.is_decided else "<Response />")
 
-    receiver: Receiver
-    scenario: str
-    options: argparse.Namespace
 
-    def play(self) -> None:
-        """Send the events of the scenario, as far as our replies let them happen."""
-        print(f"\n{self.scenario}")
-        call_id, to, talking = os.urandom(32).hex(), self.options.to, []
-        for leg, plan in zip(("", "B"), SCENARIOS[self.scenario].split()):
-            user, _, cause = plan.partition("-")
-            form = {"direction": "out" if self.scenario == "outgoing" else "in",
-                    "from": self.options.sender, "to": to, "diversion": to if leg else "",
-                    "callId": call_id + leg, "origCallId": call_id}
-            reply = self._post(self.receiver.settings.base_url + "/new-call", {
-                "event": "newCall", **form, "user[]": [user] if leg else ["Alice", "Bob"]})
-            action, number = self._press_keys(reply, call_id + leg), to
-            if action.tag == "Dial":
-                number = action.findtext("Number", "")
-                user = "" if number else "voicemail"
-            if action.tag in REFUSALS:
-                cause = action.get("reason", REFUSALS[action.tag])
-            answer = {"event": "answer", **form, "user": user, "answeringNumber": number}
-            hangup = {"event": "hangup", **form, "cause": cause or "normalClearing"}
-            if cause:
-                self._post(reply.attrib["onHangup"], hangup)
-            else:
-                self._post(reply.attrib["onAnswer"], answer)
-                talking.append((reply.attrib["onHangup"], hangup))
-            if action.tag in REFUSALS:
-                break  # what our reply has ended is not passed on
-        for url, hangup in talking:
-            self._post(url, hangup)
+def press_keys(receiver: Receiver, reply: ET.Element, call_id: str, keys: list[str]) -> ET.Element:
+    """Obey each Gather with digits taken from `keys`; return what follows, or the <Response>."""
+    action = next(iter(reply), reply)
+    while keys and action.get("onData", "").startswith(receiver.settings.base_url + "/on-data"):
+        if "on_dtmf" not in receiver.your_code.functions:
+            print("    (on_dtmf does nothing with the digits)")
+        form = {"event": "dtmf", "dtmf": keys.pop(0), "callId": call_id}
+        reply = post_event(receiver, action.attrib["onData"], form)
+        action = next(iter(reply), reply)
+    return action if keys else ET.Element("Hangup")
 
-    def _press_keys(self, reply: ET.Element, call_id: str) -> ET.Element:
-        """Obey each Gather; return the action that comes after them, or <Response>."""
-        pressed = [*self.options.digits.split(","), "-1"]  # which says that the caller hung up
-        action, ours = next(iter(reply), reply), self.receiver.settings.base_url + "/on-data"
-        while pressed and action.get("onData", "").startswith(ours):
-            if "on_dtmf" not in self.receiver.your_code.functions:
-                print("    (on_dtmf does nothing with the digits)")
-            form = {"event": "dtmf", "dtmf": pressed.pop(0), "callId": call_id}
-            reply = self._post(action.attrib["onData"], form)
-            action = next(iter(reply), reply)
-        unasked = ",".join(pressed[:-1])
-        if self.scenario == "menu" and unasked and not action.get("onData"):
-            print(f"    (your functions do not ask for {unasked})")
-        return action if pressed else ET.Element("Hangup")
 
-    def _post(self, url: str, form: Mapping[str, Any]) -> ET.Element:
-        """Send an event as sipgate does; return the <Response> of one that is decided."""
-        body = urllib.parse.urlencode(form, doseq=True, errors="replace").encode()
-        event = self.receiver.admit(url[len(self.receiver.settings.base_url):], body)
-        # Of a copy: event.call is looked up once, for your functions when the event is stored.
-        print(f"--> {event.event:8} {event_line(replace(event))}", flush=True)
-        replied = self.receiver.reply_to(event, time.monotonic() + self.receiver.reply_seconds)
-        text = replied.reply.body.decode().strip()
-        print(wrapped(f"<-- {text}", sys.stdout, 4), flush=True)
-        if "<Url>" in text and ".wav" not in text.lower():
-            print("    (is the sound a WAV file? sipgate plays no other)")
-        self.receiver.follow(replied)
-        while self.receiver.your_code.hooks.waiting():
-            if self.receiver.your_code.stuck():
-                raise CommandEnd(self.receiver.your_code.stuck())
-            time.sleep(0.005)
-        return ET.fromstring(text if event.is_decided else "<Response />")
+def rehearse(receiver: Receiver, scenario: str, options: argparse.Namespace) -> None:
+    """Play a scenario towards `receiver`, as far as its replies let it happen."""
+    print(f"\n{scenario}")
+    call_id, to, talking = os.urandom(32).hex(), options.to, []
+    for leg, plan in zip(("", "B"), SCENARIOS[scenario].split()):
+        user, _, cause = plan.partition("-")
+        form = {"direction": "out" if scenario == "outgoing" else "in", "from": options.sender,
+                "to": to, "diversion": to if leg else "",
+                "callId": call_id + leg, "origCallId": call_id}
+        reply = post_event(receiver, receiver.settings.base_url + "/new-call", {
+            "event": "newCall", **form, "user[]": [user] if leg else ["Alice", "Bob"]})
+        keys = [*options.digits.split(","), "-1"]  # which says that the caller hung up
+        action, number = press_keys(receiver, reply, call_id + leg, keys), to
+        if scenario == "menu" and keys[:-1] and not action.get("onData"):
+            print(f"    (your functions do not ask for {','.join(keys[:-1])})")
+        if action.tag == "Dial":
+            number = action.findtext("Number", "")
+            user = "" if number else "voicemail"
+        if action.tag in REFUSALS:
+            cause = action.get("reason", REFUSALS[action.tag])
+        answer = {"event": "answer", **form, "user": user, "answeringNumber": number}
+        hangup = {"event": "hangup", **form, "cause": cause or "normalClearing"}
+        if cause:
+            post_event(receiver, reply.attrib["onHangup"], hangup)
+        else:
+            post_event(receiver, reply.attrib["onAnswer"], answer)
+            talking.append((reply.attrib["onHangup"], hangup))
+        if action.tag in REFUSALS:
+            break  # what our reply has ended is not passed on
+    for url, hangup in talking:
+        post_event(receiver, url, hangup)
 
 
 def _check_sound(path: str) -> int:
@@ -2727,7 +2720,7 @@ def simulate(options: argparse.Namespace, settings: Settings) -> int:
         receiver = Receiver(Settings(), [], functions, call_log=log,
                             find_call=functools.partial(find_call, log.path))
         for scenario in SCENARIOS if options.all else [options.scenario]:
-            Rehearsal(receiver, scenario, options).play()
+            rehearse(receiver, scenario, options)
             with open_log(log.path) as database:
                 call, _ = next(listed_calls(database, time.time()))
             print(table([call_row(call)]))

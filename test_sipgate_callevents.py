@@ -2277,7 +2277,7 @@ class RehearsalTest(unittest.TestCase):
         talk = Conversation(TRIAL, functions, call_log=log,
                             find_call=functools.partial(sc.find_call, log.path))
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            sc.Rehearsal(talk.receiver, name, options).play()
+            sc.rehearse(talk.receiver, name, options)
         events = talk.events()
         log.close(5)
         with database_at(log.path) as database:
