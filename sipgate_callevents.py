@@ -2553,11 +2553,10 @@ def rows_without(database: sqlite3.Connection, number: str) -> Iterator[Any]:
 
 def similar(database: sqlite3.Connection, digits: str) -> str:
     """Stored numbers that end in these digits."""
-    ending = digits.lstrip("0")
-    bodies = database.execute("SELECT body FROM events WHERE instr(body, ?) LIMIT 1000",
-                              (ending.encode(),)).fetchall()
-    found = re.findall(rf"[1-9][0-9]*{ending}\b", urllib.parse.unquote(str(bodies)))
-    return ", ".join(sorted(set(found))[:5])
+    ending = rf"\b[1-9][0-9]*{digits.lstrip('0')}\b"
+    found = {number for _, body in latest_first(database, "id, body")
+             for number in re.findall(ending, urllib.parse.unquote_plus(body.decode("latin-1")))}
+    return ", ".join(sorted(found)[:5])
 
 
 def holding(names: Iterable[str], number: str) -> list[str]:
@@ -2596,7 +2595,7 @@ def forget_number(options: argparse.Namespace, settings: Settings) -> int:
         # When each call began, by its first leg, as far as one event tells.
         begun = {row[3] or row[2] or row[0]: local_time(row[0] / 1e6)[:16]
                  for row in rows_without(database, number)}
-        hint = similar(database, digits)
+        hint = "" if begun else similar(database, digits)
     if not begun and not holding(files, number):
         raise CommandEnd(f"no call holds {digits}; with the country code? {hint}")
     times = sorted(begun.values()) or ["-"]
