@@ -2505,16 +2505,16 @@ def has_number(call: Call, legs: Iterable[Leg], wanted: str) -> bool:
 def show_calls(options: argparse.Namespace, settings: Settings) -> int:
     """The command `calls`."""
     since, form = read_since(options.since), options.format
-    withheld, times = 0, {}  # for how many a call to ring back stands
+    withheld, times = 0, {}  # by a caller's latest call: a column that says how many
     with open_log(settings.call_log) as database:
         pairs = listed_calls(database, time.time(), since)
         if options.missed:
             callers, withheld = to_ring_back(call for call, _ in pairs)
-            if options.all:
-                callers = [[call] for calls in callers for call in calls]
-            callers.sort(key=lambda calls: calls[0].started, reverse=True)
             times = {calls[0]: {"calls": len(calls)} for calls in callers}
-            pairs = ((call, call_with(database, next(iter(call.legs), ""))) for call in times)
+            if options.all:
+                times = {call: {} for calls in callers for call in calls}
+            latest = sorted(times, key=lambda call: call.started, reverse=True)
+            pairs = ((call, call_with(database, next(iter(call.legs), ""))) for call in latest)
         rows = ({**call_row(call, legs, form if options.events else ""), **times.get(call, {})}
                 for call, legs in pairs
                 if call.started >= since and has_number(call, legs, options.number))
