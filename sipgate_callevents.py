@@ -2429,22 +2429,16 @@ def find_call(path: str, event: CallEvent) -> Call | None:
     return None
 
 
-def call_row(call: Call) -> dict[str, Any]:
-    """A call as a row; None is not known."""
-    return {name.replace("_number", ""): None if value == "" else value
-            for name, value in vars(call).items()}
-
-
-def call_rows(pairs: Iterable[Any], form: str = "") -> Iterator[dict[str, Any]]:
-    """Yield rows for pairs of a call and its legs, with events if these have a form."""
-    for call, legs in pairs:
-        row = call_row(call)
-        if form:
-            row["events"] = [
-                event_json(event, at, words) if form == "json" else printable(
-                    f"  {local_time(at)[11:]} {event.event:7} {words or event_line(event, call)}")
-                for at, event, words in events_of(legs)]
-        yield row
+def call_row(call: Call, legs: Iterable[Leg] = (), form: str = "") -> dict[str, Any]:
+    """A call as a row; None is not known. With its events, if these have a form."""
+    row = {name.replace("_number", ""): None if value == "" else value
+           for name, value in vars(call).items()}
+    if form:
+        row["events"] = [
+            event_json(event, at, words) if form == "json" else printable(
+                f"  {local_time(at)[11:]} {event.event:7} {words or event_line(event, call)}")
+            for at, event, words in events_of(legs)]
+    return row
 
 
 def readable(name: str, value: Any, form: str) -> Any:
@@ -2509,19 +2503,20 @@ def has_number(call: Call, legs: Iterable[Leg], wanted: str) -> bool:
 
 def show_calls(options: argparse.Namespace, settings: Settings) -> int:
     """The command `calls`."""
-    form, withheld = options.format, 0
+    since, form = read_since(options.since), options.format
+    withheld, times = 0, {}  # by a caller's latest call: a column that says how many
     with open_log(settings.call_log) as database:
-        since = read_since(options.since)
         pairs = listed_calls(database, time.time(), since)
         if options.missed:
             callers, withheld = to_ring_back(call for call, _ in pairs)
-            pairs = iter([(call, []) for calls in callers for call in calls])
-        found = (pair for pair in pairs
-                 if pair[0].started >= since and has_number(*pair, options.number))
-        rows = call_rows(found, form if options.events else "")
-        if options.missed and not options.all:
-            rows = ({**call_row(calls[0]), "calls": len(calls)} for calls in callers
-                    if calls[0].started >= since and has_number(calls[0], [], options.number))
+            times = {calls[0]: {"calls": len(calls)} for calls in callers}
+            if options.all:
+                times = {call: {} for calls in callers for call in calls}
+            latest = sorted(times, key=lambda call: call.started, reverse=True)
+            pairs = ((call, call_with(database, next(iter(call.legs), ""))) for call in latest)
+        rows = ({**call_row(call, legs, form if options.events else ""), **times.get(call, {})}
+                for call, legs in pairs
+                if call.started >= since and has_number(call, legs, options.number))
         if form != "table":
             write_rows(itertools.islice(rows, options.limit), form, sys.stdout)
             return 0
@@ -2543,7 +2538,7 @@ def rows_without(database: sqlite3.Connection, number: str) -> Iterator[Any]:
         return FORGOTTEN if text and re.search(number, urllib.parse.unquote_plus(text)) else text
 
     def blank_id(text: Any) -> Any:
-        word = f"{FORGOTTEN[:-1]} {os.urandom(4).hex()}]"
+        word = f"[forgotten {os.urandom(4).hex()}]"
         return text if blank(text) == text else tokens.setdefault(text, word)
 
     for row in latest_first(database, "id, event, call_id, orig_call_id, xcid, body"):
@@ -2557,11 +2552,10 @@ def rows_without(database: sqlite3.Connection, number: str) -> Iterator[Any]:
 
 def similar(database: sqlite3.Connection, digits: str) -> str:
     """Stored numbers that end in these digits."""
-    ending = digits.lstrip("0")
-    bodies = database.execute("SELECT body FROM events WHERE instr(body, ?) LIMIT 1000",
-                              (ending.encode(),)).fetchall()
-    found = re.findall(rf"[1-9][0-9]*{ending}\b", urllib.parse.unquote(str(bodies)))
-    return ", ".join(sorted(set(found))[:5])
+    ending = rf"\b[1-9][0-9]*{digits.lstrip('0')}\b"
+    found = {number for _, body in latest_first(database, "id, body")
+             for number in re.findall(ending, urllib.parse.unquote_plus(body.decode("latin-1")))}
+    return ", ".join(sorted(found)[:5])
 
 
 def holding(names: Iterable[str], number: str) -> list[str]:
@@ -2575,16 +2569,17 @@ def holding(names: Iterable[str], number: str) -> list[str]:
     return found
 
 
-def erase(database: sqlite3.Connection, number: str, folder: str) -> None:
+def erase(path: str, number: str) -> None:
     """Blank the number in all rows, and remove what SQLite keeps of them."""
-    # NORMAL, or each row would wait for the disk.
-    database.executescript("PRAGMA secure_delete=ON; PRAGMA synchronous=NORMAL")
-    for row in rows_without(database, number):
-        # No digest: by it a guess at the number could be tried.
-        database.execute("REPLACE INTO events VALUES (?, ?, ?, ?, ?, ?, NULL)", row)
-        time.sleep(0.0001)  # so that a running server gets its turn
-    rewrite(database, folder)
-    database.execute(EMPTY_WAL)
+    with open_log(path) as database:
+        # NORMAL, or each row would wait for the disk.
+        database.executescript("PRAGMA secure_delete=ON; PRAGMA synchronous=NORMAL")
+        for row in rows_without(database, number):
+            # No digest: by it a guess at the number could be tried.
+            database.execute("REPLACE INTO events VALUES (?, ?, ?, ?, ?, ?, NULL)", row)
+            time.sleep(0.0001)  # so that a running server gets its turn
+        rewrite(database, os.path.dirname(path))
+        database.execute(EMPTY_WAL)
 
 
 def forget_number(options: argparse.Namespace, settings: Settings) -> int:
@@ -2594,13 +2589,12 @@ def forget_number(options: argparse.Namespace, settings: Settings) -> int:
         raise SettingsError(f'"{digits}": expected a complete number, such as +49 157 91234567')
     # However written, but in no longer one.
     number = r"(?<![0-9])(?:00)?" + r"(?:\(0\)|[\s()/.#*+_-])*".join(digits) + "(?![0-9])"
-    damaged = glob.glob(glob.escape(path) + ".damaged-*")
-    files = [path, path + "-wal", *damaged]
+    files = [*glob.glob(glob.escape(path) + ".damaged-*"), path, path + "-wal"]
     with open_log(settings.call_log) as database:
         # When each call began, by its first leg, as far as one event tells.
         begun = {row[3] or row[2] or row[0]: local_time(row[0] / 1e6)[:16]
                  for row in rows_without(database, number)}
-        hint = similar(database, digits)
+        hint = "" if begun else similar(database, digits)
     if not begun and not holding(files, number):
         raise CommandEnd(f"no call holds {digits}; with the country code? {hint}")
     times = sorted(begun.values()) or ["-"]
@@ -2609,14 +2603,12 @@ def forget_number(options: argparse.Namespace, settings: Settings) -> int:
         print("Forget it? The calls stay. (yes/no)", flush=True)
         if not sys.stdin.readline().startswith("y"):
             raise CommandEnd("nothing was changed")
-    with open_log(settings.call_log) as database:
-        erase(database, number, os.path.dirname(path))
-    for name in holding(damaged, number):
+    erase(path, number)
+    for name in holding(files, number):
+        if name in (path, path + "-wal"):
+            raise CommandEnd(f"{digits} is still in {name}: end what else reads it, and try again")
         os.remove(name)
         print(f"{name} held it, and is removed.")
-    left = ", ".join(holding(files, number))
-    if left:
-        raise CommandEnd(f"{digits} is still in {left}: end what else reads it, and try again")
     print(f"It is gone from {path}. It may still be in backups,\nin the journal or file that "
           "stdout goes to, and where your functions put it.")
     return 0
@@ -2628,99 +2620,90 @@ def forget_number(options: argparse.Namespace, settings: Settings) -> int:
 # URLs of its replies, obeys its actions, and leaves nothing behind.
 # ------------------------------------------------------------------------------------------
 
-# Events in their order; behind a colon who rings or answers, or why it ends. "B." is another leg.
-SCENARIOS = {
-    "answered": "newCall answer hangup",
-    "missed": "newCall hangup:cancel",
-    "busy": "newCall hangup:busy",
-    "declined": "newCall hangup:noAnswer",
-    "outgoing": "newCall answer hangup",
-    "voicemail": "newCall hangup:forwarded B.newCall:voicemail B.answer:voicemail B.hangup",
-    "transfer": "newCall answer B.newCall:Carl B.answer:Carl hangup B.hangup",
-    "menu": "newCall answer hangup",
+SCENARIOS = {  # of each leg who answers it, or behind a dash why it ends without that
+    "answered": "Alice",
+    "missed": "-cancel",
+    "busy": "-busy",
+    "declined": "-noAnswer",
+    "outgoing": "Alice",
+    "voicemail": "-forwarded voicemail",
+    "transfer": "Alice Carl",
+    "menu": "Alice",
 }
+REFUSALS = {"Hangup": "normalClearing", "Reject": "noAnswer"}  # actions, and the usual cause
 
 
-class Rehearsal:
-    """Plays one scenario towards `receiver`, and prints what is said."""
+def post_event(receiver: Receiver, url: str, form: Mapping[str, Any]) -> ET.Element:
+    """Send an event as sipgate does, and print what is said; return the <Response>, if any."""
+    body = urllib.parse.urlencode(form, doseq=True, errors="replace").encode()
+    event = receiver.admit(url[len(receiver.settings.base_url):], body)
+    # Of a copy: event.call is looked up once, for your functions when the event is stored.
+    print(f"--> {event.event:8} {event_line(replace(event))}", flush=True)
+    replied = receiver.reply_to(event, time.monotonic() + receiver.reply_seconds)
+    text = replied.reply.body.decode().strip()
+    print(wrapped(f"<-- {text}", sys.stdout, 4), flush=True)
+    if "<Url>" in text and ".wav" not in text.lower():
+        print("    (is the sound a WAV file? sipgate plays no other)")
+    receiver.follow(replied)
+    while receiver.your_code.hooks.waiting():
+        if receiver.your_code.stuck():
+            raise CommandEnd(receiver.your_code.stuck())
+        time.sleep(0.005)
+    return ET.fromstring(text if event.is_decided else "<Response />")
 
-    def __init__(self, receiver: Receiver, scenario: str, options: argparse.Namespace) -> None:
-        self.receiver, self.scenario, self.options = receiver, scenario, options
-        self.base_url, self.call_id = receiver.settings.base_url, os.urandom(32).hex()
-        self.urls = {"newCall": self.base_url + "/new-call"}  # replies ask for the others
-        self.causes: dict[str, str] = {}  # by leg: why our reply has ended it, "" if it has not
-        self.answer: dict[str, str] = {}  # who answers instead, where our reply dials
 
-    def play(self) -> None:
-        """Send the events of the scenario, as far as our replies let them happen."""
-        print(f"\n{self.scenario}")
-        to = self.options.to
-        for step in SCENARIOS[self.scenario].split():
-            place, _, detail = step.partition(":")
-            leg, _, event = place.rpartition(".")
-            if any(self.causes.values()) and (event != "hangup" or leg not in self.causes):
-                continue  # what our reply has ended is neither answered nor passed on
-            own = {"newCall": {"user[]": [detail] if detail else ["Alice", "Bob"]},
-                   "answer": {"user": detail or "Alice", "answeringNumber": to, **self.answer},
-                   "hangup": {"cause": self.causes.get(leg) or detail or "normalClearing"}}
-            action = self._post(self.urls[event], {
-                "event": event, "direction": "out" if self.scenario == "outgoing" else "in",
-                "from": self.options.sender, "to": to, "diversion": to if leg else "",
-                "callId": self.call_id + leg, "origCallId": self.call_id, **own[event]})
-            if event == "newCall":
-                self._obey(action, leg)
+def press_keys(receiver: Receiver, reply: ET.Element, call_id: str, keys: list[str]) -> ET.Element:
+    """Obey each Gather with digits taken from `keys`; return what follows, or the <Response>."""
+    action = next(iter(reply), reply)
+    while keys and action.get("onData", "").startswith(receiver.settings.base_url + "/on-data"):
+        if "on_dtmf" not in receiver.your_code.functions:
+            print("    (on_dtmf does nothing with the digits)")
+        form = {"event": "dtmf", "dtmf": keys.pop(0), "callId": call_id}
+        reply = post_event(receiver, action.attrib["onData"], form)
+        action = next(iter(reply), reply)
+    return action if keys else ET.Element("Hangup")
 
-    def _obey(self, action: ET.Element, leg: str) -> None:
-        """Press keys for each Gather, and note what comes of the leg."""
-        pressed = [*self.options.digits.split(","), "-1"]  # which says that the caller hung up
-        ours = self.base_url + "/on-data"
-        while action.get("onData", "").partition("?")[0] == ours:
-            if "on_dtmf" not in self.receiver.your_code.functions:
-                print("    (on_dtmf does nothing with the digits)")
-            form = {"event": "dtmf", "dtmf": pressed.pop(0), "callId": self.call_id + leg}
-            reply = self._post(action.get("onData", ""), form)
-            action = reply if pressed else ET.Element("Hangup")
-        unasked = ",".join(pressed[:-1])
-        if self.scenario == "menu" and unasked and not action.get("onData"):
-            print(f"    (your functions do not ask for {unasked})")
-        number = action.findtext("Number", "")
-        self.answer = {} if action.tag != "Dial" else {
-            "user": "" if number else "voicemail", "answeringNumber": number}
-        usual = {"Hangup": "normalClearing", "Reject": "noAnswer"}.get(action.tag, "")
-        self.causes[leg] = action.get("reason", usual)
 
-    def _post(self, url: str, form: Mapping[str, Any]) -> ET.Element:
-        """Send an event as sipgate does; return the action of the reply, or <Response>."""
-        body = urllib.parse.urlencode(form, doseq=True, errors="replace").encode()
-        event = self.receiver.admit(url[len(self.base_url):], body)
-        # Of a copy: event.call is looked up once, for your functions when the event is stored.
-        print(f"--> {event.event:8} {event_line(replace(event))}", flush=True)
-        deadline = time.monotonic() + self.receiver.reply_seconds
-        replied = self.receiver.reply_to(event, deadline)
-        text = replied.reply.body.decode().strip()
-        print(wrapped(f"<-- {text}", sys.stdout, 4), flush=True)
-        if "<Url>" in text and ".wav" not in text.lower():
-            print("    (is the sound a WAV file? sipgate plays no other)")
-        self.receiver.follow(replied)
-        while self.receiver.your_code.hooks.waiting():
-            if self.receiver.your_code.stuck():
-                raise CommandEnd(self.receiver.your_code.stuck())
-            time.sleep(0.005)
-        response = ET.fromstring(text if event.is_decided else "<Response />")
-        self.urls.update((name[2:].lower(), target) for name, target in response.items())
-        return next(iter(response), response)
+def rehearse(receiver: Receiver, scenario: str, options: argparse.Namespace) -> None:
+    """Play a scenario towards `receiver`, as far as its replies let it happen."""
+    print(f"\n{scenario}")
+    call_id, to, talking = os.urandom(32).hex(), options.to, []
+    for leg, plan in zip(("", "B"), SCENARIOS[scenario].split()):
+        user, _, cause = plan.partition("-")
+        form = {"direction": "out" if scenario == "outgoing" else "in", "from": options.sender,
+                "to": to, "diversion": to if leg else "",
+                "callId": call_id + leg, "origCallId": call_id}
+        reply = post_event(receiver, receiver.settings.base_url + "/new-call", {
+            "event": "newCall", **form, "user[]": [user] if leg else ["Alice", "Bob"]})
+        keys = [*options.digits.split(","), "-1"]  # which says that the caller hung up
+        action, number = press_keys(receiver, reply, call_id + leg, keys), to
+        if scenario == "menu" and keys[:-1] and not action.get("onData"):
+            print(f"    (your functions do not ask for {','.join(keys[:-1])})")
+        if action.tag == "Dial":
+            number = action.findtext("Number", "")
+            user = "" if number else "voicemail"
+        if action.tag in REFUSALS:
+            cause = action.get("reason", REFUSALS[action.tag])
+        answer = {"event": "answer", **form, "user": user, "answeringNumber": number}
+        hangup = {"event": "hangup", **form, "cause": cause or "normalClearing"}
+        if cause:
+            post_event(receiver, reply.attrib["onHangup"], hangup)
+        else:
+            post_event(receiver, reply.attrib["onAnswer"], answer)
+            talking.append((reply.attrib["onHangup"], hangup))
+        if action.tag in REFUSALS:
+            break  # what our reply has ended is not passed on
+    for url, hangup in talking:
+        post_event(receiver, url, hangup)
 
 
 def _check_sound(path: str) -> int:
-    played = "1 channels, 2 bytes a sample, 8000 Hz"
-    try:
-        with wave.open(path, "rb") as sound:
-            found = "{} channels, {} bytes a sample, {} Hz".format(*sound.getparams())
-    except (wave.Error, EOFError):
-        found = "not a PCM WAV file"
-    verdict = "plays it" if found == played else f"skips it: {found}, expected {played}"
+    expected, found = "1 channels, 2 bytes a sample, 8000 Hz", "not a PCM WAV file"
+    with contextlib.suppress(wave.Error, EOFError), wave.open(path, "rb") as sound:
+        found = "{} channels, {} bytes a sample, {} Hz".format(*sound.getparams())
+    verdict = "plays it" if found == expected else f"skips it: {found}, expected {expected}"
     print(f"{path}: sipgate {verdict}")
-    return int(found != played)
+    return int(found != expected)
 
 
 def simulate(options: argparse.Namespace, settings: Settings) -> int:
@@ -2735,7 +2718,7 @@ def simulate(options: argparse.Namespace, settings: Settings) -> int:
         receiver = Receiver(Settings(), [], functions, call_log=log,
                             find_call=functools.partial(find_call, log.path))
         for scenario in SCENARIOS if options.all else [options.scenario]:
-            Rehearsal(receiver, scenario, options).play()
+            rehearse(receiver, scenario, options)
             with open_log(log.path) as database:
                 call, _ = next(listed_calls(database, time.time()))
             print(table([call_row(call)]))
@@ -3386,7 +3369,8 @@ class Overview:
     def as_csv(self) -> str:
         text = io.StringIO()
         with open_log(self.settings.call_log) as database:
-            write_rows(call_rows(listed_calls(database, time.time())), "csv", text)
+            write_rows((call_row(call) for call, _ in listed_calls(database, time.time())),
+                       "csv", text)
         return text.getvalue()
 
 

@@ -2281,7 +2281,7 @@ class RehearsalTest(unittest.TestCase):
         talk = Conversation(TRIAL, functions, call_log=log,
                             find_call=functools.partial(sc.find_call, log.path))
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            sc.Rehearsal(talk.receiver, name, options).play()
+            sc.rehearse(talk.receiver, name, options)
         events = talk.events()
         log.close(5)
         with database_at(log.path) as database:
@@ -2314,7 +2314,7 @@ class RehearsalTest(unittest.TestCase):
                          (("Alice", "Bob"), "", "4921100"))
         self.assertEqual((second.users, second.diversion, other.answering_number),
                          (("Carl",), "4915791234567", "4915791234567"))
-        *_, first, second = self.rehearse("transfer", CallFunctions(
+        *_, second, first = self.rehearse("transfer", CallFunctions(
             lambda event: None if event.first_leg else reject("busy")))[2]
         self.assertEqual((first.cause, second.cause, second.call.outcome),
                          ("normalClearing", "busy", "answered"))
@@ -3019,6 +3019,9 @@ class CommandTest(InFolder):
         self.assertRegex(self.calls("--missed", "--format", "csv")[1],
                          f"^in,'49157111222,'4930200,Alice,,{times[0]},.*,missed,.*,9$")
         self.assertEqual(len(self.entries("--missed", "--all")), 17)
+        latest = self.entries("--missed", "--all", "--limit", "3", "--events")
+        self.assertEqual([(entry["legs"], len(entry["events"])) for entry in latest],
+                         [(["L24"], 2), (["L23"], 2), (["L21"], 2)])
         self.assertEqual(self.calls("--missed", "--since", "2026-01-01"),
                          ["no call matches"])
 
