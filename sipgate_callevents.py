@@ -2031,11 +2031,10 @@ def announcement(settings: Settings) -> str:
 
 def described(document: bytes) -> str:
     """The action in a reply's XML in a few words, such as "Dial Voicemail"; "" without one."""
-    action = ET.fromstring(document).find("*")
-    if action is None:
-        return ""
-    words = [element.text or element.tag for element in action.iter()]
-    return " ".join([*words, action.get("reason", "")]).strip()
+    words = []
+    for element in ET.fromstring(document).iterfind(".//*"):
+        words += [element.text or element.tag, element.get("reason", "")]
+    return " ".join(filter(None, words))
 
 
 def rfc3339(moment: float) -> str:
@@ -2046,19 +2045,12 @@ def rfc3339(moment: float) -> str:
 
 def local_time(moment: float) -> str:
     """Unix time as people here write it: 2026-11-26 15:46:00."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
+    return str(datetime.datetime.fromtimestamp(int(moment)))
 
 
 def duration(seconds: float) -> str:
     """Seconds as 1:32, or 1:02:03."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def plural(count: int, noun: str) -> str:
-    """1 call, 2 calls."""
-    return f"{count} {noun}" + "s" * (count != 1)
+    return re.sub(r"\A0:0?", "", str(datetime.timedelta(seconds=int(seconds))))
 
 
 def event_line(event: CallEvent, call: Any = None) -> str:
@@ -2097,7 +2089,7 @@ def event_json(event: CallEvent, received_at: float, reply: str = "") -> dict[st
         entry.update(user=event.users, userId=event.user_ids, fullUserId=event.full_user_ids)
     for key, values in event.fields.items():
         if key.partition("[")[0] not in entry:
-            entry[key] = values[0] if len(values) == 1 else list(values)
+            entry[key] = values[0] if len(values) == 1 else values
     return {**entry, "reply": reply} if reply else entry
 
 
@@ -2199,8 +2191,7 @@ class Leg:
 
 def events_of(legs: Iterable[Leg], kind: type[CallEvent] = CallEvent) -> list[StoredEvent]:
     """The events of these legs, earliest first; only those of that kind."""
-    found = (entry for leg in legs for entry in leg.stored if isinstance(entry.event, kind))
-    return sorted(found)
+    return sorted(entry for leg in legs for entry in leg.stored if isinstance(entry.event, kind))
 
 
 def put_together(legs: Sequence[Leg], now: float) -> Call:
@@ -2210,9 +2201,9 @@ def put_together(legs: Sequence[Leg], now: float) -> Call:
     begun = events_of(legs, NewCallEvent)[0].at if first.new_calls else None
     spoken = speakers(legs, first)
     answered, ended = spoken[0][0] if spoken else None, end_of(legs, now)
-    voicemails = sorted(answer.at for leg in legs for answer in leg.voicemails)
-    waited = answered or (voicemails[0] if voicemails else ended)
-    talked = next((at for at in voicemails if answered and at > answered), ended)
+    voicemails = [answer.at for leg in legs for answer in leg.voicemails]
+    waited = answered or min(voicemails, default=ended)
+    talked = min((at for at in voicemails if answered and at > answered), default=ended)
     causes = [hangup.event.cause for hangup in events_of(legs, HangupEvent)]
     causes.sort(key=lambda cause: cause != "forwarded")  # the latest other one is the last
     reply = next((entry.words for entry in reversed(events_of(legs)) if entry.words), "")
@@ -2358,7 +2349,7 @@ def listed_calls(database: sqlite3.Connection, now: float, since: float = 0.0
 
 def bare_number(text: str) -> str:
     """A number without all that is no part of it, such as + or 00 before its country code."""
-    digits = re.sub(r"\(\s*0\s*\)|[\s()/.-]|\A(sip|tel):", "", text.partition("@")[0])
+    digits = re.sub(r"\(\s*0\s*\)|[\s()/.-]|\A(sip|tel):|@.*", "", text)
     return re.sub(r"\A(\+|00)", "", digits)
 
 
@@ -2598,7 +2589,8 @@ def forget_number(options: argparse.Namespace, settings: Settings) -> int:
     if not begun and not holding(files, number):
         raise CommandEnd(f"no call holds {digits}; with the country code? {hint}")
     times = sorted(begun.values()) or ["-"]
-    print(f"{digits} is in {plural(len(begun), 'call')}, from {times[0]} to {times[-1]}.")
+    calls = "1 call" if len(begun) == 1 else f"{len(begun)} calls"
+    print(f"{digits} is in {calls}, from {times[0]} to {times[-1]}.")
     if not options.yes:
         print("Forget it? The calls stay. (yes/no)", flush=True)
         if not sys.stdin.readline().startswith("y"):
