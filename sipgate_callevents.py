@@ -2055,31 +2055,28 @@ def duration(seconds: float) -> str:
 
 def event_line(event: CallEvent, call: Any = None) -> str:
     """The sentence that is printed for an event; `call` saves looking for its Call."""
-    def known(text: str) -> str:
-        return printable(text or "[unknown]")
-
+    line = f"Unknown event {event.event}"
+    caller = getattr(event, "from_number", "") or "[unknown]"
     if isinstance(event, NewCallEvent):
-        return f"New call from {known(event.from_number)} to {known(event.to_number)} is ringing..."
-    if isinstance(event, AnswerEvent):
-        who = known(event.user or event.answering_number)
-        return f"{who} answered call from {known(event.from_number)}"
-    if isinstance(event, HangupEvent):
-        remarks = ", ".join(
-            filter(None, (printable(event.cause), outcome_text(call or event.call))))
-        return "The call has been hung up" + (f" ({remarks})" if remarks else "")
-    if isinstance(event, DtmfEvent):
-        caller = getattr(call or event.call, "from_number", "")
-        return f"{known(caller)} pressed {known(event.dtmf)}"
-    return f"Unknown event {known(event.event)}"
+        line = f"New call from {caller} to {event.to_number or '[unknown]'} is ringing..."
+    elif isinstance(event, AnswerEvent):
+        line = f"{event.user or event.answering_number or '[unknown]'} answered call from {caller}"
+    elif isinstance(event, HangupEvent):
+        remarks = ", ".join(filter(None, (event.cause, outcome_text(call or event.call))))
+        line = "The call has been hung up" + (f" ({remarks})" if remarks else "")
+    elif isinstance(event, DtmfEvent):
+        caller = getattr(call or event.call, "from_number", "") or "[unknown]"
+        line = f"{caller} pressed {event.dtmf or '[unknown]'}"
+    return printable(line)
 
 
-def outcome_text(call: Any) -> str:
-    """How a Call went, in a few words; "" while that is not known."""
+def outcome_text(call: Call | None) -> str:
+    """How a call went, in a few words; "" while that is not known."""
     if not call or call.ended is None:
         return ""
     if call.talk_s is not None:
         return f"talked {duration(call.talk_s)}"
-    return str(call.outcome) + ("" if call.wait_s is None else f" after {duration(call.wait_s)}")
+    return call.outcome + ("" if call.wait_s is None else f" after {duration(call.wait_s)}")
 
 
 def event_json(event: CallEvent, received_at: float, reply: str = "") -> dict[str, Any]:
