@@ -2118,8 +2118,8 @@ FORGOTTEN = "[forgotten]"  # stands in place of what `forget` has removed
 LEG_ROWS = """SELECT min(id), event, body, orig_call_id, xcid
     FROM (SELECT * FROM events WHERE {} = ? ORDER BY event = 'dtmf', id LIMIT ?)
     GROUP BY event, body, id * (event IN ('dtmf', 'reply'))"""
-LINKED_LEGS = """SELECT call_id FROM events WHERE orig_call_id = ?
-    UNION ALL SELECT call_id FROM events WHERE xcid = ? LIMIT ?"""
+LINKED_LEGS = f"""SELECT call_id FROM events WHERE orig_call_id = ?
+    UNION ALL SELECT call_id FROM events WHERE xcid = ? LIMIT {LINK_EVENTS + 1}"""
 
 
 @dataclass(frozen=True)
@@ -2147,7 +2147,7 @@ class Call:
 
 
 class StoredEvent(NamedTuple):
-    """A row of the call log: its Unix time and event; of a reply of ours what it says, in words."""
+    """A row of the call log, with its Unix time; `words`: what our reply said, if it is one."""
 
     at: float
     event: Any
@@ -2169,9 +2169,9 @@ class Leg:
         self.hangup = next(iter(events_of([self], HangupEvent)), None)
         self.direction = self.text("direction")
         self.rang = [user for entry in self.new_calls for user in entry.event.users if user]
-        self.answers = events_of([self], AnswerEvent)
-        self.voicemails = [answer for answer in self.answers if self.is_voicemail(answer)]
-        self.people = [answer for answer in self.answers if answer not in self.voicemails]
+        answers = events_of([self], AnswerEvent)
+        self.voicemails = [answer for answer in answers if self.is_voicemail(answer)]
+        self.people = [answer for answer in answers if answer not in self.voicemails]
 
     def text(self, name: str) -> str:
         """The attribute `name` of the newCall, else of the first event that has it."""
@@ -2180,14 +2180,13 @@ class Leg:
 
     def is_voicemail(self, answer: StoredEvent) -> bool:
         """Whether it says so, or names nobody and nothing else rang, or we sent it there."""
-        if answer.event.user or set(self.rang) == {"voicemail"}:
-            return answer.event.user in ("", "voicemail")
-        replies = [entry.words for entry in self.stored if entry.words and entry.at <= answer.at]
-        return replies[-1:] == ["Dial Voicemail"]
+        replies = [entry.words for entry in self.stored if entry.words and entry.at < answer.at]
+        return answer.event.user == "voicemail" or not answer.event.user and (
+            set(self.rang) == {"voicemail"} or replies[-1:] == ["Dial Voicemail"])
 
 
 def events_of(legs: Iterable[Leg], kind: type[CallEvent] = CallEvent) -> list[StoredEvent]:
-    """The events of these legs, earliest first; only those of that kind."""
+    """The events of these legs that are of that kind, earliest first."""
     return sorted(entry for leg in legs for entry in leg.stored if isinstance(entry.event, kind))
 
 
@@ -2204,7 +2203,6 @@ def put_together(legs: Sequence[Leg], now: float) -> Call:
     causes = [hangup.event.cause for hangup in events_of(legs, HangupEvent)]
     causes.sort(key=lambda cause: cause != "forwarded")  # the latest other one is the last
     reply = next((entry.words for entry in reversed(events_of(legs)) if entry.words), "")
-    digits = (entry.event.dtmf for entry in events_of(legs, DtmfEvent))
     outcomes = {  # the first that is so
         "voicemail": voicemails and not spoken,
         "rejected": reply.startswith(("Reject", "Hangup")) and not spoken,
@@ -2224,8 +2222,9 @@ def put_together(legs: Sequence[Leg], now: float) -> Call:
         wait_s=begun and waited and max(waited - begun, 0.0),
         talk_s=answered and talked and max(talked - answered, 0.0),
         outcome=next(outcome for outcome, is_so in outcomes.items() if is_so),
-        cause=causes[-1] if causes else "",
-        digits=",".join(pressed for pressed in digits if pressed not in ("", "-1")), reply=reply,
+        cause=causes[-1] if causes else "", reply=reply,
+        digits=",".join(pressed.event.dtmf for pressed in events_of(legs, DtmfEvent)
+                        if pressed.event.dtmf not in ("", "-1")),
         legs=tuple(leg.name for leg in legs if not leg.name.startswith("#")))
 
 
@@ -2240,10 +2239,9 @@ def speakers(legs: Sequence[Leg], first: Leg) -> list[tuple[float, str]]:
     for leg in legs:
         for at, event, _ in leg.people:
             number = event.answering_number or event.to_number
-            if event.user and not (is_outgoing and leg is first):
-                names.append((at, event.user))
-            elif leg.direction == "out" and first.direction == "in":
-                names.append((at, number))  # a colleague put the caller through to it
+            is_put_through = leg.direction == "out" and first.direction == "in"
+            if is_put_through or event.user and not (is_outgoing and leg is first):
+                names.append((at, event.user or number))
             elif number not in called and not is_outgoing:
                 numbers.append((at, number))
             elif is_outgoing or not has_voicemail:
@@ -2267,14 +2265,13 @@ def end_of(legs: Sequence[Leg], now: float) -> float | None:
 
 
 def _lost_at(legs: Sequence[Leg]) -> float:
-    is_answered = any(leg.answers for leg in legs)
-    patience = TALKING_LOST_SECONDS if is_answered else RINGING_LOST_SECONDS
+    patience = TALKING_LOST_SECONDS if events_of(legs, AnswerEvent) else RINGING_LOST_SECONDS
     return max(leg.last_at for leg in legs) + patience
 
 
-def linked_legs(database: sqlite3.Connection, name: str) -> list[Leg]:
-    """The leg, and all that links join with it, earliest first, whatever lies between them."""
-    legs, waiting, seen, room = [], [name or "#"], {name, ""}, CALL_EVENTS
+def linked_legs(database: sqlite3.Connection, name: str) -> Iterator[Leg]:
+    """Yield the leg, and all that links join with it, whatever time lies between them."""
+    waiting, seen, room = [name or "#"], {name, ""}, CALL_EVENTS
     while waiting and room:
         each = waiting.pop()
         column = "id" if each.startswith("#") else "call_id"
@@ -2282,19 +2279,18 @@ def linked_legs(database: sqlite3.Connection, name: str) -> list[Leg]:
         if not rows:
             continue
         leg = Leg(each, rows)
-        legs.append(leg)
+        yield leg
         if column == "id":
-            break  # without a callId it is a call of its own
+            return  # without a callId it is a call of its own
         room -= len(rows)
         more: set[str] = set()
         for link in {each} | (leg.origs | leg.xcids) - seen:
-            found = database.execute(LINKED_LEGS, (link, link, LINK_EVENTS + 1)).fetchall()
+            found = database.execute(LINKED_LEGS, (link, link)).fetchall()
             if len(found) <= LINK_EVENTS:
                 # Others that name the same orig are linked once that has come itself.
                 more.update([link], *(found if link not in leg.origs else []))
         waiting += sorted(more - seen)
         seen |= more
-    return sorted(legs, key=lambda leg: leg.begun)
 
 
 def is_of_same_call(leg: Leg, call: Sequence[Leg]) -> bool:
@@ -2314,7 +2310,7 @@ def call_with(database: sqlite3.Connection, name: str, until: float = math.inf) 
     Raises TimeoutError past `until` (time.monotonic()).
     """
     calls: list[list[Leg]] = []
-    for leg in linked_legs(database, name):
+    for leg in sorted(linked_legs(database, name), key=lambda leg: leg.begun):
         if time.monotonic() > until:
             raise TimeoutError
         same = [call for call in calls if is_of_same_call(leg, call)]
@@ -2358,7 +2354,7 @@ def to_ring_back(calls: Iterable[Call]) -> tuple[list[list[Call]], int]:
     for call in calls:
         is_out = call.direction == "out"
         number = bare_number(call.to_number if is_out else call.from_number)
-        # Without a direction it is the remains of one, without any newCall.
+        # What has no direction is the remains of a call.
         is_lost = call.outcome == "lost" and call.direction and not (call.answered or call.ended)
         if call.answered and (call.answered_by or is_out):
             spoken.add(number)
