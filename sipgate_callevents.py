@@ -15,10 +15,10 @@ Copy this one file to a server and start it; Python 3.8 or newer is all it needs
 sipgate POSTs a newCall when a call starts. The XML reply decides about the call and asks
 for the later events: answer, hangup, and dtmf (the digits of a <Gather>).
 
-Part I answers the phone: everything that a byte from the internet or a waiting caller can
-reach. Read it before you trust this file. Part II starts the program, and looks at what Part I
-has stored; no reply waits for it, but for event.call in a function of yours, and for up to
-half a second while `forget` writes.
+Part I answers the phone: all that a waiting caller, or who sends us bytes, has to do with until
+the reply. Read it before you trust this file. Part II starts the program, prints events after
+their reply, and looks at what is stored; no reply waits for it, but for event.call in a function
+of yours, and for up to half a second while `forget` writes.
 
     socket bytes
       |  WebhookRequestHandler    a complete, strictly framed request, in time, within limits
@@ -41,7 +41,7 @@ What an administrator asks, and the docstring that answers it:
     what happens when the disk is full, slow, or hangs      CallLog
     how long a caller waits, and what enforces that         YourCode.decide, CallLog.record
     what a client can do that sends a byte a second         WebhookServer
-    what happens on SIGTERM                                 serve
+    what happens on SIGTERM                                 serve, the last of Part I
     how to block a caller                                   on_new_call, below
     where to add an action, or an event                     Action, the comment above EVENTS
 
@@ -1358,15 +1358,15 @@ def _other_reply(server: WebhookServer, method: str, path: str) -> Reply:
                  headers=(mark, ("X-Refused", str(receiver.refused))))
 
 
-def reply_to(server: WebhookServer, head: RequestHead, body: bytes
-             ) -> tuple[Reply, Replied | None]:
+def reply_to_request(server: WebhookServer, head: RequestHead, body: bytes
+                     ) -> tuple[Reply, Replied | None]:
     """The reply to a complete request; to a webhook, with what is left to do."""
     receiver, headers, path = server.receiver, head.headers, head.target.partition("?")[0]
     deadline = time.monotonic() + receiver.reply_seconds
     try:
         if head.method != "POST" or path == server.health_path:
             return _other_reply(server, head.method, path), None
-        outside = outside_host(headers)
+        outside = outside_host(headers) if receiver.settings.trial else ""
         event = receiver.admit(head.target, body, headers.get("x-sipgate-signature"), outside)
         if body and not headers.get("content-type", "").lower().startswith(FORM_TYPE):
             logger.warning("a webhook came without the Content-Type that sipgate sends (%s)",
@@ -1396,9 +1396,9 @@ class WebhookRequestHandler(http.server.BaseHTTPRequestHandler):
         except WebhookError as error:
             self._refuse(error)
             return
-        if not server.go_on(self.request, server.reply_seconds, is_waiting=False):
+        if not server.go_on(self.request, server.sending_seconds, is_waiting=False):
             return
-        reply, replied = reply_to(server, head, body)
+        reply, replied = reply_to_request(server, head, body)
         options = head.headers.get("connection", "").lower().replace(" ", "").split(",")
         is_last = "close" in options or not head.minor or server.is_crowded()
         content = rendered(reply, is_last, head.method == "HEAD", int(time.time()))
@@ -1449,13 +1449,12 @@ class TlsFiles:
         try:
             stamp = [os.stat(path).st_mtime_ns for path in self.paths]
             if stamp != self._stamp:
-                self._stamp = stamp
                 # A new one: the live one would fail while only one of the files is new.
                 context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
                 context.minimum_version = ssl.TLSVersion.TLSv1_2
                 # A password rather than a question on the terminal, which nobody would answer.
                 context.load_cert_chain(*self.paths, password=lambda: "")
-                self._context = context
+                self._context, self._stamp = context, stamp
         except (OSError, ValueError) as error:
             fault = ('WEBHOOK_TLS_CERT is "{}" and WEBHOOK_TLS_KEY "{}": {}; expected a PEM '
                      "certificate (with its chain) and the key that belongs to it").format(
@@ -1488,7 +1487,7 @@ class WebhookServer(socketserver.ThreadingTCPServer):
     """
 
     request_seconds = 10.0  # from the first byte of a request to its last
-    reply_seconds = 10.0  # until the client has taken the reply: sipgate waits no longer
+    sending_seconds = 10.0  # until the client has taken the reply: sipgate waits no longer
     idle_seconds = 75.0  # longer than nginx keeps a connection (60): it does not repeat a POST
     end_seconds = 1.0  # for what is refused, or makes room for another
     spared_seconds = 0.05  # from making room: a body can come 40 ms after its head
@@ -1502,14 +1501,19 @@ class WebhookServer(socketserver.ThreadingTCPServer):
 
     def __init__(self, host: str, port: int, base_path: str = "",
                  tls: TlsFiles | None = None) -> None:
-        """Bind `host` and `port` (0: any free one). Raises OSError."""
+        """Bind `host` and `port` (0: any free one). Raises OSError, with the remedy."""
         self.health_path, self.tls = base_path + "/healthz", tls
         self.instance = os.urandom(8).hex()
         self.is_stopping = False
         self._changed = threading.Condition()  # guards the connections; told when one ends
         self.connections: dict[socket.socket, Connection] = {}
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), WebhookRequestHandler)
+        try:
+            super().__init__((host, port), WebhookRequestHandler)
+        except (OSError, UnicodeError) as error:
+            why = getattr(error, "strerror", error)
+            raise OSError(f"cannot listen on {host} port {port}: {why}: set WEBHOOK_HOST to an "
+                          "address of this machine, WEBHOOK_PORT to a free port") from None
         self.port = int(self.server_address[1])
 
     def serve_until(self, is_told: Callable[[], bool]) -> None:
@@ -1535,7 +1539,7 @@ class WebhookServer(socketserver.ThreadingTCPServer):
     def _make_room(self) -> bool:
         """End the connection that has waited longest; a request that has come is replied to.
 
-        Idle ones come last, as their deadline is further off; by is_crowded() a quarter are not.
+        Idle ones come last, and not in their first 65 s: so is_crowded() keeps a quarter free.
         """
         now = time.monotonic()
         latest = now + self.request_seconds - self.spared_seconds
@@ -1755,8 +1759,9 @@ def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
           announce: Callable[[Settings], str] = lambda settings: "") -> int:
     """Receive webhooks until a signal comes; return the exit status. Raises SettingsError, OSError.
 
-    On SIGTERM or Ctrl-C no connection is accepted any more, and what is in flight gets its reply;
-    then your functions, the call log and the lines are finished, as far as time allows.
+    On SIGTERM or Ctrl-C no connection is accepted any more, what has come whole gets its reply, and
+    the rest is closed; then your functions, the call log and the lines are finished, as far as
+    time allows. Events that are left are told on stderr; the status is 0 all the same.
 
     `keys` come before sipgate's own; `tell` gives the text to print for an event, `announce` that
     for the start.
@@ -1806,8 +1811,7 @@ def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
 
 # ------------------------------------------------------------------------------------------
 # Starting
-# What is read and said before the first call: settings, keys, your functions, the text on the
-# screen. The environment and arguments are not read here.
+# What is read and said before the first call. The environment and arguments are not read here.
 # ------------------------------------------------------------------------------------------
 
 SETTINGS = [setting.name.upper() for setting in fields(Settings)]
@@ -1875,7 +1879,9 @@ def checked(values: Mapping[str, Any], folder: str = "") -> Settings:
     found, problems = {}, []
     for name in SETTINGS:
         text = str(values.get(name, "")).strip() or str(getattr(Settings, name.lower()))
-        if name in PATHS and text not in ("", "off"):
+        if text.lower() == "off":  # and no file OFF with calls in it
+            text = "off"
+        elif name in PATHS and text:
             text = os.path.abspath(os.path.join(folder, text))
         try:
             found[name.lower()] = read_setting(name, text)
@@ -1893,12 +1899,12 @@ def checked(values: Mapping[str, Any], folder: str = "") -> Settings:
 def warnings_of(settings: Settings) -> Iterator[str]:
     """What is allowed but probably not meant, a sentence each."""
     url = urllib.parse.urlsplit(settings.webhook_url)
-    is_public = url.hostname and not is_loopback(url.hostname)
-    if is_public and url.scheme == "http":
-        yield "WEBHOOK_URL begins with http: sipgate's newer accounts take https only"
-    if is_public and not url.path:
-        yield ("WEBHOOK_URL has no path: only a secret one keeps out other customers of sipgate, "
-               f"such as WEBHOOK_URL={settings.webhook_url}/{os.urandom(8).hex()}")
+    if url.hostname and not is_loopback(url.hostname):
+        if url.scheme == "http":
+            yield "WEBHOOK_URL begins with http: sipgate's newer accounts take https only"
+        if not url.path:
+            yield ("WEBHOOK_URL has no path: only a secret one keeps out other customers of "
+                   f"sipgate, such as WEBHOOK_URL={settings.webhook_url}/{os.urandom(8).hex()}")
     if url.hostname and settings.verify_signature == "off":
         yield "VERIFY_SIGNATURE=off: anyone who knows the address can invent calls"
     if time.localtime().tm_year < 2020:
@@ -1938,8 +1944,8 @@ def load_functions(path: str) -> CallFunctions:
     warn_of_slips(module, names)
     found = {name: module[name] for name in names if name in module}
     if not found or not all(map(takes_an_event, found.values())):
-        raise SettingsError(f"{wrong}expected {', '.join(names)}: one or more of them, as plain "
-                            "functions of one argument, the event, without async")
+        raise SettingsError(f"{wrong}expected {', '.join(names)}: one or more, as plain functions "
+                            "of one argument, the event, without async")
     return CallFunctions(**found)
 
 
@@ -1950,39 +1956,32 @@ def takes_an_event(function: Any) -> bool:
     return False
 
 
-# An RSA key of 2048 bits or more, with the exponent 65537. What else the DER form holds, the
-# algorithm, tags and lengths, lies where it does in sipgate's key.
-RSA_KEY = re.compile(rb".{4}%b.{13}\x00([\x80-\xff].{255,})\x02\x03\x01\x00\x01"
-                     % re.escape(_DER[4:19]), re.DOTALL)
-
-
 def load_keys(path: str) -> list[PublicKey]:
     """Return the key in the file SIGNATURE_KEY_FILE names, if any. Raises SettingsError."""
     if not path:
         return []
-    found = None
+    der = b""
     with contextlib.suppress(OSError, ValueError):
         text = pathlib.Path(path).read_text("ascii", "replace")
         in_base64 = text.partition("-----BEGIN PUBLIC KEY-----")[2].partition("-----END")[0]
-        found = RSA_KEY.fullmatch(base64.b64decode(in_base64))
-    if not found:
+        der = base64.b64decode(in_base64)
+    # With 2048 bits it has 294 bytes; all but the modulus is, and lies, as in sipgate's key.
+    if len(der) < 294 or (der[4:19], der[-5:]) != (_DER[4:19], _DER[-5:]):
         raise SettingsError(f'SIGNATURE_KEY_FILE is "{path}": expected a PEM file with an RSA key '
                             'of at least 2048 bits ("BEGIN PUBLIC KEY")')
-    return [PublicKey(int.from_bytes(found[1], "big"), 65537)]
+    return [PublicKey(int.from_bytes(der[33:-5], "big"), 65537)]
 
 
 TRIAL_TEXT = """\
 Trial mode proves nothing: any program on this machine can invent calls.
 For a first real call, book sipgate.io, then open a tunnel in a second terminal:
   ssh -R 80:127.0.0.1:{0.webhook_port} nokey@localhost.run
-and restart this program with the address that it prints, and a secret path:
+and restart this program with the address it prints and a secret path:
   --url https://ADDRESS/{1}
 """
 LIVE_TEXT = """\
-At https://console.sipgate.com, Webhooks > URLs, enter for incoming calls, for
-outgoing ones, or for both:
+Under Webhooks at https://console.sipgate.com, choose Sources, and enter as URL
   {0.webhook_url}/new-call
-There under Webhooks > Sources, choose the phone lines and groups.
 """
 
 
@@ -2003,11 +2002,10 @@ def announcement(settings: Settings) -> str:
 
 def described(document: bytes) -> str:
     """The action in a reply's XML in a few words, such as "Dial Voicemail"; "" without one."""
-    action = ET.fromstring(document).find("*")
-    if action is None:
-        return ""
-    words = [element.text or element.tag for element in action.iter()]
-    return " ".join([*words, action.get("reason", "")]).strip()
+    words = []
+    for element in ET.fromstring(document).iterfind(".//*"):
+        words += [element.text or element.tag, element.get("reason", "")]
+    return " ".join(filter(None, words))
 
 
 def rfc3339(moment: float) -> str:
@@ -2018,48 +2016,38 @@ def rfc3339(moment: float) -> str:
 
 def local_time(moment: float) -> str:
     """Unix time as people here write it: 2026-11-26 15:46:00."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
+    return str(datetime.datetime.fromtimestamp(int(moment)))
 
 
 def duration(seconds: float) -> str:
     """Seconds as 1:32, or 1:02:03."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def plural(count: int, noun: str) -> str:
-    """1 call, 2 calls."""
-    return f"{count} {noun}" + "s" * (count != 1)
+    return re.sub(r"\A0:0?", "", str(datetime.timedelta(seconds=int(seconds))))
 
 
 def event_line(event: CallEvent, call: Any = None) -> str:
     """The sentence that is printed for an event; `call` saves looking for its Call."""
-    def known(text: str) -> str:
-        return printable(text or "[unknown]")
-
+    line = f"Unknown event {event.event}"
+    caller = getattr(event, "from_number", "") or "[unknown]"
     if isinstance(event, NewCallEvent):
-        return f"New call from {known(event.from_number)} to {known(event.to_number)} is ringing..."
-    if isinstance(event, AnswerEvent):
-        who = known(event.user or event.answering_number)
-        return f"{who} answered call from {known(event.from_number)}"
-    if isinstance(event, HangupEvent):
-        remarks = ", ".join(
-            filter(None, (printable(event.cause), outcome_text(call or event.call))))
-        return "The call has been hung up" + (f" ({remarks})" if remarks else "")
-    if isinstance(event, DtmfEvent):
-        caller = getattr(call or event.call, "from_number", "")
-        return f"{known(caller)} pressed {known(event.dtmf)}"
-    return f"Unknown event {known(event.event)}"
+        line = f"New call from {caller} to {event.to_number or '[unknown]'} is ringing..."
+    elif isinstance(event, AnswerEvent):
+        line = f"{event.user or event.answering_number or '[unknown]'} answered call from {caller}"
+    elif isinstance(event, HangupEvent):
+        remarks = ", ".join(filter(None, (event.cause, outcome_text(call or event.call))))
+        line = "The call has been hung up" + (f" ({remarks})" if remarks else "")
+    elif isinstance(event, DtmfEvent):
+        caller = getattr(call or event.call, "from_number", "") or "[unknown]"
+        line = f"{caller} pressed {event.dtmf or '[unknown]'}"
+    return printable(line)
 
 
-def outcome_text(call: Any) -> str:
-    """How a Call went, in a few words; "" while that is not known."""
+def outcome_text(call: Call | None) -> str:
+    """How a call went, in a few words; "" while that is not known."""
     if not call or call.ended is None:
         return ""
     if call.talk_s is not None:
         return f"talked {duration(call.talk_s)}"
-    return str(call.outcome) + ("" if call.wait_s is None else f" after {duration(call.wait_s)}")
+    return call.outcome + ("" if call.wait_s is None else f" after {duration(call.wait_s)}")
 
 
 def event_json(event: CallEvent, received_at: float, reply: str = "") -> dict[str, Any]:
@@ -2069,7 +2057,7 @@ def event_json(event: CallEvent, received_at: float, reply: str = "") -> dict[st
         entry.update(user=event.users, userId=event.user_ids, fullUserId=event.full_user_ids)
     for key, values in event.fields.items():
         if key.partition("[")[0] not in entry:
-            entry[key] = values[0] if len(values) == 1 else list(values)
+            entry[key] = values[0] if len(values) == 1 else values
     return {**entry, "reply": reply} if reply else entry
 
 
@@ -2101,8 +2089,8 @@ FORGOTTEN = "[forgotten]"  # stands in place of what `forget` has removed
 LEG_ROWS = """SELECT min(id), event, body, orig_call_id, xcid
     FROM (SELECT * FROM events WHERE {} = ? ORDER BY event = 'dtmf', id LIMIT ?)
     GROUP BY event, body, id * (event IN ('dtmf', 'reply'))"""
-LINKED_LEGS = """SELECT call_id FROM events WHERE orig_call_id = ?
-    UNION ALL SELECT call_id FROM events WHERE xcid = ? LIMIT ?"""
+LINKED_LEGS = f"""SELECT call_id FROM events WHERE orig_call_id = ?
+    UNION ALL SELECT call_id FROM events WHERE xcid = ? LIMIT {LINK_EVENTS + 1}"""
 
 
 @dataclass(frozen=True)
@@ -2130,7 +2118,7 @@ class Call:
 
 
 class StoredEvent(NamedTuple):
-    """A row of the call log: its Unix time and event; of a reply of ours what it says, in words."""
+    """A row of the call log, with its Unix time; `words`: what our reply said, if it is one."""
 
     at: float
     event: Any
@@ -2152,9 +2140,9 @@ class Leg:
         self.hangup = next(iter(events_of([self], HangupEvent)), None)
         self.direction = self.text("direction")
         self.rang = [user for entry in self.new_calls for user in entry.event.users if user]
-        self.answers = events_of([self], AnswerEvent)
-        self.voicemails = [answer for answer in self.answers if self.is_voicemail(answer)]
-        self.people = [answer for answer in self.answers if answer not in self.voicemails]
+        answers = events_of([self], AnswerEvent)
+        self.voicemails = [answer for answer in answers if self.is_voicemail(answer)]
+        self.people = [answer for answer in answers if answer not in self.voicemails]
 
     def text(self, name: str) -> str:
         """The attribute `name` of the newCall, else of the first event that has it."""
@@ -2163,16 +2151,14 @@ class Leg:
 
     def is_voicemail(self, answer: StoredEvent) -> bool:
         """Whether it says so, or names nobody and nothing else rang, or we sent it there."""
-        if answer.event.user or set(self.rang) == {"voicemail"}:
-            return answer.event.user in ("", "voicemail")
-        replies = [entry.words for entry in self.stored if entry.words and entry.at <= answer.at]
-        return replies[-1:] == ["Dial Voicemail"]
+        replies = [entry.words for entry in self.stored if entry.words and entry.at < answer.at]
+        return answer.event.user == "voicemail" or not answer.event.user and (
+            set(self.rang) == {"voicemail"} or replies[-1:] == ["Dial Voicemail"])
 
 
 def events_of(legs: Iterable[Leg], kind: type[CallEvent] = CallEvent) -> list[StoredEvent]:
-    """The events of these legs, earliest first; only those of that kind."""
-    found = (entry for leg in legs for entry in leg.stored if isinstance(entry.event, kind))
-    return sorted(found)
+    """The events of these legs that are of that kind, earliest first."""
+    return sorted(entry for leg in legs for entry in leg.stored if isinstance(entry.event, kind))
 
 
 def put_together(legs: Sequence[Leg], now: float) -> Call:
@@ -2182,13 +2168,12 @@ def put_together(legs: Sequence[Leg], now: float) -> Call:
     begun = events_of(legs, NewCallEvent)[0].at if first.new_calls else None
     spoken = speakers(legs, first)
     answered, ended = spoken[0][0] if spoken else None, end_of(legs, now)
-    voicemails = sorted(answer.at for leg in legs for answer in leg.voicemails)
-    waited = answered or (voicemails[0] if voicemails else ended)
-    talked = next((at for at in voicemails if answered and at > answered), ended)
+    voicemails = [answer.at for leg in legs for answer in leg.voicemails]
+    waited = answered or min(voicemails, default=ended)
+    talked = min((at for at in voicemails if answered and at > answered), default=ended)
     causes = [hangup.event.cause for hangup in events_of(legs, HangupEvent)]
     causes.sort(key=lambda cause: cause != "forwarded")  # the latest other one is the last
     reply = next((entry.words for entry in reversed(events_of(legs)) if entry.words), "")
-    digits = (entry.event.dtmf for entry in events_of(legs, DtmfEvent))
     outcomes = {  # the first that is so
         "voicemail": voicemails and not spoken,
         "rejected": reply.startswith(("Reject", "Hangup")) and not spoken,
@@ -2208,8 +2193,9 @@ def put_together(legs: Sequence[Leg], now: float) -> Call:
         wait_s=begun and waited and max(waited - begun, 0.0),
         talk_s=answered and talked and max(talked - answered, 0.0),
         outcome=next(outcome for outcome, is_so in outcomes.items() if is_so),
-        cause=causes[-1] if causes else "",
-        digits=",".join(pressed for pressed in digits if pressed not in ("", "-1")), reply=reply,
+        cause=causes[-1] if causes else "", reply=reply,
+        digits=",".join(pressed.event.dtmf for pressed in events_of(legs, DtmfEvent)
+                        if pressed.event.dtmf not in ("", "-1")),
         legs=tuple(leg.name for leg in legs if not leg.name.startswith("#")))
 
 
@@ -2224,10 +2210,9 @@ def speakers(legs: Sequence[Leg], first: Leg) -> list[tuple[float, str]]:
     for leg in legs:
         for at, event, _ in leg.people:
             number = event.answering_number or event.to_number
-            if event.user and not (is_outgoing and leg is first):
-                names.append((at, event.user))
-            elif leg.direction == "out" and first.direction == "in":
-                names.append((at, number))  # a colleague put the caller through to it
+            is_put_through = leg.direction == "out" and first.direction == "in"
+            if is_put_through or event.user and not (is_outgoing and leg is first):
+                names.append((at, event.user or number))
             elif number not in called and not is_outgoing:
                 numbers.append((at, number))
             elif is_outgoing or not has_voicemail:
@@ -2251,14 +2236,13 @@ def end_of(legs: Sequence[Leg], now: float) -> float | None:
 
 
 def _lost_at(legs: Sequence[Leg]) -> float:
-    is_answered = any(leg.answers for leg in legs)
-    patience = TALKING_LOST_SECONDS if is_answered else RINGING_LOST_SECONDS
+    patience = TALKING_LOST_SECONDS if events_of(legs, AnswerEvent) else RINGING_LOST_SECONDS
     return max(leg.last_at for leg in legs) + patience
 
 
-def linked_legs(database: sqlite3.Connection, name: str) -> list[Leg]:
-    """The leg, and all that links join with it, earliest first, whatever lies between them."""
-    legs, waiting, seen, room = [], [name or "#"], {name, ""}, CALL_EVENTS
+def linked_legs(database: sqlite3.Connection, name: str) -> Iterator[Leg]:
+    """Yield the leg, and all that links join with it, whatever time lies between them."""
+    waiting, seen, room = [name or "#"], {name, ""}, CALL_EVENTS
     while waiting and room:
         each = waiting.pop()
         column = "id" if each.startswith("#") else "call_id"
@@ -2266,19 +2250,18 @@ def linked_legs(database: sqlite3.Connection, name: str) -> list[Leg]:
         if not rows:
             continue
         leg = Leg(each, rows)
-        legs.append(leg)
+        yield leg
         if column == "id":
-            break  # without a callId it is a call of its own
+            return  # without a callId it is a call of its own
         room -= len(rows)
         more: set[str] = set()
         for link in {each} | (leg.origs | leg.xcids) - seen:
-            found = database.execute(LINKED_LEGS, (link, link, LINK_EVENTS + 1)).fetchall()
+            found = database.execute(LINKED_LEGS, (link, link)).fetchall()
             if len(found) <= LINK_EVENTS:
                 # Others that name the same orig are linked once that has come itself.
                 more.update([link], *(found if link not in leg.origs else []))
         waiting += sorted(more - seen)
         seen |= more
-    return sorted(legs, key=lambda leg: leg.begun)
 
 
 def is_of_same_call(leg: Leg, call: Sequence[Leg]) -> bool:
@@ -2298,7 +2281,7 @@ def call_with(database: sqlite3.Connection, name: str, until: float = math.inf) 
     Raises TimeoutError past `until` (time.monotonic()).
     """
     calls: list[list[Leg]] = []
-    for leg in linked_legs(database, name):
+    for leg in sorted(linked_legs(database, name), key=lambda leg: leg.begun):
         if time.monotonic() > until:
             raise TimeoutError
         same = [call for call in calls if is_of_same_call(leg, call)]
@@ -2330,7 +2313,7 @@ def listed_calls(database: sqlite3.Connection, now: float, since: float = 0.0
 
 def bare_number(text: str) -> str:
     """A number without all that is no part of it, such as + or 00 before its country code."""
-    digits = re.sub(r"\(\s*0\s*\)|[\s()/.-]|\A(sip|tel):", "", text.partition("@")[0])
+    digits = re.sub(r"\(\s*0\s*\)|[\s()/.-]|\A(sip|tel):|@.*", "", text)
     return re.sub(r"\A(\+|00)", "", digits)
 
 
@@ -2342,7 +2325,7 @@ def to_ring_back(calls: Iterable[Call]) -> tuple[list[list[Call]], int]:
     for call in calls:
         is_out = call.direction == "out"
         number = bare_number(call.to_number if is_out else call.from_number)
-        # Without a direction it is the remains of one, without any newCall.
+        # What has no direction is the remains of a call.
         is_lost = call.outcome == "lost" and call.direction and not (call.answered or call.ended)
         if call.answered and (call.answered_by or is_out):
             spoken.add(number)
@@ -2401,22 +2384,16 @@ def find_call(path: str, event: CallEvent) -> Call | None:
     return None
 
 
-def call_row(call: Call) -> dict[str, Any]:
-    """A call as a row; None is not known."""
-    return {name.replace("_number", ""): None if value == "" else value
-            for name, value in vars(call).items()}
-
-
-def call_rows(pairs: Iterable[Any], form: str = "") -> Iterator[dict[str, Any]]:
-    """Yield rows for pairs of a call and its legs, with events if these have a form."""
-    for call, legs in pairs:
-        row = call_row(call)
-        if form:
-            row["events"] = [
-                event_json(event, at, words) if form == "json" else printable(
-                    f"  {local_time(at)[11:]} {event.event:7} {words or event_line(event, call)}")
-                for at, event, words in events_of(legs)]
-        yield row
+def call_row(call: Call, legs: Iterable[Leg] = (), form: str = "") -> dict[str, Any]:
+    """A call as a row; None is not known. With its events, if these have a form."""
+    row = {name.replace("_number", ""): None if value == "" else value
+           for name, value in vars(call).items()}
+    if form:
+        row["events"] = [
+            event_json(event, at, words) if form == "json" else printable(
+                f"  {local_time(at)[11:]} {event.event:7} {words or event_line(event, call)}")
+            for at, event, words in events_of(legs)]
+    return row
 
 
 def readable(name: str, value: Any, form: str) -> Any:
@@ -2481,19 +2458,20 @@ def has_number(call: Call, legs: Iterable[Leg], wanted: str) -> bool:
 
 def show_calls(options: argparse.Namespace, settings: Settings) -> int:
     """The command `calls`."""
-    form, withheld = options.format, 0
+    since, form = read_since(options.since), options.format
+    withheld, times = 0, {}  # by a caller's latest call: a column that says how many
     with open_log(settings.call_log) as database:
-        since = read_since(options.since)
         pairs = listed_calls(database, time.time(), since)
         if options.missed:
             callers, withheld = to_ring_back(call for call, _ in pairs)
-            pairs = iter([(call, []) for calls in callers for call in calls])
-        found = (pair for pair in pairs
-                 if pair[0].started >= since and has_number(*pair, options.number))
-        rows = call_rows(found, form if options.events else "")
-        if options.missed and not options.all:
-            rows = ({**call_row(calls[0]), "calls": len(calls)} for calls in callers
-                    if calls[0].started >= since and has_number(calls[0], [], options.number))
+            times = {calls[0]: {"calls": len(calls)} for calls in callers}
+            if options.all:
+                times = {call: {} for calls in callers for call in calls}
+            latest = sorted(times, key=lambda call: call.started, reverse=True)
+            pairs = ((call, call_with(database, next(iter(call.legs), ""))) for call in latest)
+        rows = ({**call_row(call, legs, form if options.events else ""), **times.get(call, {})}
+                for call, legs in pairs
+                if call.started >= since and has_number(call, legs, options.number))
         if form != "table":
             write_rows(itertools.islice(rows, options.limit), form, sys.stdout)
             return 0
@@ -2515,7 +2493,7 @@ def rows_without(database: sqlite3.Connection, number: str) -> Iterator[Any]:
         return FORGOTTEN if text and re.search(number, urllib.parse.unquote_plus(text)) else text
 
     def blank_id(text: Any) -> Any:
-        word = f"{FORGOTTEN[:-1]} {os.urandom(4).hex()}]"
+        word = f"[forgotten {os.urandom(4).hex()}]"
         return text if blank(text) == text else tokens.setdefault(text, word)
 
     for row in latest_first(database, "id, event, call_id, orig_call_id, xcid, body"):
@@ -2529,11 +2507,10 @@ def rows_without(database: sqlite3.Connection, number: str) -> Iterator[Any]:
 
 def similar(database: sqlite3.Connection, digits: str) -> str:
     """Stored numbers that end in these digits."""
-    ending = digits.lstrip("0")
-    bodies = database.execute("SELECT body FROM events WHERE instr(body, ?) LIMIT 1000",
-                              (ending.encode(),)).fetchall()
-    found = re.findall(rf"[1-9][0-9]*{ending}\b", urllib.parse.unquote(str(bodies)))
-    return ", ".join(sorted(set(found))[:5])
+    ending = rf"\b[1-9][0-9]*{digits.lstrip('0')}\b"
+    found = {number for _, body in latest_first(database, "id, body")
+             for number in re.findall(ending, urllib.parse.unquote_plus(body.decode("latin-1")))}
+    return ", ".join(sorted(found)[:5])
 
 
 def holding(names: Iterable[str], number: str) -> list[str]:
@@ -2547,16 +2524,17 @@ def holding(names: Iterable[str], number: str) -> list[str]:
     return found
 
 
-def erase(database: sqlite3.Connection, number: str, folder: str) -> None:
+def erase(path: str, number: str) -> None:
     """Blank the number in all rows, and remove what SQLite keeps of them."""
-    # NORMAL, or each row would wait for the disk.
-    database.executescript("PRAGMA secure_delete=ON; PRAGMA synchronous=NORMAL")
-    for row in rows_without(database, number):
-        # No digest: by it a guess at the number could be tried.
-        database.execute("REPLACE INTO events VALUES (?, ?, ?, ?, ?, ?, NULL)", row)
-        time.sleep(0.0001)  # so that a running server gets its turn
-    rewrite(database, folder)
-    database.execute(EMPTY_WAL)
+    with open_log(path) as database:
+        # NORMAL, or each row would wait for the disk.
+        database.executescript("PRAGMA secure_delete=ON; PRAGMA synchronous=NORMAL")
+        for row in rows_without(database, number):
+            # No digest: by it a guess at the number could be tried.
+            database.execute("REPLACE INTO events VALUES (?, ?, ?, ?, ?, ?, NULL)", row)
+            time.sleep(0.0001)  # so that a running server gets its turn
+        rewrite(database, os.path.dirname(path))
+        database.execute(EMPTY_WAL)
 
 
 def forget_number(options: argparse.Namespace, settings: Settings) -> int:
@@ -2566,29 +2544,27 @@ def forget_number(options: argparse.Namespace, settings: Settings) -> int:
         raise SettingsError(f'"{digits}": expected a complete number, such as +49 157 91234567')
     # However written, but in no longer one.
     number = r"(?<![0-9])(?:00)?" + r"(?:\(0\)|[\s()/.#*+_-])*".join(digits) + "(?![0-9])"
-    damaged = glob.glob(glob.escape(path) + ".damaged-*")
-    files = [path, path + "-wal", *damaged]
+    files = [*glob.glob(glob.escape(path) + ".damaged-*"), path, path + "-wal"]
     with open_log(settings.call_log) as database:
         # When each call began, by its first leg, as far as one event tells.
         begun = {row[3] or row[2] or row[0]: local_time(row[0] / 1e6)[:16]
                  for row in rows_without(database, number)}
-        hint = similar(database, digits)
+        hint = "" if begun else similar(database, digits)
     if not begun and not holding(files, number):
         raise CommandEnd(f"no call holds {digits}; with the country code? {hint}")
     times = sorted(begun.values()) or ["-"]
-    print(f"{digits} is in {plural(len(begun), 'call')}, from {times[0]} to {times[-1]}.")
+    calls = "1 call" if len(begun) == 1 else f"{len(begun)} calls"
+    print(f"{digits} is in {calls}, from {times[0]} to {times[-1]}.")
     if not options.yes:
         print("Forget it? The calls stay. (yes/no)", flush=True)
         if not sys.stdin.readline().startswith("y"):
             raise CommandEnd("nothing was changed")
-    with open_log(settings.call_log) as database:
-        erase(database, number, os.path.dirname(path))
-    for name in holding(damaged, number):
+    erase(path, number)
+    for name in holding(files, number):
+        if name in (path, path + "-wal"):
+            raise CommandEnd(f"{digits} is still in {name}: end what else reads it, and try again")
         os.remove(name)
         print(f"{name} held it, and is removed.")
-    left = ", ".join(holding(files, number))
-    if left:
-        raise CommandEnd(f"{digits} is still in {left}: end what else reads it, and try again")
     print(f"It is gone from {path}. It may still be in backups,\nin the journal or file that "
           "stdout goes to, and where your functions put it.")
     return 0
@@ -2600,99 +2576,90 @@ def forget_number(options: argparse.Namespace, settings: Settings) -> int:
 # URLs of its replies, obeys its actions, and leaves nothing behind.
 # ------------------------------------------------------------------------------------------
 
-# Events in their order; behind a colon who rings or answers, or why it ends. "B." is another leg.
-SCENARIOS = {
-    "answered": "newCall answer hangup",
-    "missed": "newCall hangup:cancel",
-    "busy": "newCall hangup:busy",
-    "declined": "newCall hangup:noAnswer",
-    "outgoing": "newCall answer hangup",
-    "voicemail": "newCall hangup:forwarded B.newCall:voicemail B.answer:voicemail B.hangup",
-    "transfer": "newCall answer B.newCall:Carl B.answer:Carl hangup B.hangup",
-    "menu": "newCall answer hangup",
+SCENARIOS = {  # of each leg who answers it, or behind a dash why it ends without that
+    "answered": "Alice",
+    "missed": "-cancel",
+    "busy": "-busy",
+    "declined": "-noAnswer",
+    "outgoing": "Alice",
+    "voicemail": "-forwarded voicemail",
+    "transfer": "Alice Carl",
+    "menu": "Alice",
 }
+REFUSALS = {"Hangup": "normalClearing", "Reject": "noAnswer"}  # actions, and the usual cause
 
 
-class Rehearsal:
-    """Plays one scenario towards `receiver`, and prints what is said."""
+def post_event(receiver: Receiver, url: str, form: Mapping[str, Any]) -> ET.Element:
+    """Send an event as sipgate does, and print what is said; return the <Response>, if any."""
+    body = urllib.parse.urlencode(form, doseq=True, errors="replace").encode()
+    event = receiver.admit(url[len(receiver.settings.base_url):], body)
+    # Of a copy: event.call is looked up once, for your functions when the event is stored.
+    print(f"--> {event.event:8} {event_line(replace(event))}", flush=True)
+    replied = receiver.reply_to(event, time.monotonic() + receiver.reply_seconds)
+    text = replied.reply.body.decode().strip()
+    print(wrapped(f"<-- {text}", sys.stdout, 4), flush=True)
+    if "<Url>" in text and ".wav" not in text.lower():
+        print("    (is the sound a WAV file? sipgate plays no other)")
+    receiver.follow(replied)
+    while receiver.your_code.hooks.items:
+        if receiver.your_code.stuck():
+            raise CommandEnd(receiver.your_code.stuck())
+        time.sleep(0.005)
+    return ET.fromstring(text if event.is_decided else "<Response />")
 
-    def __init__(self, receiver: Receiver, scenario: str, options: argparse.Namespace) -> None:
-        self.receiver, self.scenario, self.options = receiver, scenario, options
-        self.base_url, self.call_id = receiver.settings.base_url, os.urandom(32).hex()
-        self.urls = {"newCall": self.base_url + "/new-call"}  # replies ask for the others
-        self.causes: dict[str, str] = {}  # by leg: why our reply has ended it, "" if it has not
-        self.answer: dict[str, str] = {}  # who answers instead, where our reply dials
 
-    def play(self) -> None:
-        """Send the events of the scenario, as far as our replies let them happen."""
-        print(f"\n{self.scenario}")
-        to = self.options.to
-        for step in SCENARIOS[self.scenario].split():
-            place, _, detail = step.partition(":")
-            leg, _, event = place.rpartition(".")
-            if any(self.causes.values()) and (event != "hangup" or leg not in self.causes):
-                continue  # what our reply has ended is neither answered nor passed on
-            own = {"newCall": {"user[]": [detail] if detail else ["Alice", "Bob"]},
-                   "answer": {"user": detail or "Alice", "answeringNumber": to, **self.answer},
-                   "hangup": {"cause": self.causes.get(leg) or detail or "normalClearing"}}
-            action = self._post(self.urls[event], {
-                "event": event, "direction": "out" if self.scenario == "outgoing" else "in",
-                "from": self.options.sender, "to": to, "diversion": to if leg else "",
-                "callId": self.call_id + leg, "origCallId": self.call_id, **own[event]})
-            if event == "newCall":
-                self._obey(action, leg)
+def press_keys(receiver: Receiver, reply: ET.Element, call_id: str, keys: list[str]) -> ET.Element:
+    """Obey each Gather with digits taken from `keys`; return what follows, or the <Response>."""
+    action = next(iter(reply), reply)
+    while keys and action.get("onData", "").startswith(receiver.settings.base_url + "/on-data"):
+        if "on_dtmf" not in receiver.your_code.functions:
+            print("    (on_dtmf does nothing with the digits)")
+        form = {"event": "dtmf", "dtmf": keys.pop(0), "callId": call_id}
+        reply = post_event(receiver, action.attrib["onData"], form)
+        action = next(iter(reply), reply)
+    return action if keys else ET.Element("Hangup")
 
-    def _obey(self, action: ET.Element, leg: str) -> None:
-        """Press keys for each Gather, and note what comes of the leg."""
-        pressed = [*self.options.digits.split(","), "-1"]  # which says that the caller hung up
-        ours = self.base_url + "/on-data"
-        while action.get("onData", "").partition("?")[0] == ours:
-            if "on_dtmf" not in self.receiver.your_code.functions:
-                print("    (on_dtmf does nothing with the digits)")
-            form = {"event": "dtmf", "dtmf": pressed.pop(0), "callId": self.call_id + leg}
-            reply = self._post(action.get("onData", ""), form)
-            action = reply if pressed else ET.Element("Hangup")
-        unasked = ",".join(pressed[:-1])
-        if self.scenario == "menu" and unasked and not action.get("onData"):
-            print(f"    (your functions do not ask for {unasked})")
-        number = action.findtext("Number", "")
-        self.answer = {} if action.tag != "Dial" else {
-            "user": "" if number else "voicemail", "answeringNumber": number}
-        usual = {"Hangup": "normalClearing", "Reject": "noAnswer"}.get(action.tag, "")
-        self.causes[leg] = action.get("reason", usual)
 
-    def _post(self, url: str, form: Mapping[str, Any]) -> ET.Element:
-        """Send an event as sipgate does; return the action of the reply, or <Response>."""
-        body = urllib.parse.urlencode(form, doseq=True, errors="replace").encode()
-        event = self.receiver.admit(url[len(self.base_url):], body)
-        # Of a copy: event.call is looked up once, for your functions when the event is stored.
-        print(f"--> {event.event:8} {event_line(replace(event))}", flush=True)
-        deadline = time.monotonic() + self.receiver.reply_seconds
-        replied = self.receiver.reply_to(event, deadline)
-        text = replied.reply.body.decode().strip()
-        print(wrapped(f"<-- {text}", sys.stdout, 4), flush=True)
-        if "<Url>" in text and ".wav" not in text.lower():
-            print("    (is the sound a WAV file? sipgate plays no other)")
-        self.receiver.follow(replied)
-        while self.receiver.your_code.hooks.items:
-            if self.receiver.your_code.stuck():
-                raise CommandEnd(self.receiver.your_code.stuck())
-            time.sleep(0.005)
-        response = ET.fromstring(text if event.is_decided else "<Response />")
-        self.urls.update((name[2:].lower(), target) for name, target in response.items())
-        return next(iter(response), response)
+def rehearse(receiver: Receiver, scenario: str, options: argparse.Namespace) -> None:
+    """Play a scenario towards `receiver`, as far as its replies let it happen."""
+    print(f"\n{scenario}")
+    call_id, to, talking = os.urandom(32).hex(), options.to, []
+    for leg, plan in zip(("", "B"), SCENARIOS[scenario].split()):
+        user, _, cause = plan.partition("-")
+        form = {"direction": "out" if scenario == "outgoing" else "in", "from": options.sender,
+                "to": to, "diversion": to if leg else "",
+                "callId": call_id + leg, "origCallId": call_id}
+        reply = post_event(receiver, receiver.settings.base_url + "/new-call", {
+            "event": "newCall", **form, "user[]": [user] if leg else ["Alice", "Bob"]})
+        keys = [*options.digits.split(","), "-1"]  # which says that the caller hung up
+        action, number = press_keys(receiver, reply, call_id + leg, keys), to
+        if scenario == "menu" and keys[:-1] and not action.get("onData"):
+            print(f"    (your functions do not ask for {','.join(keys[:-1])})")
+        if action.tag == "Dial":
+            number = action.findtext("Number", "")
+            user = "" if number else "voicemail"
+        if action.tag in REFUSALS:
+            cause = action.get("reason", REFUSALS[action.tag])
+        answer = {"event": "answer", **form, "user": user, "answeringNumber": number}
+        hangup = {"event": "hangup", **form, "cause": cause or "normalClearing"}
+        if cause:
+            post_event(receiver, reply.attrib["onHangup"], hangup)
+        else:
+            post_event(receiver, reply.attrib["onAnswer"], answer)
+            talking.append((reply.attrib["onHangup"], hangup))
+        if action.tag in REFUSALS:
+            break  # what our reply has ended is not passed on
+    for url, hangup in talking:
+        post_event(receiver, url, hangup)
 
 
 def _check_sound(path: str) -> int:
-    played = "1 channels, 2 bytes a sample, 8000 Hz"
-    try:
-        with wave.open(path, "rb") as sound:
-            found = "{} channels, {} bytes a sample, {} Hz".format(*sound.getparams())
-    except (wave.Error, EOFError):
-        found = "not a PCM WAV file"
-    verdict = "plays it" if found == played else f"skips it: {found}, expected {played}"
+    expected, found = "1 channels, 2 bytes a sample, 8000 Hz", "not a PCM WAV file"
+    with contextlib.suppress(wave.Error, EOFError), wave.open(path, "rb") as sound:
+        found = "{} channels, {} bytes a sample, {} Hz".format(*sound.getparams())
+    verdict = "plays it" if found == expected else f"skips it: {found}, expected {expected}"
     print(f"{path}: sipgate {verdict}")
-    return int(found != played)
+    return int(found != expected)
 
 
 def simulate(options: argparse.Namespace, settings: Settings) -> int:
@@ -2707,7 +2674,7 @@ def simulate(options: argparse.Namespace, settings: Settings) -> int:
         receiver = Receiver(Settings(), [], functions, call_log=log,
                             find_call=functools.partial(find_call, log.path))
         for scenario in SCENARIOS if options.all else [options.scenario]:
-            Rehearsal(receiver, scenario, options).play()
+            rehearse(receiver, scenario, options)
             with open_log(log.path) as database:
                 call, _ = next(listed_calls(database, time.time()))
             print(table([call_row(call)]))
@@ -2725,12 +2692,11 @@ GET_SECONDS = 10.0  # for one answer from the network, however slowly it drips
 
 
 class Health(NamedTuple):
-    """What a GET gave: how the copy of this script is that replied, or why none did."""
+    """What a GET found."""
 
-    instance: str = ""
-    kind: str = "ok"  # of a finding
-    trouble: str = ""
-    error: Exception | str = ""
+    kind: str  # as of a finding
+    trouble: str  # "" if there is none
+    instance: str = ""  # of the copy of this script that replied
 
 
 def _fetch(url: str, context: ssl.SSLContext | None) -> Health:
@@ -2743,21 +2709,23 @@ def _fetch(url: str, context: ssl.SSLContext | None) -> Health:
             link.request("GET", parts.path)
             reply = link.getresponse()
             text = reply.read(200).decode("latin-1").strip()
+    except ConnectionRefusedError as error:
+        return Health("warning", str(error))
     except Exception as error:  # noqa: BLE001 - whatever the network makes of it
-        return Health(error=error)
+        return Health("problem", str(error))
     instance, refused = reply.headers.get("X-Instance", ""), reply.headers.get("X-Refused", "0")
     if not instance:
-        return Health(error=f"status {reply.status}")
+        return Health("problem", f"status {reply.status}")
     if reply.status == 503:
-        return Health(instance, "problem", text)
+        return Health("problem", text, instance)
     if refused != "0":
-        return Health(instance, "warning", f"webhooks were refused ({refused}), see its stderr")
-    return Health(instance)
+        return Health("warning", f"webhooks were refused ({refused}), see its stderr", instance)
+    return Health("ok", "", instance)
 
 
 def get_health(url: str, context: ssl.SSLContext | None = None) -> Health:
     """GET `url`, for GET_SECONDS at most. Raises nothing."""
-    found = [Health(error="timed out")]
+    found = [Health("problem", "timed out")]
     thread = threading.Thread(target=lambda: found.append(_fetch(url, context)), daemon=True)
     thread.start()
     thread.join(GET_SECONDS)
@@ -2774,11 +2742,10 @@ def local_health(settings: Settings) -> Health:
                       ssl._create_unverified_context())
 
 
-def _check_log(settings: Settings) -> tuple[str, str]:
-    path = settings.call_log
+def _check_log(path: str) -> tuple[str, str]:
     try:
         with open_log(path) as database:
-            last_id = database.execute("SELECT max(id) FROM events").fetchone()[0]
+            last_id, = next(latest_first(database, "id"), (0,))
     except NothingToShow as error:
         if path == "off" or os.access(os.path.dirname(path), os.W_OK):
             return "ok", f"call log: {error}"
@@ -2791,56 +2758,51 @@ def _check_log(settings: Settings) -> tuple[str, str]:
 
 
 def _check_port(settings: Settings, health: Health) -> tuple[str, str]:
-    place = f"port {settings.webhook_port} of {settings.webhook_host}"
-    if health.instance:
-        return health.kind, f"{place}: the running copy says: {health.trouble or 'ok'}"
-    kind = "warning" if isinstance(health.error, ConnectionRefusedError) else "problem"
-    return kind, (f"{place}: no server with these settings answers ({health.error}): start it, or "
-                  "give check the settings of the running copy (--env-file)")
+    said = f"the running copy says: {health.trouble or 'ok'}"
+    if not health.instance:
+        said = f"no server with these settings answers ({health.trouble}): start it"
+    return health.kind, f"port {settings.webhook_port} of {settings.webhook_host}: {said}"
 
 
 def _check_way_in(url: str, instance: str) -> tuple[str, str]:
     if not url:
-        return "warning", ("without WEBHOOK_URL sipgate cannot reach the running copy; if it has "
-                           "one, give check its settings (--env-file)")
+        return "warning", "without WEBHOOK_URL sipgate can reach no copy"
     for route in ROUTES:
         health = get_health(url + route)
         if health.instance != instance:
             # From inside, a router may not be able to reach its own public address.
-            kind = "warning" if str(health.error).endswith("timed out") else "problem"
-            found = health.error or "another copy"
-            return kind, (f"{url}{route} does not lead here ({found}): does the tunnel or proxy "
-                          "run, with a valid certificate, lead to this port, and leave the path "
-                          "as it is (nginx: no slash at the end of proxy_pass)?")
+            kind = "warning" if health.trouble.endswith("timed out") else "problem"
+            return kind, (f"{url}{route} does not lead here ({health.trouble or 'another copy'}): "
+                          "does the tunnel or proxy run, with a valid certificate, and lead to "
+                          "this port, path included (nginx: no slash at the end of proxy_pass)?")
     return "ok", f"{url} leads to the running copy, with each of its paths"
 
 
-def _findings(options: argparse.Namespace, settings: Settings) -> Iterator[tuple[str, str]]:
-    yield "ok", f"settings: {options.sources}"
+def check(options: argparse.Namespace, settings: Settings) -> int:
+    """The command `check`; the exit status is 1 if there is a problem."""
+    kinds = []
+
+    def say(kind: str, text: str) -> None:
+        kinds.append(kind)
+        print(wrapped(f"{kind:8} {printable(text)}", sys.stdout, 9), flush=True)
+
+    say("ok", f"settings: {options.sources}; they must be those of the running copy (--env-file)")
     for warning in warnings_of(settings):
-        yield "warning", warning
+        say("warning", warning)
     try:
         load_keys(settings.signature_key_file)
         if settings.webhook_tls_cert or settings.webhook_tls_key:
             TlsFiles(settings.webhook_tls_cert, settings.webhook_tls_key)
         load_functions(settings.call_handlers)
-        yield "ok", f"your functions: {settings.call_handlers or 'those in this script'}"
+        say("ok", f"your functions: {settings.call_handlers or 'those in this script'}")
     except SettingsError as error:
-        yield "problem", str(error)
-    yield _check_log(settings)
+        say("problem", str(error))
+    say(*_check_log(settings.call_log))
     health = local_health(settings)
-    yield _check_port(settings, health)
+    say(*_check_port(settings, health))
     if health.instance:
-        yield _check_way_in(settings.webhook_url, health.instance)
-
-
-def check(options: argparse.Namespace, settings: Settings) -> int:
-    """The command `check`; the exit status is 1 if there is a problem."""
-    status = 0
-    for kind, text in _findings(options, settings):
-        print(wrapped(f"{kind:8} {printable(text)}", sys.stdout, 9), flush=True)
-        status |= kind == "problem"
-    return status
+        say(*_check_way_in(settings.webhook_url, health.instance))
+    return int("problem" in kinds)
 
 
 # ------------------------------------------------------------------------------------------
@@ -3209,6 +3171,12 @@ def page_row(call: Call) -> dict[str, Any]:
             "answered_by": [*map(printable, call.answered_by)]}
 
 
+def words_of(call: Call) -> str:
+    """What a search finds a call by."""
+    words = (call.from_number, call.to_number, *call.users, *call.answered_by)
+    return " ".join(words).lower()
+
+
 def counted(calls: Iterable[Call]) -> dict[str, Any]:
     """The figures of a day, and of each hour: answered, voicemail, missed."""
     hours = [[0, 0, 0] for _ in range(24)]
@@ -3232,7 +3200,8 @@ class Overview:
         self.settings = settings
         self.version, self.text = "", "{}"  # what is sent to who has another version
         self.days: dict[datetime.date, dict[str, Call]] = {}  # by the day on which they began
-        self._counted: dict[datetime.date, Any] = {}  # a day's figures, until it changes
+        # A day's figures, and the words in it, until it changes.
+        self._counted: dict[datetime.date, tuple[dict[str, Any], str]] = {}
         self._state, self._newest = None, 0  # of the log, as far as it was read
         self._published: Any = None  # until something changes
 
@@ -3286,10 +3255,12 @@ class Overview:
         self._counted.pop(day, None)
         self._published = None
 
-    def _latest(self, moment: Callable[[Call], float]) -> Iterator[Call]:
+    def _latest(self, moment: Callable[[Call], float], *sought: str) -> Iterator[Call]:
         # Day by day: one long sort would keep who asks waiting. Each begins with a copy.
-        for _, calls in sorted(self.days.items(), reverse=True):
-            yield from sorted(calls.values(), key=moment, reverse=True)
+        for day, calls in sorted(self.days.items(), reverse=True):
+            _, words = self._counted.get(day, ({}, "\n".join(sought)))
+            if all(text in words for text in sought):
+                yield from sorted(calls.values(), key=moment, reverse=True)
 
     def _open_calls(self) -> list[Call]:
         return [call for day in sorted(self.days)[-2:] for call in self.days[day].values()
@@ -3310,8 +3281,11 @@ class Overview:
         heat = [[0] * 24 for _ in range(7)]
         for age, day in enumerate(days):
             if day not in self._counted:
-                self._counted[day] = counted(self.days.get(day, {}).values())
-            for hour, counts in enumerate(self._counted[day]["hours"]):
+                calls = self.days.get(day, {}).values()
+                words = {text for call in calls
+                         for text in (call.direction, call.outcome, words_of(call))}
+                self._counted[day] = counted(calls), "\n".join(words)
+            for hour, counts in enumerate(self._counted[day][0]["hours"]):
                 heat[day.weekday()][hour] += sum(counts) if age < 28 else 0
         callers, withheld = to_ring_back(
             self._latest(lambda call: call.ended or call.answered or call.started))
@@ -3319,8 +3293,8 @@ class Overview:
             "now": time.time(), "url": self.settings.webhook_url, "heat": heat,
             "open": [*map(page_row, self._open_calls())], "withheld": withheld,
             "back": [{**page_row(calls[0]), "calls": len(calls)} for calls in callers[:100]],
-            "today": self._counted[days[0]], "before": self._counted[days[7]],
-            "days": [[str(day), *map(sum, zip(*self._counted[day]["hours"]))]
+            "today": self._counted[days[0]][0], "before": self._counted[days[7]][0],
+            "days": [[str(day), *map(sum, zip(*self._counted[day][0]["hours"]))]
                      for day in reversed(days)]}
 
     # What a page asks for; the parameters stand in its address.
@@ -3333,11 +3307,11 @@ class Overview:
         text = text.lower().lstrip("+")
 
         def is_wanted(call: Call) -> bool:
-            words = " ".join((call.from_number, call.to_number, *call.users, *call.answered_by))
-            return (text in words.lower() and call.direction.startswith(direction)
+            return (text in words_of(call) and call.direction.startswith(direction)
                     and call.outcome.startswith(outcome))
 
-        latest = filter(is_wanted, self._latest(lambda call: call.started))
+        latest = filter(is_wanted, self._latest(
+            lambda call: call.started, text, direction, outcome))
         found = [*map(page_row, itertools.islice(latest, int(count)))]
         return json.dumps({"calls": found, "more": any(latest)})
 
@@ -3351,7 +3325,8 @@ class Overview:
     def as_csv(self) -> str:
         text = io.StringIO()
         with open_log(self.settings.call_log) as database:
-            write_rows(call_rows(listed_calls(database, time.time())), "csv", text)
+            write_rows((call_row(call) for call, _ in listed_calls(database, time.time())),
+                       "csv", text)
         return text.getvalue()
 
 
@@ -3463,19 +3438,7 @@ def command_line(words: Sequence[str]) -> argparse.Namespace:
         parents=[flags], description="Take the calls of sipgate.io, or, with a command:",
         epilog=f"Settings in the environment or .env: {', '.join(SETTINGS)}")
     parser.add_argument("--version", action="version", version=__version__)
-    add_commands(parser.add_subparsers(dest="command").add_parser)
-    # First the flags, which may stand anywhere; then --prot is known for what it is.
-    options, rest = flags.parse_known_args(words)
-    if rest and rest[0] not in (*COMMANDS, "-h", "--help", "--version"):
-        parser.error(f"there is no {rest[0]}")
-    parser.parse_args(rest, options)
-    if options.command == "page":  # then --port is the page's
-        options.page_port = vars(options).pop("WEBHOOK_PORT", 8081)
-    return options
-
-
-def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Add each command and its options."""
+    command = parser.add_subparsers(dest="command").add_parser
     add = command("calls", help="show the latest calls").add_argument
     add("--missed", action="store_true", help="whom to ring back")
     add("--all", action="store_true", help="with --missed: each call")
@@ -3490,7 +3453,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     add("number", nargs="+", help="with its country code, written as you like")
     add("--yes", action="store_true", help="do not ask")
     add = command("simulate", help="rehearse calls without a phone").add_argument
-    add("scenario", nargs="?", choices=list(SCENARIOS), default="answered", metavar="SCENARIO",
+    add("scenario", nargs="?", choices=SCENARIOS, default="answered", metavar="SCENARIO",
         help=", ".join(SCENARIOS))
     add("--all", action="store_true", help="every scenario in turn")
     add("--from", dest="sender", type=bare_number, default="492111234567", help="the caller")
@@ -3499,11 +3462,19 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     add("--sound", help="only check whether sipgate would play this file")
     command("check", help="find out why nothing arrives")
     command("page", help="show calls in a browser, on --port (8081)")
+    # First the flags, which may stand anywhere; then --prot is known for what it is.
+    options, rest = flags.parse_known_args(words)
+    if rest and rest[0] not in (*COMMANDS, "-h", "--help", "--version"):
+        parser.error(f"there is no {rest[0]}")
+    parser.parse_args(rest, options)
+    if options.command == "page":  # then --port is the page's
+        options.page_port = vars(options).pop("WEBHOOK_PORT", 8081)
+    return options
 
 
 def read_settings(options: argparse.Namespace) -> Settings:
     """Return the settings, and say in `options.sources` where they are from."""
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".env")
+    beside = os.path.abspath(pathlib.Path(__file__).with_name(".env"))
     path = options.env_file or next(filter(os.path.isfile, (beside, ".env")), "")
     in_file = {}
     if path:
@@ -3533,18 +3504,12 @@ def run(options: argparse.Namespace) -> int:
     loaded = path and os.path.getmtime(path)
 
     def tell(replied: Replied) -> str:
-        if os.path.exists(path) and os.path.getmtime(path) != loaded:
+        if path and os.path.exists(path) and os.path.getmtime(path) != loaded:
             logger.warning("%s has changed: restart this program to use it", path)
         return told(replied, settings.call_output, with_time)
 
-    try:
-        return serve(settings, keys=keys, functions=functions, tell=tell, announce=announcement,
-                     find_call=functools.partial(find_call, settings.call_log))
-    except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", error)
-        raise CommandEnd(f"cannot listen on {settings.webhook_host} port {settings.webhook_port}: "
-                         f"{why}: set WEBHOOK_HOST to an address of this machine, WEBHOOK_PORT "
-                         "to a free port") from None
+    return serve(settings, keys=keys, functions=functions, tell=tell, announce=announcement,
+                 find_call=functools.partial(find_call, settings.call_log))
 
 
 def main() -> int:
@@ -3561,10 +3526,10 @@ def main() -> int:
     except BrokenPipeError:  # `head` has seen enough
         sys.stdout = None  # not even flushed at the exit
         return 0
-    except (SettingsError, CommandEnd, sqlite3.Error, OSError) as error:
+    except (SettingsError, CommandEnd, OSError) as error:
         for problem in error.args if isinstance(error, SettingsError) else [error]:
-            text = f"sipgate_callevents: {printable(str(problem))}"
-            print(wrapped(text, sys.stderr), file=sys.stderr)
+            print(wrapped(f"sipgate_callevents: {printable(str(problem))}", sys.stderr),
+                  file=sys.stderr)
         return {SettingsError: 2, NothingToShow: 0}.get(type(error), 1)
 
 

@@ -310,6 +310,7 @@ class SettingsTest(unittest.TestCase):
                              (Settings(call_log=settings.call_log), True, "http://localhost:8080"))
         for host in ("127.0.0.2", "::1", "localhost"):
             self.assertTrue(sc.checked({"WEBHOOK_HOST": host}).trial)
+        self.assertEqual(sc.checked({"CALL_LOG": "Off"}).call_log, "off")
         settings = sc.checked({"WEBHOOK_URL": "https://example.org/3f/"})  # the slash is mended
         self.assertEqual((settings.trial, settings.base_url), (False, "https://example.org/3f"))
 
@@ -1211,7 +1212,7 @@ class Running:
         return [event.call_id for event in self.shown]
 
 
-IMPATIENT = {"request_seconds": 0.2, "idle_seconds": 0.4, "reply_seconds": 0.2}
+IMPATIENT = {"request_seconds": 0.2, "idle_seconds": 0.4, "sending_seconds": 0.2}
 
 
 def run_server(test, *arguments, **options):
@@ -1643,12 +1644,15 @@ class TlsTest(unittest.TestCase):
 
     def test_a_renewed_pair_is_picked_up_and_until_it_matches_the_old_one_is_used(self):
         self.write(CERTIFICATES[1][0])
+        stamps = [os.stat(path).st_mtime_ns for path in self.paths]
         with diagnostics() as said:
             self.assertEqual([self.served(), self.served()], [(200, 0)] * 2)
-        self.assertEqual(sum("the old pair stays in use" in line for line in said), 1)
+        self.assertIn("the old pair stays in use", " ".join(said))
         os.remove(self.paths[0])
         self.assertEqual(self.served(), (200, 0))
         self.write(*CERTIFICATES[1])
+        for path, stamp in zip(self.paths, stamps):  # what failed is tried again as it is
+            os.utime(path, ns=(stamp, stamp))
         self.assertEqual(self.served(), (200, 1))
 
     def test_a_pair_that_cannot_be_used_is_named(self):
@@ -2287,7 +2291,7 @@ class RehearsalTest(unittest.TestCase):
         talk = Conversation(TRIAL, functions, call_log=log,
                             find_call=functools.partial(sc.find_call, log.path))
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            sc.Rehearsal(talk.receiver, name, options).play()
+            sc.rehearse(talk.receiver, name, options)
         events = talk.events()
         log.close(5)
         with database_at(log.path) as database:
@@ -2320,7 +2324,7 @@ class RehearsalTest(unittest.TestCase):
                          (("Alice", "Bob"), "", "4921100"))
         self.assertEqual((second.users, second.diversion, other.answering_number),
                          (("Carl",), "4915791234567", "4915791234567"))
-        *_, first, second = self.rehearse("transfer", CallFunctions(
+        *_, second, first = self.rehearse("transfer", CallFunctions(
             lambda event: None if event.first_leg else reject("busy")))[2]
         self.assertEqual((first.cause, second.cause, second.call.outcome),
                          ("normalClearing", "busy", "answered"))
@@ -2448,7 +2452,7 @@ class CheckTest(InFolder):
         assert_port(mine, "problem", "the running copy says: the call log is behind")
 
     def assert_log(self, kind, said, path=""):
-        found, text = sc._check_log(Settings(call_log=path or self.path))
+        found, text = sc._check_log(path or self.path)
         self.assertEqual((found, bool(re.search(said, text))), (kind, True), text)
 
     def test_the_call_log(self):
@@ -3025,6 +3029,9 @@ class CommandTest(InFolder):
         self.assertRegex(self.calls("--missed", "--format", "csv")[1],
                          f"^in,'49157111222,'4930200,Alice,,{times[0]},.*,missed,.*,9$")
         self.assertEqual(len(self.entries("--missed", "--all")), 17)
+        latest = self.entries("--missed", "--all", "--limit", "3", "--events")
+        self.assertEqual([(entry["legs"], len(entry["events"])) for entry in latest],
+                         [(["L24"], 2), (["L23"], 2), (["L21"], 2)])
         self.assertEqual(self.calls("--missed", "--since", "2026-01-01"),
                          ["no call matches"])
 
