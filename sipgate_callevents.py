@@ -419,10 +419,10 @@ class DtmfEvent(CallEvent):
 EVENTS: dict[str, type[CallEvent]] = {
     kind.event: kind for kind in (NewCallEvent, AnswerEvent, HangupEvent, DtmfEvent)}
 FIELDS = {  # of the form, each with its name here
-    "event": "event", "callId": "call_id", "origCallId": "orig_call_id", "xcid": "xcid",
-    "direction": "direction", "from": "from_number", "to": "to_number", "diversion": "diversion",
-    "cause": "cause", "user": "user", "userId": "user_id", "fullUserId": "full_user_id",
-    "user[]": "users", "userId[]": "user_ids", "fullUserId[]": "full_user_ids", "dtmf": "dtmf",
+    "callId": "call_id", "origCallId": "orig_call_id", "xcid": "xcid", "direction": "direction",
+    "from": "from_number", "to": "to_number", "diversion": "diversion", "cause": "cause",
+    "user": "user", "userId": "user_id", "fullUserId": "full_user_id", "dtmf": "dtmf",
+    "user[]": "users", "userId[]": "user_ids", "fullUserId[]": "full_user_ids",
     "answeringNumber": "answering_number"}
 
 
@@ -442,25 +442,29 @@ def parse_event(body: bytes, default_event: str, state: str = "", **more: Any) -
         form = urllib.parse.parse_qs(text, keep_blank_values=True, max_num_fields=MAX_FIELDS)
     except ValueError:
         raise WebhookError(400, f"the form has more than {MAX_FIELDS} fields") from None
-    values: dict[str, Any] = {"state": state}
+    name = _single(form, "event") or default_event
+    if not name:
+        raise WebhookError(404, "no event is named", "a webhook came in that names no event")
+    kind = EVENTS.get(name, CallEvent)  # which is for what sipgate may add one day
+    values: dict[str, Any] = {"state": state} if kind is DtmfEvent else {}
     for key, found in form.items():
         # user[] as documented, user[][0] as sipgate's own test sends it.
         wire = re.sub(r"\[\]\[[0-9]+\]\Z", "[]", key)
-        name = FIELDS.get(wire)
-        if not name:
+        python = FIELDS.get(wire, "")
+        if python not in kind.__dataclass_fields__:
             continue
         if not wire.endswith("[]"):
-            if len(found) > 1:
-                raise WebhookError(400, f"the form has {key} more than once")
-            values[name] = found[0]
+            values[python] = _single(form, key)
         elif any(found):
-            values[name] = (*values.get(name, ()), *found)
-    event = values["event"] = values.get("event") or default_event
-    if not event:
-        raise WebhookError(404, "no event is named", "a webhook came in that names no event")
-    kind = EVENTS.get(event, CallEvent)  # which is for what sipgate may add one day
-    known = {name: values[name] for name in values.keys() & kind.__dataclass_fields__}
-    return kind(fields=form, body=body, **known, **more)
+            values[python] = (*values.get(python, ()), *found)
+    return kind(event=name, fields=form, body=body, **values, **more)
+
+
+def _single(form: Mapping[str, Sequence[str]], key: str) -> str:
+    values = form.get(key, ("",))
+    if len(values) > 1:
+        raise WebhookError(400, f"the form has {key} more than once")
+    return values[0]
 
 
 # ------------------------------------------------------------------------------------------
