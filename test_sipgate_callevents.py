@@ -433,6 +433,8 @@ class EventTest(unittest.TestCase):
     def test_all_fields_are_kept_and_found_by_sipgate_s_names(self):
         event = parse_event(b"callId=1&mood=good&mood=bad&later=", "newCall")
         self.assertEqual(event.fields, {"callId": ["1"], "mood": ["good", "bad"], "later": [""]})
+        for body in (b"event=pause&user=A&user=B", b"event=newCall&cause=A&cause=B"):
+            self.assertEqual(len(parse_event(body, "").fields), 2, "it is no field of this event")
         event = parse_event(NEW_CALL, "newCall")
         self.assertEqual([event.get("from"), event.get("user[]"), event.get("none"),
                           event.get("none", "-")], ["492111234567", "Alice", "", "-"])
