@@ -734,7 +734,7 @@ class CallLog:
         self.behind = ""  # why events wait; "" while they do not
         self._database: Any = None  # while it is not open
         # Kept open: closing it would drop all locks of the process on it, SQLite's too (POSIX).
-        self._file: Any = io.BytesIO()  # in its place before that
+        self._file: Any = io.BytesIO()  # none yet
         self._last_id = 0
         try:
             self._open()
@@ -909,7 +909,7 @@ class CallLog:
 
     def _rewrite(self) -> None:
         folder = os.path.dirname(self.path)
-        self._empty_wal()  # first, or it would be written anew for nothing
+        self._empty_wal()  # a reader that is in the way would be so after VACUUM, too
         if shutil.disk_usage(folder).free < 2.5 * os.path.getsize(self.path):
             raise OSError("there is no room to write it anew")
         self._database.set_progress_handler(self._worker.is_needed, 1000)
@@ -1010,8 +1010,8 @@ class YourCode:
 
     def _run_in_slot(self, event: CallEvent, outcome: queue.SimpleQueue[Any]) -> None:
         if not self._slots.acquire(timeout=self.SLOT_SECONDS):
-            logger.warning("your code has taken all %d slots, and not returned; the call goes "
-                           "through undecided", self.SLOTS)
+            logger.warning("all %d slots are taken by your code, which has not returned; the call "
+                           "goes through undecided", self.SLOTS)
             self._is_full = True
             outcome.put(None)
             return
