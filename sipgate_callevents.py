@@ -449,7 +449,7 @@ def parse_event(body: bytes, default_event: str, state: str = "", **more: Any) -
     values: dict[str, Any] = {"state": state} if kind is DtmfEvent else {}
     for key, found in form.items():
         # user[] as documented, user[][0] as sipgate's own test sends it.
-        wire = re.sub(r"\[\]\[[0-9]+\]\Z", "[]", key)
+        wire = key if key in FIELDS else re.sub(r"\[\]\[[0-9]+\]\Z", "[]", key)
         python = FIELDS.get(wire, "")
         if python not in kind.__dataclass_fields__:
             continue
