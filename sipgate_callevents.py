@@ -43,7 +43,7 @@ What an administrator asks, and the docstring that answers it:
     what a client can do that sends a byte a second         WebhookServer
     what happens on SIGTERM                                 serve, the last of Part I
     how to block a caller                                   on_new_call, below
-    where to add an action, or an event                     Action, the comment above EVENTS
+    where to add an action, or an event                     Actions and XML, the comment at EVENTS
 
 Time limits, and what happens then:
 
@@ -281,9 +281,9 @@ def decode_signature(header: str | None) -> bytes:
 def is_signed(body: bytes, header: str | None, keys: Sequence[PublicKey]) -> bool:
     """Whether `header` (an X-Sipgate-Signature) signs `body` with one of `keys`.
 
-    It proves that sipgate signed this body for some customer: not for which, not when, nor for
-    which path and query (event.state). A replayed newCall is decided again. So the path of
-    WEBHOOK_URL is to be a secret.
+    It proves that sipgate (or who owns a key of SIGNATURE_KEY_FILE) signed this body for some
+    customer: not for which, not when, nor for which path and query (event.state). A replayed
+    newCall is decided again. So the path of WEBHOOK_URL is to be a secret.
 
     Total: any header gives True or False. RSASSA-PKCS1-v1_5 with SHA-256 (RFC 8017 8.2.2): the
     one block that is right is built and compared whole, so that no parser can be misled.
@@ -414,8 +414,8 @@ class DtmfEvent(CallEvent):
 
 
 # A further event: a class above (is_decided=False, if its function is to run later), named here;
-# its fields below; a line in ROUTES; its function in CallFunctions; what event_line prints. If a
-# reply has to ask for it, so that sipgate sends it: its attribute in response_xml.
+# its fields below; a line in ROUTES; its function in CallFunctions; what event_line prints; whether
+# Receiver._unsigned takes it. If a reply has to ask for it: its attribute in response_xml.
 EVENTS: dict[str, type[CallEvent]] = {
     kind.event: kind for kind in (NewCallEvent, AnswerEvent, HangupEvent, DtmfEvent)}
 FIELDS = {  # of the form, each with its name here
@@ -469,8 +469,9 @@ def _single(form: Mapping[str, Sequence[str]], key: str) -> str:
 
 # ------------------------------------------------------------------------------------------
 # Actions and XML
-# What a reply can ask of sipgate: one small function for each verb of its XML (a further one
-# needs no more), and the one that writes the document. Knows no settings.
+# What a reply can ask of sipgate: one small function for each verb of its XML, and the one that
+# writes the document. A further one needs no more; if it ends a call, put_together is to know it.
+# Knows no settings.
 # ------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -653,8 +654,9 @@ class Worker(threading.Thread):
 # Call log
 # Puts events on disk, in one SQLite file. Knows no HTTP and no XML.
 #
-# One worker writes; what has queued up shares one transaction, and so one fsync. After any error
-# the same events are tried again; each has its id before, so that none is stored twice.
+# One worker writes; what has queued up shares one transaction, and so one fsync. After an error of
+# disk, SQLite or memory the same events are tried again; each has its id before, so that none is
+# stored twice.
 # ------------------------------------------------------------------------------------------
 
 APPLICATION_ID = 0x73676365  # "sgce": the file is ours
@@ -712,11 +714,13 @@ class CallLog:
     """The events of the last days, on disk. Safe to use from many threads.
 
     While the disk is full, slow or hangs, calls go on: their events wait in memory, QUEUE of them
-    at most, and are tried again; stderr and /healthz say so, and what is lost in the end.
+    at most, and are tried again; stderr and /healthz say so, and stderr what is lost in the end.
+    Meanwhile a repeat counts as new. Only at the start a disk that hangs is waited for.
 
-    Numbers are in this file, which only its owner may read, for CALL_LOG_DAYS and about a day
-    more; in stdout (CALL_OUTPUT), for as long as that is kept; on the page; and where your
-    functions put them. Our messages on stderr have none, but for what these raise.
+    Numbers are in this file, and in one put aside as damaged, which only its owner may read, for
+    CALL_LOG_DAYS and about a day more while this runs; in stdout (CALL_OUTPUT), for as long as
+    that is kept; on the page; and where your functions put them. The server's messages on stderr
+    have none, but for what your functions raise.
     """
 
     QUEUE = 10_000  # events that may wait while the disk takes none
@@ -1104,10 +1108,10 @@ class Receiver:
         """The event of the webhook `body`, POSTed to `target` (path and query).
 
         `signature` is its X-Sipgate-Signature, `outside` the host it was addressed to if it came
-        from beyond this machine. Raises WebhookError: what nobody signed who should have gets 403,
-        and is neither stored nor run. But VERIFY_SIGNATURE=new-call takes answer, hangup and dtmf
-        unsigned; off, and trial mode from this machine, all events. A forged hangup falsifies the
-        call log, runs on_hangup, and ends no call.
+        from beyond this machine, in trial mode. Raises WebhookError: without a valid signature an
+        event gets 403, and is neither stored nor run. But VERIFY_SIGNATURE=new-call takes answer,
+        hangup and dtmf unsigned; off, and trial mode from this machine, all events. A forged hangup
+        falsifies the call log, runs on_hangup, and ends no call.
         """
         path, _, query = target.partition("?")
         unsigned = self._unsigned(outside)
