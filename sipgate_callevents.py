@@ -2860,6 +2860,7 @@ ul { list-style: none; margin: 0; padding: 0; }
 li { display: flex; gap: 10px; padding: 7px 0; border-top: 1px solid var(--line); }
 li:first-child { border: 0; }
 li > :nth-child(2) { flex: 1; min-width: 0; }
+li > :nth-child(2), .who { overflow-wrap: anywhere; }
 .soft, th { color: var(--soft); font-weight: 400; }
 .num { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .big { font-size: 18px; }
@@ -2897,6 +2898,7 @@ input { flex: 1; min-width: 120px; }
   main { padding: 8px; gap: 8px; }
   .side { display: none; }
   td, th { padding-right: 6px; font-size: 13px; }
+  svg text { font-size: 14px; }
 }
 </style>
 <div id="trouble" role="status"></div>
@@ -2909,11 +2911,12 @@ const words = {
   "Now": "Jetzt", "Nobody is calling.": "Gerade ruft niemand an.", "Calls": "Anrufe",
   "To ring back": "Zurückrufen", "and with no number": "und ohne Nummer",
   "Nobody is waiting for a call.": "Niemand wartet auf einen Rückruf.",
-  "Today": "Heute", "last week": "vor einer Woche", "calls": "Anrufe",
+  "Today": "Heute", "last week": "vor einer Woche", "incoming calls": "eingehende Anrufe",
   "median wait": "mittlere Wartezeit", "longest wait": "längste Wartezeit",
   "average talk": "mittleres Gespräch",
   "When people call": "Wann angerufen wird", "today by hour": "heute nach Stunden",
-  "the last 30 days": "die letzten 30 Tage", "the week by hour": "die Woche nach Stunden",
+  "the last 30 days": "die letzten 30 Tage",
+  "the last 4 weeks by hour": "die letzten 4 Wochen nach Stunden",
   "day": "Tag", "hour": "Stunde",
   "All calls": "Alle Anrufe", "name or number": "Name oder Nummer", "more": "mehr",
   "both directions": "beide Richtungen", "incoming": "eingehend", "outgoing": "ausgehend",
@@ -3009,7 +3012,7 @@ const showNow = data => {
   now.replaceChildren(list.length ? el("ul", {}, ...list) : soft(say("Nobody is calling.")));
   const ringing = data.open.filter(call => call.outcome === "ringing").length;
   document.title = (ringing ? `(${ringing}) ` : "") + say("Calls");
-  if (data.open.length || data.days.some(([, ...counts]) => counts.some(Boolean))) return;
+  if (!data.empty) return;
   const simulate = el("code", {}, "python3 sipgate_callevents.py simulate");
   now.replaceChildren(el("p", {}, say("No calls yet."), " ", say("Try"), ": ", simulate));
   if (data.url) {
@@ -3022,9 +3025,8 @@ const showBack = data => {
     el("span", { class: one.outcome, title: say(one.outcome) },
       one.outcome === "voicemail" ? "✉" : "✕"),
     el("div", {}, el("div", { class: "big" }, phone(one.from)),
-      soft(joined(say(one.outcome), one.users.join(", ")))),
-    el("span", { class: "num soft" },
-      joined(one.calls > 1 ? one.calls + "×" : "", moment(one.started)))));
+      soft(joined(say(one.outcome), one.calls > 1 ? one.calls + "×" : "", one.users.join(", ")))),
+    el("span", { class: "num soft" }, moment(one.started))));
   back.replaceChildren(list.length
     ? el("ul", { class: "scroll", tabindex: 0 }, ...list)
     : soft(say("Nobody is waiting for a call.")));
@@ -3034,7 +3036,7 @@ const showBack = data => {
 const showToday = data => {
   const share = value => value === null ? "–" : Math.round(value * 100) + " %";
   const figures = [
-    ["calls", "calls", String], ["answered", "share", share], ["missed", "missed", String],
+    ["incoming calls", "calls", String], ["answered", "share", share], ["missed", "missed", String],
     ["median wait", "wait", span], ["longest wait", "longest", span],
     ["average talk", "talk", span]];
   today.replaceChildren(...figures.map(([title, name, text]) => el("div", {},
@@ -3071,7 +3073,7 @@ const bars = (title, column, labels, values) => {
 };
 
 const heat = values => {
-  const top = Math.max(1, ...values.flat()), title = say("the week by hour");
+  const top = Math.max(1, ...values.flat()), title = say("the last 4 weeks by hour");
   const svg = el("svg:svg", { viewBox: "0 0 600 124", role: "img", "aria-label": title });
   values.forEach((hours, weekday) => {
     const monday = 345600 + 43200;  // noon of the first one of Unix time
@@ -3108,7 +3110,7 @@ const line = call => {
   const cells = [moment(call.started), phone(call.from), phone(call.to),
     (call.direction === "out" ? "↗ " : "↘ ") + say(call.outcome),
     span(call.wait_s), span(call.talk_s), joined(call.answered_by.join(", "), call.reply)];
-  const kinds = ["num", "", "side", call.outcome, "side num", "side num", "side"];
+  const kinds = ["num", "who", "side who", "num " + call.outcome, "side num", "side num", "side"];
   const row = el("tr", { tabindex: 0 },
     ...cells.map((cell, at) => el("td", { class: kinds[at] }, cell)));
   row.onclick = event => event.target.href || open(row, call);
@@ -3158,7 +3160,7 @@ look();
 </script>
 """
 SHOWN_DAYS = 30
-BARS = {"answered": 0, "talking": 0, "voicemail": 1, "missed": 2, "unanswered": 2, "lost": 2}
+BARS = {"answered": 0, "talking": 0, "voicemail": 1, "missed": 2, "lost": 2}
 HEADERS = {
     "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -3186,16 +3188,16 @@ def words_of(call: Call) -> str:
 
 
 def counted(calls: Iterable[Call]) -> dict[str, Any]:
-    """The figures of a day, and of each hour: answered, voicemail, missed."""
+    """The figures of a day's incoming calls, and of each hour: answered, voicemail, missed."""
     hours = [[0, 0, 0] for _ in range(24)]
-    calls = [call for call in calls if call.outcome in BARS]
+    calls = [call for call in calls if call.direction != "out" and call.outcome in BARS]
     for call in calls:
         hours[time.localtime(call.started).tm_hour][BARS[call.outcome]] += 1
-    incoming = [BARS[call.outcome] for call in calls if call.direction != "out"]
+    answered, _, missed = map(sum, zip(*hours))
     waits = sorted(call.wait_s for call in calls if call.wait_s is not None)
     talks = [call.talk_s for call in calls if call.talk_s is not None]
-    return {"hours": hours, "calls": len(calls), "missed": incoming.count(2),
-            "share": incoming.count(0) / len(incoming) if incoming else None,
+    return {"hours": hours, "calls": len(calls), "missed": missed,
+            "share": answered / len(calls) if calls else None,
             "wait": waits[len(waits) // 2] if waits else None,
             "longest": max(waits, default=None),
             "talk": sum(talks) / len(talks) if talks else None}
@@ -3299,6 +3301,7 @@ class Overview:
             self._latest(lambda call: call.ended or call.answered or call.started))
         return {
             "now": time.time(), "url": self.settings.webhook_url, "heat": heat,
+            "empty": not any(self.days.values()),
             "open": [*map(page_row, self._open_calls())], "withheld": withheld,
             "back": [{**page_row(calls[0]), "calls": len(calls)} for calls in callers[:100]],
             "today": self._counted[days[0]][0], "before": self._counted[days[7]][0],

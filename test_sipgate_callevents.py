@@ -2161,6 +2161,17 @@ class PageTest(InFolder):
         self.assertEqual(found["today"]["calls"] + sum(day[3] for day in found["days"][:-1]), 2)
         self.assertEqual(found["trouble"], "no server runs: calls that come now are not recorded")
 
+    def test_its_figures_are_those_of_incoming_calls(self):
+        self.add("0 n A Alice; 10 a A Alice; 40 h A; 50 n B Bob orig=B xcid=b; "
+                 "80 h B cancel orig=B xcid=b; 90 n C Carl orig=C xcid=c dir=out; "
+                 "150 h C orig=C xcid=c dir=out", ago=200)
+        self.serve()
+        found = sc.counted(call for calls in self.overview.days.values() for call in calls.values())
+        self.assertEqual([*map(sum, zip(*found.pop("hours")))], [1, 0, 1])
+        self.assertEqual({name: round(value, 1) for name, value in found.items()}, {
+            "calls": 2, "missed": 1, "share": 0.5, "wait": 30, "longest": 30, "talk": 30})
+        self.assertFalse(self.data()["empty"])
+
     def test_it_follows_the_log_and_only_changes_are_sent(self):
         self.add("0 n A Alice", ago=5)
         self.serve()
