@@ -2559,7 +2559,7 @@ def forget_number(options: argparse.Namespace, settings: Settings) -> int:
                  for row in rows_without(database, number)}
         hint = "" if begun else similar(database, digits)
     if not begun and not holding(files, number):
-        raise CommandEnd(f"no call holds {digits}; with the country code? {hint}")
+        raise CommandEnd(f"no call holds {digits}; with the country code? {hint}".rstrip())
     times = sorted(begun.values()) or ["-"]
     calls = "1 call" if len(begun) == 1 else f"{len(begun)} calls"
     print(f"{digits} is in {calls}, from {times[0]} to {times[-1]}.")
@@ -2622,7 +2622,8 @@ def press_keys(receiver: Receiver, reply: ET.Element, call_id: str, keys: list[s
     while keys and action.get("onData", "").startswith(receiver.settings.base_url + "/on-data"):
         if "on_dtmf" not in receiver.your_code.functions:
             print("    (on_dtmf does nothing with the digits)")
-        form = {"event": "dtmf", "dtmf": keys.pop(0), "callId": call_id}
+        most = int(action.get("maxDigits", "")) if keys[1:] else None
+        form = {"event": "dtmf", "dtmf": keys.pop(0)[:most], "callId": call_id}
         reply = post_event(receiver, action.attrib["onData"], form)
         action = next(iter(reply), reply)
     return action if keys else ET.Element("Hangup")
@@ -2727,7 +2728,8 @@ def _fetch(url: str, context: ssl.SSLContext | None) -> Health:
     if reply.status == 503:
         return Health("problem", text, instance)
     if refused != "0":
-        return Health("warning", f"webhooks were refused ({refused}), see its stderr", instance)
+        trouble = f"webhooks were refused ({refused}): the server's stderr says why"
+        return Health("warning", trouble, instance)
     return Health("ok", "", instance)
 
 
@@ -2768,7 +2770,8 @@ def _check_log(path: str) -> tuple[str, str]:
 def _check_port(settings: Settings, health: Health) -> tuple[str, str]:
     said = f"the running copy says: {health.trouble or 'ok'}"
     if not health.instance:
-        said = f"no server with these settings answers ({health.trouble}): start it"
+        said = (f"no server with these settings answers ({health.trouble}): start it, or stop "
+                "what else has the port")
     return health.kind, f"port {settings.webhook_port} of {settings.webhook_host}: {said}"
 
 

@@ -2347,7 +2347,7 @@ class RehearsalTest(unittest.TestCase):
             return gather(max_digits=4) if event.state == "first" else dial("4921100")
 
         menu = CallFunctions(lambda event: gather(state="first"), on_dtmf=on_dtmf)
-        said, call, (_, one, two, *_) = self.rehearse("menu", menu, digits="1,0042")
+        said, call, (_, one, two, *_) = self.rehearse("menu", menu, digits="19,00421")
         self.assertEqual((one.dtmf, one.state, two.dtmf, two.state), ("1", "first", "0042", ""))
         self.assertEqual((call.digits, call.outcome, call.answered_by),
                          ("1,0042", "answered", ("4921100",)))
