@@ -15,10 +15,10 @@ Copy this one file to a server and start it; Python 3.8 or newer is all it needs
 sipgate POSTs a newCall when a call starts. The XML reply decides about the call and asks
 for the later events: answer, hangup, and dtmf (the digits of a <Gather>).
 
-Part I answers the phone: all that a waiting caller, or who sends us bytes, has to do with until
-the reply. Read it before you trust this file. Part II starts the program, prints events after
-their reply, and looks at what is stored; no reply waits for it, but for event.call in a function
-of yours, and for up to half a second while `forget` writes.
+Part I answers the phone: everything that a waiting caller, or a byte from the internet, can reach
+until the reply. Read it before you trust this file. Part II starts the program, prints events
+after their reply, and looks at what is stored; no reply waits for it, but for event.call in a
+function of yours, and for up to half a second while `forget` writes.
 
     socket bytes
       |  WebhookRequestHandler    a complete, strictly framed request, in time, within limits
@@ -59,7 +59,8 @@ Time limits, and what happens then:
     ending, to make room for another               1 s    closed
     stopping: replies, on_answer, on_hangup        4 s    given up; the call log has 1 s more,
                                                           stdout and stderr half a second each
-    a run of your code                          no end    after 60 s stderr and /healthz say so
+    a run of your code                          no end    after 60 s (3 s while all slots are
+                                                          taken) stderr and /healthz say so
 
 The 3 s hold while Python runs: code of yours that never lets go of the interpreter (a regular
 expression that takes minutes) stops every thread, and so every caller. With over 5,000 prints
@@ -481,7 +482,7 @@ class Action:
     xml: str
 
 
-def _expect(is_right: object, argument: str, value: object, expected: str) -> None:
+def _ensure(is_right: object, argument: str, value: object, expected: str) -> None:
     if not is_right:
         raise ValueError(f"{argument} is {value!r}: expected {expected}")
 
@@ -489,20 +490,20 @@ def _expect(is_right: object, argument: str, value: object, expected: str) -> No
 def _phone_number(argument: str, value: str) -> str:
     digits = re.sub(r"\A\s*\+|[\s()/-]", "", value) if isinstance(value, str) else ""
     # "+49 (0) 211" means 49211; without the brackets it would be a wrong number.
-    _expect(re.fullmatch("[1-9][0-9]{0,31}", digits) and not re.search(r"\(\s*0\s*\)", value),
+    _ensure(re.fullmatch("[1-9][0-9]{0,31}", digits) and not re.search(r"\(\s*0\s*\)", value),
             argument, value, "text of digits that begin with the country code, without 0 or 00, "
             "such as '4915799912345'")
     return digits
 
 
 def _absolute_url(argument: str, value: str) -> str:
-    _expect(isinstance(value, str) and re.fullmatch(r"https?://[A-Za-z0-9\[][!\x22$-~]*", value),
+    _ensure(isinstance(value, str) and re.fullmatch(r"https?://[A-Za-z0-9\[][!\x22$-~]*", value),
             argument, value, "a URL that begins with http:// or https://")
     return value
 
 
 def _at_least_one(argument: str, value: int) -> str:
-    _expect(type(value) is int and value > 0, argument, value, "a whole number of 1 or more")
+    _ensure(type(value) is int and value > 0, argument, value, "a whole number of 1 or more")
     return str(value)
 
 
@@ -512,12 +513,12 @@ def dial(*numbers: str, caller_id: str | None = None, anonymous: bool | None = N
     Numbers are E.164 digits; +, blanks, dashes, slashes and brackets are removed.
     `caller_id` is the number to show, `anonymous` whether to show none. Raises ValueError.
     """
-    _expect(1 <= len(numbers) <= 5, "the count of numbers", len(numbers), "1 to 5")
+    _ensure(1 <= len(numbers) <= 5, "the count of numbers", len(numbers), "1 to 5")
     element = ET.Element("Dial")
     if caller_id is not None:
         element.set("callerId", _phone_number("caller_id", caller_id))
     if anonymous is not None:
-        _expect(isinstance(anonymous, bool), "anonymous", anonymous, "True or False")
+        _ensure(isinstance(anonymous, bool), "anonymous", anonymous, "True or False")
         element.set("anonymous", str(anonymous).lower())
     for number in numbers:
         ET.SubElement(element, "Number").text = _phone_number("numbers", number)
@@ -549,7 +550,7 @@ def gather(url: str | None = None, *, play: str | None = None, max_digits: int =
     # A path is completed by response_xml.
     target = "/on-data" if url is None else _absolute_url("url", url)
     if state is not None:
-        _expect(isinstance(state, str), "state", state, "text")
+        _ensure(isinstance(state, str), "state", state, "text")
         target += ("&" if "?" in target else "?") + urllib.parse.urlencode({"state": state})
     element = ET.Element("Gather", onData=target,
                          maxDigits=_at_least_one("max_digits", max_digits),
@@ -562,7 +563,7 @@ def gather(url: str | None = None, *, play: str | None = None, max_digits: int =
 
 def reject(reason: str = "rejected") -> Action:
     """Refuse the call: the caller hears that it is rejected, or with "busy" the busy tone."""
-    _expect(reason in ("rejected", "busy"), "reason", reason, "'rejected' or 'busy'")
+    _ensure(reason in ("rejected", "busy"), "reason", reason, "'rejected' or 'busy'")
     return Action('<Reject reason="busy" />' if reason == "busy" else "<Reject />")
 
 
@@ -601,7 +602,7 @@ class Worker(threading.Thread):
     """A queue, and the one thread that empties it, in order."""
 
     IDLE_SECONDS = 1.0
-    BATCH = 200
+    BATCH = 1000
 
     def __init__(self, name: str, work: Callable[[list[Any]], None], limit: int) -> None:
         """Start the thread: it calls `work` with a list of what waits, up to BATCH items.
@@ -961,13 +962,13 @@ class YourCode:
     SLOTS = 8
     SLOT_SECONDS = 0.5  # that a call waits for one
     STUCK_SECONDS = 60.0  # that a run may take before it is named
+    FULL_SECONDS = 3.0  # the same while no slot is left
 
     def __init__(self, functions: CallFunctions) -> None:
         # What does nothing needs no thread.
         self.functions = {name: function for name, function in functions._asdict().items()
                           if _content(function) != _content(_nothing)}
         self._slots = threading.Semaphore(self.SLOTS)
-        self._is_full = False  # since a call waited for a slot in vain
         self._running: list[tuple[str, float]] = []  # which, since when
         self.hooks = Worker("hooks", self._run_first, 1000)
 
@@ -1004,25 +1005,25 @@ class YourCode:
 
     def stuck(self) -> str:
         """What of your code does not return, "" if there is nothing."""
-        for name, since in self._running[:]:
-            if time.monotonic() - since > self.STUCK_SECONDS:
-                return f"your code is stuck: {name} has been running for over a minute"
-        if self._is_full and self._slots.acquire(blocking=False):
-            self._slots.release()
-            self._is_full = False
-        return "your code is stuck: it has taken all slots" if self._is_full else ""
+        running = self._running[:]
+        limit = self.FULL_SECONDS if len(running) >= self.SLOTS else self.STUCK_SECONDS
+        for name, since in running:
+            if time.monotonic() - since > limit:
+                return f"your code is stuck: {name} has been running for over {limit:.0f} seconds"
+        return ""
 
     def _run_in_slot(self, event: CallEvent, outcome: queue.SimpleQueue[Any]) -> None:
+        action = None
         if not self._slots.acquire(timeout=self.SLOT_SECONDS):
             logger.warning("all %d slots are taken by your code, which has not returned; the call "
                            "goes through undecided", self.SLOTS)
-            self._is_full = True
             outcome.put(None)
             return
         try:
-            outcome.put(self._run(event))
-        finally:
+            action = self._run(event)
+        finally:  # even if reporting its error has failed
             self._slots.release()
+            outcome.put(action)
 
     def _run_first(self, batch: list[CallEvent]) -> None:
         del batch[1:]  # they wait
@@ -1455,14 +1456,17 @@ class TlsFiles:
     def context(self) -> Any:
         """The context for a new connection. Raises SettingsError while there has been none."""
         try:
-            stamp = [os.stat(path).st_mtime_ns for path in self.paths]
+            # With the time of chmod, which can make a file readable.
+            stamp = [time for path in self.paths
+                     for time in (os.stat(path).st_mtime_ns, os.stat(path).st_ctime_ns)]
             if stamp != self._stamp:
+                self._stamp = stamp
                 # A new one: the live one would fail while only one of the files is new.
                 context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
                 context.minimum_version = ssl.TLSVersion.TLSv1_2
                 # A password rather than a question on the terminal, which nobody would answer.
                 context.load_cert_chain(*self.paths, password=lambda: "")
-                self._context, self._stamp = context, stamp
+                self._context = context
         except (OSError, ValueError) as error:
             fault = ('WEBHOOK_TLS_CERT is "{}" and WEBHOOK_TLS_KEY "{}": {}; expected a PEM '
                      "certificate (with its chain) and the key that belongs to it").format(
@@ -1672,6 +1676,7 @@ class Output(io.FileIO):
             logger.warning("a print was dropped: 5000 wait for their reader")
 
     def _write(self, batch: list[Callable[[], str]]) -> None:
+        del batch[200:]  # or what drops one piece would wait long for room
         text = ""
         for piece in batch:
             try:
@@ -1973,8 +1978,8 @@ def load_keys(path: str) -> list[PublicKey]:
         text = pathlib.Path(path).read_text("ascii", "replace")
         in_base64 = text.partition("-----BEGIN PUBLIC KEY-----")[2].partition("-----END")[0]
         der = base64.b64decode(in_base64)
-    # With 2048 bits it has 294 bytes; all but the modulus is, and lies, as in sipgate's key.
-    if len(der) < 294 or (der[4:19], der[-5:]) != (_DER[4:19], _DER[-5:]):
+    # With 2048 bits it has 294 bytes; around the modulus it is as sipgate's key but for lengths.
+    if len(der) < 294 or (der[4:19], der[32:33], der[-5:]) != (_DER[4:19], b"\0", _DER[-5:]):
         raise SettingsError(f'SIGNATURE_KEY_FILE is "{path}": expected a PEM file with an RSA key '
                             'of at least 2048 bits ("BEGIN PUBLIC KEY")')
     return [PublicKey(int.from_bytes(der[33:-5], "big"), 65537)]
@@ -1988,7 +1993,8 @@ and restart this program with the address it prints and a secret path:
   --url https://ADDRESS/{1}
 """
 LIVE_TEXT = """\
-Under Webhooks at https://console.sipgate.com, choose Sources, and enter as URL
+At https://console.sipgate.com, under Webhooks > URLs, enter for incoming or
+outgoing calls (and choose the phone lines and groups under Webhooks > Sources):
   {0.webhook_url}/new-call
 """
 
@@ -2029,23 +2035,29 @@ def local_time(moment: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as 1:32, or 1:02:03."""
-    return re.sub(r"\A0:0?", "", str(datetime.timedelta(seconds=int(seconds))))
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def event_line(event: CallEvent, call: Any = None) -> str:
     """The sentence that is printed for an event; `call` saves looking for its Call."""
-    line = f"Unknown event {event.event}"
-    caller = getattr(event, "from_number", "") or "[unknown]"
+    def known(text: str) -> str:
+        return text or "[unknown]"
+
     if isinstance(event, NewCallEvent):
-        line = f"New call from {caller} to {event.to_number or '[unknown]'} is ringing..."
+        line = f"New call from {known(event.from_number)} to {known(event.to_number)} is ringing..."
     elif isinstance(event, AnswerEvent):
-        line = f"{event.user or event.answering_number or '[unknown]'} answered call from {caller}"
+        who = known(event.user or event.answering_number)
+        line = f"{who} answered call from {known(event.from_number)}"
     elif isinstance(event, HangupEvent):
         remarks = ", ".join(filter(None, (event.cause, outcome_text(call or event.call))))
         line = "The call has been hung up" + (f" ({remarks})" if remarks else "")
     elif isinstance(event, DtmfEvent):
-        caller = getattr(call or event.call, "from_number", "") or "[unknown]"
-        line = f"{caller} pressed {event.dtmf or '[unknown]'}"
+        caller = getattr(call or event.call, "from_number", "")
+        line = f"{known(caller)} pressed {known(event.dtmf)}"
+    else:
+        line = f"Unknown event {event.event}"
     return printable(line)
 
 
@@ -2159,9 +2171,10 @@ class Leg:
 
     def is_voicemail(self, answer: StoredEvent) -> bool:
         """Whether it says so, or names nobody and nothing else rang, or we sent it there."""
+        if answer.event.user:
+            return bool(answer.event.user == "voicemail")
         replies = [entry.words for entry in self.stored if entry.words and entry.at < answer.at]
-        return answer.event.user == "voicemail" or not answer.event.user and (
-            set(self.rang) == {"voicemail"} or replies[-1:] == ["Dial Voicemail"])
+        return set(self.rang) == {"voicemail"} or replies[-1:] == ["Dial Voicemail"]
 
 
 def events_of(legs: Iterable[Leg], kind: type[CallEvent] = CallEvent) -> list[StoredEvent]:
@@ -2218,9 +2231,10 @@ def speakers(legs: Sequence[Leg], first: Leg) -> list[tuple[float, str]]:
     for leg in legs:
         for at, event, _ in leg.people:
             number = event.answering_number or event.to_number
-            is_put_through = leg.direction == "out" and first.direction == "in"
-            if is_put_through or event.user and not (is_outgoing and leg is first):
-                names.append((at, event.user or number))
+            if event.user and not (is_outgoing and leg is first):
+                names.append((at, event.user))
+            elif leg.direction == "out" and first.direction == "in":
+                names.append((at, number))  # a colleague put the caller through to it
             elif number not in called and not is_outgoing:
                 numbers.append((at, number))
             elif is_outgoing or not has_voicemail:
@@ -2466,18 +2480,21 @@ def has_number(call: Call, legs: Iterable[Leg], wanted: str) -> bool:
 
 def show_calls(options: argparse.Namespace, settings: Settings) -> int:
     """The command `calls`."""
-    since, form = read_since(options.since), options.format
-    withheld, times = 0, {}  # by a caller's latest call: a column that says how many
+    since, form, withheld = read_since(options.since), options.format, 0
+    times: dict[Call, int] = {}  # how often who made this call, their latest one, has called
     with open_log(settings.call_log) as database:
         pairs = listed_calls(database, time.time(), since)
         if options.missed:
             callers, withheld = to_ring_back(call for call, _ in pairs)
-            times = {calls[0]: {"calls": len(calls)} for calls in callers}
-            if options.all:
-                times = {call: {} for calls in callers for call in calls}
-            latest = sorted(times, key=lambda call: call.started, reverse=True)
-            pairs = ((call, call_with(database, next(iter(call.legs), ""))) for call in latest)
-        rows = ({**call_row(call, legs, form if options.events else ""), **times.get(call, {})}
+            missed: Iterable[Call] = itertools.chain(*callers)
+            if not options.all:
+                missed = times = {calls[0]: len(calls) for calls in callers}
+            latest = sorted(missed, key=lambda call: call.started, reverse=True)
+            needs_legs = options.events or options.number != "*"
+            pairs = ((call, call_with(database, next(iter(call.legs), "")) if needs_legs else [])
+                     for call in latest)
+        rows = ({**call_row(call, legs, form if options.events else ""),
+                 **({"calls": times[call]} if times else {})}
                 for call, legs in pairs
                 if call.started >= since and has_number(call, legs, options.number))
         if form != "table":
@@ -2619,7 +2636,8 @@ def post_event(receiver: Receiver, url: str, form: Mapping[str, Any]) -> ET.Elem
 def press_keys(receiver: Receiver, reply: ET.Element, call_id: str, keys: list[str]) -> ET.Element:
     """Obey each Gather with digits taken from `keys`; return what follows, or the <Response>."""
     action = next(iter(reply), reply)
-    while keys and action.get("onData", "").startswith(receiver.settings.base_url + "/on-data"):
+    ours = receiver.settings.base_url + "/on-data"
+    while keys and action.get("onData", "").partition("?")[0] == ours:
         if "on_dtmf" not in receiver.your_code.functions:
             print("    (on_dtmf does nothing with the digits)")
         most = int(action.get("maxDigits", "")) if keys[1:] else None
@@ -2642,7 +2660,7 @@ def rehearse(receiver: Receiver, scenario: str, options: argparse.Namespace) -> 
             "event": "newCall", **form, "user[]": [user] if leg else ["Alice", "Bob"]})
         keys = [*options.digits.split(","), "-1"]  # which says that the caller hung up
         action, number = press_keys(receiver, reply, call_id + leg, keys), to
-        if scenario == "menu" and keys[:-1] and not action.get("onData"):
+        if scenario == "menu" and any(keys[:-1]) and not action.get("onData"):
             print(f"    (your functions do not ask for {','.join(keys[:-1])})")
         if action.tag == "Dial":
             number = action.findtext("Number", "")
@@ -2770,14 +2788,15 @@ def _check_log(path: str) -> tuple[str, str]:
 def _check_port(settings: Settings, health: Health) -> tuple[str, str]:
     said = f"the running copy says: {health.trouble or 'ok'}"
     if not health.instance:
-        said = (f"no server with these settings answers ({health.trouble}): start it, or stop "
-                "what else has the port")
+        said = (f"no server with these settings answers ({health.trouble}): start it, or give "
+                "check the settings of the running copy (--env-file)")
     return health.kind, f"port {settings.webhook_port} of {settings.webhook_host}: {said}"
 
 
 def _check_way_in(url: str, instance: str) -> tuple[str, str]:
     if not url:
-        return "warning", "without WEBHOOK_URL sipgate can reach no copy"
+        return "warning", ("without WEBHOOK_URL sipgate cannot reach the running copy; if it has "
+                           "one, give check its settings (--env-file)")
     for route in ROUTES:
         health = get_health(url + route)
         if health.instance != instance:
@@ -2797,7 +2816,7 @@ def check(options: argparse.Namespace, settings: Settings) -> int:
         kinds.append(kind)
         print(wrapped(f"{kind:8} {printable(text)}", sys.stdout, 9), flush=True)
 
-    say("ok", f"settings: {options.sources}; they must be those of the running copy (--env-file)")
+    say("ok", f"settings: {options.sources}")
     for warning in warnings_of(settings):
         say("warning", warning)
     try:
@@ -3271,6 +3290,7 @@ class Overview:
     def _latest(self, moment: Callable[[Call], float], *sought: str) -> Iterator[Call]:
         # Day by day: one long sort would keep who asks waiting. Each begins with a copy.
         for day, calls in sorted(self.days.items(), reverse=True):
+            # What is not counted yet may hold them all.
             _, words = self._counted.get(day, ({}, "\n".join(sought)))
             if all(text in words for text in sought):
                 yield from sorted(calls.values(), key=moment, reverse=True)
