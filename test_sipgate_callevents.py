@@ -160,7 +160,7 @@ def setUpModule():
     compiled = os.path.join(folder, "sipgate_callevents.pyc")
     SCRIPT = py_compile.compile(SCRIPT, compiled, doraise=True)
     if os.name != "nt":
-        HangingTest.begin()
+        HangingTest.begin(folder)
 
 
 def tearDownModule():
@@ -1847,6 +1847,12 @@ class InFolder(unittest.TestCase):
     def setUp(self):
         self.folder = temporary_folder(self)
         self.path = os.path.join(self.folder, "calls.db")
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.folder)
+        change(self, sc, "__file__", os.path.join(self.folder, "sipgate_callevents.py"))
+        change(self, sys, "stdin", io.StringIO())
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.addCleanup(signal.signal, number, signal.getsignal(number))
 
     def write(self, name, text):
         path = pathlib.Path(self.folder, name)
@@ -1859,27 +1865,12 @@ class InFolder(unittest.TestCase):
         with database_at(self.path) as database:
             fill(database, rows)
 
-    @contextlib.contextmanager
-    def place(self, environ):
-        """The process as it is in that folder: directory, environment, signals, standard input."""
-        before, here = (sc.__file__, sys.stdin, sys.argv), os.getcwd()
-        signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        sc.__file__ = os.path.join(self.folder, "sipgate_callevents.py")
-        os.chdir(self.folder)
-        sys.stdin = io.StringIO()
-        try:
-            with environment(**environ):
-                yield
-        finally:
-            sc.__file__, sys.stdin, sys.argv = before
-            os.chdir(here)
-            for number, handler in signals.items():
-                signal.signal(number, handler)
-
     def run_command(self, *arguments, **environ):
+        """Exit status, stdout and stderr."""
         out, err = io.StringIO(), io.StringIO()
-        with self.place(environ), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            sys.argv = ["sipgate_callevents.py", *arguments]
+        change(self, sys, "argv", ["sipgate_callevents.py", *arguments])
+        with environment(**environ), contextlib.redirect_stdout(out), \
+                contextlib.redirect_stderr(err):
             try:
                 status = sc.main()
             except SystemExit as end:
@@ -2599,7 +2590,15 @@ class Program:
     def connect(self):
         return contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=10))
 
-    def post(self, path, body, method="POST", **headers):
+    def replies(self, bodies):
+        """Send newCalls over one connection; yield each reply, as long as the program runs."""
+        with self.connect() as connection, \
+                contextlib.suppress(OSError, http.client.HTTPException):
+            for body in bodies:
+                connection.request("POST", "/new-call", body)
+                yield connection.getresponse().read()
+
+    def post(self, path="/new-call", body=NEW_CALL, method="POST", **headers):
         with self.connect() as connection:
             connection.request(method, path, body,
                                {"Content-Type": "application/x-www-form-urlencoded", **headers})
@@ -2636,40 +2635,33 @@ def on_new_call(event):
 """
 
     @classmethod
-    def begin(cls):
-        folder = tempfile.mkdtemp()
-        unittest.addModuleCleanup(shutil.rmtree, folder)
+    def begin(cls, folder):
         pathlib.Path(folder, "mine.py").write_text(cls.CODE)
         reader, writer = os.pipe()
         unittest.addModuleCleanup(os.close, reader)
         cls.program = Program(folder=folder, stdout=writer, CALL_HANDLERS="mine.py")
         unittest.addModuleCleanup(cls.program.kill)
         os.close(writer)
-        cls.slow, cls.quick = [], []
-        cls.threads = [threading.Thread(target=cls.call, args=arguments) for arguments in (
-            (cls.slow, b"callId=slow", b"callId=1"), (cls.quick, *[NEW_CALL] * 5000))]
-        for thread in cls.threads:
-            thread.start()
+        pool = ThreadPoolExecutor(2)
+        cls.slow = pool.submit(cls.call, [b"callId=slow", b"callId=1"])
+        cls.quick = pool.submit(cls.call, [NEW_CALL] * 5000)
 
     @classmethod
-    def call(cls, replies, *bodies):
-        """Send these over one connection; note each reply and how long it took."""
-        # With its test left out, the program is ended before.
-        with cls.program.connect() as connection, \
-                contextlib.suppress(OSError, http.client.HTTPException):
-            for body in bodies:
-                began = time.monotonic()
-                connection.request("POST", "/new-call", body)
-                replies.append((connection.getresponse().read(), time.monotonic() - began))
+    def call(cls, bodies):
+        """The replies to these, and how long each took."""
+        found, began = [], time.monotonic()
+        for reply in cls.program.replies(bodies):
+            found.append((reply, time.monotonic() - began))
+            began = time.monotonic()
+        return found
 
     def test_neither_a_stuck_reader_of_stdout_nor_code_that_hangs_delays_a_call(self):
-        for thread in self.threads:
-            thread.join(30)
-        self.assertEqual(len(self.quick), 5000)
-        self.assertLess(max(took for _, took in self.quick), 2)
-        self.assertLess(self.slow[0][1], 3.2)
-        self.assertEqual(len(self.slow), 2, "nor is its connection lost")
-        for reply, _ in self.slow + self.quick:
+        slow, quick = self.slow.result(30), self.quick.result(30)
+        self.assertEqual(len(quick), 5000)
+        self.assertLess(max(took for _, took in quick), 2)
+        self.assertLess(slow[0][1], 3.2)
+        self.assertEqual(len(slow), 2, "nor is its connection lost")
+        for reply, _ in slow + quick:
             self.assertTrue(reply.startswith(b"<Response onAnswer="), reply)
         status, _, err = self.program.end()
         self.assertEqual(status, 0)
@@ -2678,10 +2670,9 @@ def on_new_call(event):
 
 
 class SettingsFromTest(InFolder):
-    def read(self, *arguments, folder=".", **environ):
+    def read(self, *arguments, **environ):
         err = io.StringIO()
-        with self.place(environ), contextlib.redirect_stderr(err), sc.diagnostics(err):
-            os.chdir(folder)
+        with environment(**environ), contextlib.redirect_stderr(err), sc.diagnostics(err):
             self.options = sc.command_line(arguments)
             found = sc.read_settings(self.options)
         return found, err.getvalue()
@@ -2703,10 +2694,11 @@ class SettingsFromTest(InFolder):
             self.assertEqual(self.options.page_port, port)
 
     def test_the_file_beside_the_script_comes_first_then_the_one_here(self):
-        os.mkdir(os.path.join(self.folder, "elsewhere"))
+        os.mkdir("elsewhere")
+        os.chdir("elsewhere")
         for name, output in (("elsewhere/.env", "off"), (".env", "json")):
             path = self.write(name, f"CALL_OUTPUT={output}\n")
-            found, said = self.read(folder="elsewhere")
+            found, said = self.read()
             self.assertEqual((found.call_output, found.call_log, said), (
                 output, path.replace(".env", "calls.db"), f"Settings are read from {path}\n"))
 
@@ -2807,21 +2799,33 @@ class ProgramTest(InFolder):
         self.assertIn(f"CALL_LOG is {self.path}\nCALL_LOG_DAYS is 7\n", err)
         self.assertLessEqual(max(map(len, err.replace(self.folder, "").splitlines())), 80)
 
+    CODE = """\
+import logging.config, sys
+from sipgate_callevents import NewCallEvent, dial
+
+def onAnswer(event):
+    pass
+
+def on_hangup(event):
+    print("it was", event.call.outcome)
+    logging.config.dictConfig({"version": 1})
+    sys.stdout = sys.stderr = None
+    1 / 0
+
+def on_new_call(event):
+    assert isinstance(event, NewCallEvent)
+    print("deciding\\33ü", event.from_number)
+    return dial("4921100")
+"""
+
     def test_a_signed_call_end_to_end_with_a_key_and_functions_of_ones_own(self):
         self.write("key.pem", TEST_KEY_PEM)
-        path = self.write("mine.py", "import logging.config, sys\n"
-                          "from sipgate_callevents import NewCallEvent, dial\n"
-                          "def onAnswer(event): pass\n"
-                          "def on_hangup(event):\n    print('it was', event.call.outcome)\n"
-                          "    logging.config.dictConfig({'version': 1})\n"
-                          "    sys.stdout = sys.stderr = None\n    1 / 0\n"
-                          "def on_new_call(event):\n    assert isinstance(event, NewCallEvent)\n"
-                          "    print('deciding\\33ü', event.from_number)\n"
-                          "    return dial('4921100')\n")
+        path = self.write("mine.py", self.CODE)
         env = self.write("my.env", "WEBHOOK_URL=https://x.example/p\nSIGNATURE_KEY_FILE=key.pem\n"
                          "CALL_HANDLERS=mine.py\nCALL_OUTPUT=json\n")
         elsewhere = temporary_folder(self)
-        renamed = shutil.copy(sc.__file__, os.path.join(elsewhere, "phone.py"))
+        renamed = shutil.copy(os.path.join(HERE, "sipgate_callevents.py"),
+                              os.path.join(elsewhere, "phone.py"))
         program = self.start("--env-file", env, folder=elsewhere, script=renamed,
                              CALL_LOG="calls.db")
 
@@ -2836,8 +2840,7 @@ class ProgramTest(InFolder):
         out = self.assert_ended(
             program, "https://x.example/p/new-call\n", "deciding\\x1bü 492111234567",
             "it was missed", "VERIFY_SIGNATURE is on\n", "signature missing",
-            "on_hangup raised Zero",
-            "mine.py has changed: restart this program to use it",
+            "on_hangup raised Zero", "mine.py has changed: restart this program to use it",
             "nothing uses onAnswer; is on_answer meant?")
         first, second = map(json.loads, out.splitlines())
         self.assertRegex(first.pop("received_at"), r"^2\d{3}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")
@@ -2851,18 +2854,15 @@ class ProgramTest(InFolder):
         acknowledged = []
 
         def load(program, prefix):
-            with program.connect() as connection, \
-                    contextlib.suppress(OSError, http.client.HTTPException):
-                for n in range(100_000):
-                    connection.request("POST", "/new-call", f"callId={prefix}-{n}")
-                    if connection.getresponse().read():
-                        acknowledged.append(f"{prefix}-{n}")
+            sent = (f"callId={prefix}-{n}" for n in itertools.count())
+            for n, _ in enumerate(program.replies(sent)):
+                acknowledged.append(f"{prefix}-{n}")
 
         for turn in range(3):
             before = len(acknowledged)
             with within(1.5):
                 program = self.start(CALL_LOG="calls.db")
-                self.assertEqual(program.post("/new-call", b"callId=start")[0], 200)
+                self.assertEqual(program.post(body=b"callId=start")[0], 200)
             with ThreadPoolExecutor(4) as pool:
                 for n in range(4):
                     pool.submit(load, program, f"{turn}-{n}")
@@ -2879,12 +2879,12 @@ class ProgramTest(InFolder):
             with within(1.5):
                 sent.append(f"call{len(sent)}")
                 body = f"callId={sent[-1]}&a=".encode() + b"b" * 60_000
-                self.assertEqual(program.post("/new-call", body)[0], 200)
+                self.assertEqual(program.post(body=body)[0], 200)
             self.assertLess(len(sent), 100)
             status, said = program.post("/healthz", None, "GET")
         self.assertEqual(said, "the call log is behind\n", "strangers are not told where it is")
         sent.append("last")
-        program.post("/new-call", b"callId=last")
+        program.post(body=b"callId=last")
         self.limit(program, "RLIMIT_FSIZE", -1)
         self.assert_ended(program, "the call log is behind (")
         self.assertEqual(stored(self.path), sent)
@@ -2905,7 +2905,7 @@ class ProgramTest(InFolder):
             self.addCleanup(socket.create_connection(("127.0.0.1", other.port), 10).close)
         for server, said in ((program, "can't start new thread"), (other, "[Errno 24] Too many")):
             with within(5):
-                self.assertEqual(server.post("/new-call", NEW_CALL)[0], 200)
+                self.assertEqual(server.post()[0], 200)
             self.assert_ended(server, refused + said)
 
     def test_a_port_in_use_ends_the_start_with_the_remedy_and_nohup_means_it(self):
@@ -2918,16 +2918,16 @@ class ProgramTest(InFolder):
             self.assert_refused(f"port {first.port}: Address already in use", *command,
                                 "--port", str(first.port), lines=1, status=1)
         first.process.send_signal(signal.SIGHUP)
-        self.assertEqual(first.post("/new-call", NEW_CALL)[0], 200)
+        self.assertEqual(first.post()[0], 200)
         self.assert_ended(first, "CALL_LOG is off\n")
 
     def test_part_one_serves_with_part_two_cut_off(self):
         part_one = text_of("sipgate_callevents.py").partition("# PART II")[0]
-        path = self.write("part_one.py", part_one + (
-            "\nsys.exit(serve(Settings(webhook_port=int(sys.argv[1]), call_log='off'), announce=\n"
-            "    lambda settings:"
-            " f'listens on x port {settings.webhook_port} Ctrl-C stops\\n'))\n"))
-        program = self.start("0", script=path)
+        path = self.write("part_one.py", part_one + """
+sys.exit(serve(Settings(webhook_port=0, call_log="off"), announce=lambda settings:
+    f"listens on x port {settings.webhook_port} Ctrl-C stops\\n"))
+""")
+        program = self.start(script=path)
         for path, body in (("/new-call", NEW_CALL), ("/on-hangup", HANGUP)):
             self.assertEqual(program.post(path, body)[0], 200)
         self.assert_ended(program)
@@ -3013,21 +3013,34 @@ class CommandTest(InFolder):
         self.assertEqual(self.calls("--missed", "--since", "2026-01-01"),
                          ["no call matches"])
 
+    CODE = """\
+from sipgate_callevents import dial, threading
+
+def on_new_call(event):
+    return dial("4921100")
+
+def on_answer(event):
+    threading.Event().wait(0.05)
+    print("hello")
+"""
+    WRONG_CODE = """\
+import logging.config
+logging.config.dictConfig({"version": 1})  # an error counts nevertheless
+
+def on_new_call(event):
+    return "<Dial/>"
+"""
+
     def test_a_rehearsal_from_an_empty_folder(self):
-        path = self.write("mine.py", "from sipgate_callevents import dial, threading\n"
-                          "def on_new_call(event):\n    return dial('4921100')\n"
-                          "def on_answer(event):\n"
-                          "    threading.Event().wait(0.05)\n    print('hello')\n")
+        path = self.write("mine.py", self.CODE)
         status, out, err = self.run_command("simulate", "--all", CALL_HANDLERS="mine.py")
         self.assertEqual((status, err), (0, ""))
         for part in (path, " +4915791234567 answered 0:00 0:00 +4921100\n",
                      "discarded\nhello\n--> hangup"):
             self.assertIn(part, out)
         self.assertEqual(set(os.listdir(self.folder)) - {"__pycache__"}, {"mine.py"})
-        self.write("raises.py", "import logging.config\n"
-                   "logging.config.dictConfig({'version': 1})\n"  # an error counts nevertheless
-                   "def on_new_call(event):\n    return '<Dial/>'\n")
-        status, _, err = self.run_command("simulate", "missed", CALL_HANDLERS="raises.py")
+        self.write("mine.py", self.WRONG_CODE)
+        status, _, err = self.run_command("simulate", "missed", CALL_HANDLERS="mine.py")
         self.assertEqual(status, 1)
         self.assertIn("on_new_call returned a str, not an action", err)
 
