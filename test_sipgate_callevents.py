@@ -1154,6 +1154,11 @@ def all_of(connection):
     return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
+def status_of(connection):
+    """The status of the reply that comes next."""
+    return int(connection.recv(65536)[9:12])
+
+
 class Running:
     """A server on a free port, with a short patience."""
 
@@ -1183,6 +1188,12 @@ class Running:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.sendall(sent)
         return connection
+
+    def reset(self, sent):
+        """Send bytes, and close the connection with a reset at once."""
+        with self.connect() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            connection.sendall(sent)
 
     def exchange(self, sent, close=True):
         """All that comes back to the bytes `sent`."""
@@ -1322,27 +1333,27 @@ class HttpTest(unittest.TestCase):
 
     def test_expectations(self):
         asking = "Expect: 100-continue"
+        sent = request(b"a=b", asking)
         self.check({
-            (100, 200): (request(b"a=b", asking), request(b"a=b", "Expect: 100-Continue")),
-            (200,): (request(b"a=b", asking).replace(b"HTTP/1.1", b"HTTP/1.0"),),
+            (100, 200): (sent, request(b"a=b", "Expect: 100-Continue")),
+            (200,): (sent.replace(b"HTTP/1.1", b"HTTP/1.0"),),
             (100, 404): (request(b"a=b", asking, target="/none"),),
             (100, 405): (request(b"a=b", asking, method="PUT"),),
             (413,): (request(b"a" * 65537, asking),),
             (417,): (request(b"a=b", "Expect: 200-ok"),)}, end=b"")
-        sent = request(b"a=b", asking)
         with self.running.connect(sent[:-3]) as connection:
             self.assertEqual(connection.recv(100), b"HTTP/1.1 100 Continue\r\n\r\n")
             connection.sendall(sent[-3:])
-            self.assertEqual(connection.recv(100)[:12], b"HTTP/1.1 200")
+            self.assertEqual(status_of(connection), 200)
 
     def test_a_request_hidden_in_a_body_is_never_answered(self):
         body = b"0\r\n\r\n" + request(b"callId=H", target="/on-hangup")
         # Without the 5 that would be the length of the first chunk alone.
         length, pieces = b": %d\r\n" % len(body), b" \t\r\n\0,;:x_+-C678"
         coding = b"Transfer-Encoding: chunked\r\n"
-        pairs = [(other, length) for other in mutations(coding, pieces, 150)]
-        for coding, length in pairs + [(coding, other) for other in mutations(length, pieces, 50)]:
-            for head in (coding + b"Content-Length" + length, b"Content-Length" + length + coding):
+        for one, two in [*((other, length) for other in mutations(coding, pieces, 150)),
+                         *((coding, other) for other in mutations(length, pieces, 50))]:
+            for head in (one + b"Content-Length" + two, b"Content-Length" + two + one):
                 self.running.exchange(POST + head + b"\r\n" + body)
         self.assertNotIn("H", self.running.calls())
 
@@ -1443,9 +1454,7 @@ class HttpTest(unittest.TestCase):
             for part in (b"", b"POST", sent[:-5], sent[:40]):
                 self.assertEqual(self.running.exchange(part), b"")
             for _ in range(20):
-                with self.running.connect() as connection:
-                    connection.setsockopt(*RESET)
-                    connection.sendall(sent * 3)
+                self.running.reset(sent * 3)
             wait_until(lambda: not self.running.server.connections)
         self.assertEqual((said, self.running.statuses(sent)), ([], [200]))
 
@@ -1463,9 +1472,6 @@ class HttpTest(unittest.TestCase):
                 found = sc.read_head(io.BytesIO(head))
                 sc.outside_host(found.headers)
                 sc.body_length(found)
-
-
-RESET = (socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # closing sends a reset
 
 
 class TimeLimitTest(unittest.TestCase):
@@ -1489,7 +1495,7 @@ class TimeLimitTest(unittest.TestCase):
     def test_an_idle_connection_is_kept_for_a_while_and_a_second_head_has_its_own_limit(self):
         for sent, least, most in [(b"", 0.35, 5), (b"POST ", 0, 0.38)]:
             with self.running.connect(request()) as connection:
-                self.assertEqual(connection.recv(65536)[:12], b"HTTP/1.1 200")
+                self.assertEqual(status_of(connection), 200)
                 began = time.monotonic()
                 connection.sendall(sent)
                 self.assertEqual(connection.recv(65536), b"")
@@ -1516,21 +1522,23 @@ class CapTest(unittest.TestCase):
         self.go_on = gate(self)
 
     def connect(self, sent=b""):
+        """A connection that the server knows."""
         connection = self.running.connect(sent)
-        wait_until(lambda: connection.getsockname() in self.peers())
+        here = f"raddr={connection.getsockname()}"
+        wait_until(lambda: here in str(list(self.running.server.connections)))
         return connection
 
-    def peers(self):
-        """Where the connections that the server knows come from."""
-        found = []
-        for one in list(self.running.server.connections.values()):
-            with contextlib.suppress(OSError):
-                found.append(one.sock.getpeername())
-        return found
+    def without_thread(self, *state):
+        """A connection that the server knows, and no thread of it serves."""
+        sock, known = socket.socket(), self.running.server.connections
+        self.addCleanup(sock.close)
+        self.addCleanup(known.pop, sock)
+        known[sock] = sc.Connection(sock, *state)
+        return known[sock]
 
     def assert_answered(self, *connections):
-        for connection in connections:
-            self.assertEqual(connection.recv(65536)[:12], b"HTTP/1.1 200")
+        self.assertEqual([status_of(connection) for connection in connections],
+                         [200] * len(connections))
 
     def test_the_longest_waiting_connection_makes_room_and_an_idle_one_is_spared(self):
         self.running.server.spared_seconds = 0
@@ -1556,15 +1564,12 @@ class CapTest(unittest.TestCase):
             self.assert_answered(theirs)
 
     def test_a_request_that_is_complete_too_late_is_not_replied_to(self):
-        server, sock = self.running.server, socket.socket()
-        self.addCleanup(sock.close)
-        connection = server.connections[sock] = sc.Connection(sock, time.monotonic() + 10)
-        self.assertTrue(server.go_on(sock, 10, False))
-        connection.deadline = time.monotonic() - 1
-        self.assertEqual([server.go_on(sock, 10, now) for now in (True, False)], [False] * 2)
-        connection.deadline, server.is_stopping = time.monotonic() + 9, True
-        self.assertEqual([server.go_on(sock, 10, now) for now in (True, False)], [False, True])
-        del server.connections[sock]
+        server, connection = self.running.server, self.without_thread(time.monotonic() + 10)
+        self.assertTrue(server.go_on(connection.sock, 10, False))
+        for rest, is_stopping, goes_on in [(-1, False, [False, False]), (9, True, [False, True])]:
+            connection.deadline, server.is_stopping = time.monotonic() + rest, is_stopping
+            self.assertEqual([server.go_on(connection.sock, 10, is_waiting)
+                              for is_waiting in (True, False)], goes_on)
 
     def test_whoever_sends_a_byte_and_no_more_makes_room_at_once(self):
         with within(1):
@@ -1573,14 +1578,10 @@ class CapTest(unittest.TestCase):
                 self.assertEqual(self.running.statuses(request()), [200])
 
     def test_connections_that_do_not_end_keep_no_other_from_making_room(self):
-        stuck = [socket.socket() for _ in range(5)]
-        for sock in stuck:
-            self.addCleanup(sock.close)
-            self.running.server.connections[sock] = sc.Connection(sock, 0.0, False)
+        for _ in range(5):
+            self.without_thread(0.0, False)
         with within(2):
             self.assertEqual(self.running.statuses(request()), [200])
-        for sock in stuck:
-            del self.running.server.connections[sock]
 
     def test_what_is_in_flight_is_never_chosen(self):
         busy = [self.connect(request(b"callId=slow")) for _ in range(5)]
@@ -1588,8 +1589,7 @@ class CapTest(unittest.TestCase):
         wait_until(lambda: not any(one.is_waiting for one in known.values()))
         with self.running.connect(request()) as waiting:
             waiting.settimeout(0.2)
-            with self.assertRaises(socket.timeout):
-                waiting.recv(1)
+            self.assertRaises(socket.timeout, waiting.recv, 1)
             waiting.settimeout(10)
             self.go_on.set()
             self.assert_answered(*busy, waiting)
@@ -1613,7 +1613,7 @@ class TlsTest(unittest.TestCase):
         with self.running.connect() as connection, context.wrap_socket(connection) as tls:
             tls.sendall(sent)
             certificate = ssl.DER_cert_to_PEM_cert(tls.getpeercert(True))
-            return int(tls.recv(65536)[9:12]), [pem for pem, _ in CERTIFICATES].index(certificate)
+            return status_of(tls), [pem for pem, _ in CERTIFICATES].index(certificate)
 
     def test_a_webhook_over_https(self):
         self.assertEqual([self.served(), self.served(b"nonsense\r\n\r\n")], [(200, 0), (400, 0)])
@@ -1641,8 +1641,8 @@ class TlsTest(unittest.TestCase):
     def test_a_pair_that_cannot_be_used_is_named(self):
         for texts in ((CERTIFICATES[1][0], CERTIFICATES[0][1]), ("", "")):
             self.write(*texts)
-            with self.assertRaisesRegex(SettingsError, "and the key that belongs to it"):
-                sc.TlsFiles(*self.paths)
+            self.assertRaisesRegex(SettingsError, "and the key that belongs to it",
+                                   sc.TlsFiles, *self.paths)
 
 
 class YourCodeOverHttpTest(unittest.TestCase):
@@ -1661,9 +1661,7 @@ class YourCodeOverHttpTest(unittest.TestCase):
         running = self.serve(on_answer=look, on_hangup=look)
         hangup = request(HANGUP, target="/on-hangup")
         self.assertEqual(running.statuses(request(ANSWER, target="/on-answer") + hangup), [200] * 2)
-        with running.connect() as connection:
-            connection.setsockopt(*RESET)
-            connection.sendall(hangup * 2)
+        running.reset(hangup * 2)
         self.assertEqual(seen, [])
         self.go_on.set()
         wait_until(lambda: len(seen) > 2)
@@ -1694,7 +1692,7 @@ class YourCodeOverHttpTest(unittest.TestCase):
             stopping.join(0.1)
             self.assertTrue(stopping.is_alive(), "it waits for the reply")
             self.go_on.set()
-            self.assertEqual(busy.recv(65536)[:12], b"HTTP/1.1 200")
+            self.assertEqual(status_of(busy), 200)
             stopping.join()
 
 
