@@ -478,8 +478,10 @@ class EventTest(unittest.TestCase):
     )
 
     def test_what_is_no_event_is_refused(self):
-        for body, default, status, reason in self.REFUSED:
-            self.assertEqual(refusal(parse_event, body, default), (status, reason), body[:30])
+        for body, default, *refused in self.REFUSED:
+            with self.subTest(body[:30]), self.assertRaises(WebhookError) as caught:
+                parse_event(body, default)
+            self.assertEqual([caught.exception.status, caught.exception.reason], refused)
 
 
 # ---- Actions and XML ----
@@ -895,16 +897,10 @@ LIVE_XML = (b'<Response onAnswer="https://x.example/on-answer" '
             b'onHangup="https://x.example/on-hangup" />\n')
 TRIAL_XML = LIVE_XML.replace(b"https://x.example", b"http://localhost:8080")
 BARE_XML = b"<Response />\n"
-MISSING = (403, "signature missing, see VERIFY_SIGNATURE")
-
-
-def refusal(function, *arguments):
-    """Status and reason with which a webhook is refused."""
-    try:
-        reply = function(*arguments)
-    except WebhookError as error:
-        return error.status, error.reason
-    raise AssertionError(f"not refused: {reply}")
+DISCARDED = b"This response will be discarded"
+MISSING, MALFORMED, NO_MATCH = (
+    (403, f"signature {fault}, see VERIFY_SIGNATURE")
+    for fault in ("missing", "malformed", "does not match"))
 
 
 class Conversation:
@@ -921,6 +917,13 @@ class Conversation:
         self.receiver.follow(answered)
         return answered.reply
 
+    def verdict(self, *arguments, **more):
+        """The status of the reply, or of the refusal and its reason."""
+        try:
+            return self.receive(*arguments, **more).status
+        except WebhookError as error:
+            return error.status, error.reason
+
     def signed(self, target="/new-call", body=NEW_CALL, **more):
         return self.receive(target, body, sign(body), **more)
 
@@ -932,48 +935,41 @@ class Conversation:
 
 class ReceiverTest(unittest.TestCase):
     def test_each_refusal_of_a_signature_says_which_and_leaves_no_trace(self):
-        log, malformed = new_log(self), (403, "signature malformed, see VERIFY_SIGNATURE")
+        log = new_log(self)
         talk = Conversation(call_log=log, functions=CallFunctions(on_new_call=self.fail))
         for signature, refused in [
-                (None, MISSING), ("x", malformed), ("YWJj", malformed),
-                (sign(NEW_CALL)[:-1], malformed),
-                (sign(HANGUP), (403, "signature does not match, see VERIFY_SIGNATURE"))]:
-            self.assertEqual(refusal(talk.receive, "/new-call", NEW_CALL, signature), refused)
+                (None, MISSING), ("x", MALFORMED), ("YWJj", MALFORMED),
+                (sign(NEW_CALL)[:-1], MALFORMED), (sign(HANGUP), NO_MATCH)]:
+            self.assertEqual(talk.verdict(signature=signature), refused)
         self.assertEqual((talk.events(), talk.receiver.refused, stored(log.path)), ([], 5, []))
 
     def test_nothing_is_parsed_before_it_is_verified(self):
-        many = b"&".join([b"a=b"] * 2000)
+        target, many = "/new-call?" + "a&" * 3000, b"&".join([b"a=b"] * 2000)
         for talk in (Conversation(LIVE), Conversation(TRIAL)):
-            for body, signature in [(b"no form", sign(b"x")), (b"no form", None), (many, None)]:
-                found = refusal(talk.receive, "/new-call?" + "a&" * 3000, body, signature, "x.y")
-                self.assertEqual(found[0], 403)
+            for body, signature, refused in [(b"no form", sign(b"x"), NO_MATCH),
+                                             (b"no form", None, MISSING), (many, None, MISSING)]:
+                self.assertEqual(talk.verdict(target, body, signature, "x.y"), refused)
 
-    SIGNED = (  # mode, path, body, refusal of it unsigned
+    SIGNED = (  # mode, path, body, what becomes of it unsigned
         *(("on", path, body, MISSING) for path, body in FOLLOW_UPS),
-        *(("new-call", path, body, None) for path, body in FOLLOW_UPS),
+        *(("new-call", path, body, 200) for path, body in FOLLOW_UPS),
         ("on", "/new-call", NEW_CALL, MISSING),
         ("new-call", "/new-call", NEW_CALL, MISSING),
         ("new-call", "/on-hangup", NEW_CALL, MISSING),
         ("new-call", "/new-call", b"event=pause&callId=1", MISSING),
         ("new-call", "/on-hangup", b"event=hangup&callId=", (400, "callId is missing")),
-        ("off", "/new-call", NEW_CALL, None),
-        ("off", "/new-call", b"callId=", None),
+        ("off", "/new-call", NEW_CALL, 200),
+        ("off", "/new-call", b"callId=", 200),
     )
 
     def test_verify_signature_says_which_events_must_be_signed(self):
-        for mode, path, body, refused in self.SIGNED:
+        for mode, path, body, unsigned in self.SIGNED:
             talk = Conversation(replace(LIVE, verify_signature=mode))
-            with self.subTest(mode, path=path, body=body):
-                if refused:
-                    self.assertEqual(refusal(talk.receive, path, body), refused)
-                else:
-                    self.assertEqual(talk.receive(path, body).status, 200)
-                if mode == "off":
-                    self.assertEqual(talk.receive(path, body, sign(b"x")).status, 200)
-                else:
-                    self.assertEqual(refusal(talk.receive, path, body, sign(b"x"))[0], 403)
-                if b"callId=1" in body:
-                    self.assertEqual(talk.signed(path, body).status, 200)
+            forged = 200 if mode == "off" else NO_MATCH
+            signed = 200 if b"callId=1" in body else unsigned
+            self.assertEqual([talk.verdict(path, body, signature)
+                              for signature in (None, sign(b"x"), sign(body))],
+                             [unsigned, forged, signed], (mode, path, body))
         with self.assertRaises(WebhookError) as caught:
             Conversation().receive("/on-hangup", HANGUP)
         self.assertIn("VERIFY_SIGNATURE=new-call", caught.exception.detail)
@@ -981,9 +977,8 @@ class ReceiverTest(unittest.TestCase):
     def test_trial_mode_needs_no_signature_from_this_machine_alone(self):
         talk = Conversation(TRIAL)
         self.assertEqual(talk.receive().body, TRIAL_XML)
-        for signature, outside in [(sign(HANGUP), ""), (None, "abc.lhr.life")]:
-            found = refusal(talk.receive, "/new-call", NEW_CALL, signature, outside)
-            self.assertEqual(found[0], 403)
+        self.assertEqual(talk.verdict(signature=sign(HANGUP)), NO_MATCH)
+        self.assertEqual(talk.verdict(outside="abc.lhr.life"), MISSING)
         with diagnostics("for abc.lhr.life; restart with --url https://abc.lhr.life to get"):
             self.assertEqual(talk.signed(outside="abc.lhr.life").body, BARE_XML)
 
@@ -995,25 +990,24 @@ class ReceiverTest(unittest.TestCase):
         for path in ("/new-call", "/", "/3f/new-call/", "/3F/new-call", "/3f/new%2Dcall",
                      "/3f//new-call"):
             with diagnostics(f"a webhook came in at {path}, where nothing is: the URL at"):
-                self.assertEqual(refusal(talk.signed, path), (404, "not found"))
+                self.assertEqual(talk.verdict(path), (404, "not found"))
         self.assertEqual(talk.receiver.refused, 6)
 
     def test_the_body_says_which_event_it_is(self):
-        for settings, path, body, reply, warnings in [
-                (LIVE, "/", NEW_CALL, LIVE_XML, 0), (LIVE, "/", HANGUP, sc.DISCARDED.body, 0),
-                (PATHED, "/3f", HANGUP, sc.DISCARDED.body, 0),
-                (PATHED, "/3f/", HANGUP, sc.DISCARDED.body, 0),
-                (LIVE, "/on-answer", HANGUP, sc.DISCARDED.body, 1),
-                (LIVE, "/new-call", b"event=pause&callId=1", BARE_XML, 0)]:
+        other_path = "event hangup came in on /on-answer, the path of another"
+        for settings, path, body, reply, warning in [
+                (LIVE, "/", NEW_CALL, LIVE_XML, ""), (LIVE, "/", HANGUP, DISCARDED, ""),
+                (PATHED, "/3f", HANGUP, DISCARDED, ""), (PATHED, "/3f/", HANGUP, DISCARDED, ""),
+                (LIVE, "/on-answer", HANGUP, DISCARDED, other_path),
+                (LIVE, "/new-call", b"event=pause&callId=1", BARE_XML, "")]:
             talk = Conversation(settings, call_log=new_log(self))
-            with self.subTest(path, body=body), diagnostics() as said:
+            with self.subTest(path, body=body), diagnostics(warning) as said:
                 self.assertEqual(talk.signed(path, body).body, reply)
                 event, = talk.events()
                 self.assertEqual((event.body, event.signature), (body, sign(body)))
                 self.assertEqual(stored(talk.receiver.call_log.path, "body"), [body])
-                self.assertEqual(["event hangup came in on /on-answer, the path of another" in line
-                                  for line in said], [True] * warnings)
-        self.assertEqual(refusal(talk.signed, "/", b"callId=1")[0], 404)
+                self.assertEqual(len(said), bool(warning), said)
+        self.assertEqual(talk.verdict("/", b"callId=1", sign(b"callId=1"))[0], 404)
 
     def test_your_decision_is_what_goes_out_and_the_usual_reply_is_not_kept(self):
         log = new_log(self)
@@ -1295,8 +1289,7 @@ class HttpTest(unittest.TestCase):
             (200,): (POST + b"\r\n", request(b""), request(b"callId=1&a=" + b"b" * 65525)),
             (400,): (
                 request(b"a=b", method="GET", target="/healthz"),
-                request(b"a=b", method="HEAD", target="/healthz"),
-                request(b"&".join([b"a=b"] * 1001))),
+                request(b"a=b", method="HEAD", target="/healthz")),
             (405,): (request(b"a=b", method="PUT"),),
             (413,): (
                 request(b"callId=1&a=" + b"b" * 65526),
@@ -2727,7 +2720,6 @@ class SettingsFromTest(InFolder):
     )
 
     WRONG = (  # setting, value, what is said
-        ("WEBHOOK_PORT", "x", 'WEBHOOK_PORT is "x": expected a whole number from 0 to'),
         ("CALL_HANDLERS", "syntax.py", "(syntax.py, line 2)"),
         ("CALL_HANDLERS", "raises.py", 'raises.py": line 4: SystemExit: no'),
         ("CALL_HANDLERS", "none.py", 'none.py": FileNotFoundError: [Errno 2] No'),
@@ -2780,7 +2772,7 @@ class ProgramTest(InFolder):
     def test_the_documented_examples_in_an_empty_folder(self):
         program = self.start(CALL_LOG="calls.db", CALL_LOG_DAYS="7")
         expected = TRIAL_XML.decode().replace("8080", str(program.port))
-        discarded = "This response will be discarded"
+        discarded = DISCARDED.decode()
         for path, body, reply in [
                 ("/new-call", NEW_CALL, expected), ("/new-call", NEW_CALL, expected),
                 ("/on-data", DTMF, expected), ("/on-answer", ANSWER, discarded),
@@ -3057,13 +3049,11 @@ def on_new_call(event):
         ("--prot 8081", "there is no --prot\n"),
         ("--port x", 'argument --port: "x": expected a whole number from 0 to 65535'),
         ("check --url x", 'argument --url: "x": expected an address'),
-        ("--prot=8081 calls", "there is no --prot=8081"),
         ("call --missed", "there is no call\n"),
         ("simulate mised", "invalid choice: 'mised'"),
         ("calls --limt 3", "unrecognized arguments: --limt 3"),
         ("calls --since yesterday", "expected a date such as 2026-11-01"),
         ("calls --limit 0", 'argument --limit: "0": expected a whole number from 1 to 99999'),
-        ("page --port 65536", "expected a whole number from 0 to 65535"),
         ("forget Alice", "expected a complete number"),
         ("forget 12*", "expected a complete number"),
     )
@@ -3105,7 +3095,8 @@ class ForgetTest(InFolder):
         rows += [("newCall", plain + other.encode(), plain + other.encode())
                  for other in (f"{number}2", f"1{number}", number[:-1], f"77{number}0")]
         return [
-            *rows, ("newCall", b"<x=1&from=49157999111", b"<x=1&from=" + blank),
+            *rows, ("newCall", b"from=%2B49+(0)157_999111", b"from=" + blank),
+            ("newCall", b"<x=1&from=49157999111", b"<x=1&from=" + blank),
             ("newCall", b"a=b=49157999111&c", b"a=[forgotten]&c"),
             (number, b"event=49157999111", b"event=[forgotten]"),
             ("reply", response_xml(dial(number, "49157999112"), on_hangup=f"https://x/{number}/h"),
@@ -3114,11 +3105,6 @@ class ForgetTest(InFolder):
             ("reply", response_xml(gather(state='{"n": "%s"}' % number), on_data="http://x/d"),
              b'<Response><Gather onData="[forgotten]" maxDigits="1" timeout="2000" />'
              b"</Response>\n")]
-
-    def test_a_zero_in_brackets_is_no_part_of_a_number(self):
-        self.store([plain_row(10**15, "newCall", "A", b"from=%2B49+(0)157_999111")])
-        status, out, _ = self.run_command("forget", "--yes", self.NUMBER)
-        self.assertEqual((status, stored(self.path, "body")), (0, [b"from=[forgotten]"]), out)
 
     def test_no_byte_of_a_forgotten_number_is_left_however_it_hides(self):
         number, blanked = self.NUMBER, self.hidden()
@@ -3130,13 +3116,13 @@ class ForgetTest(InFolder):
         self.store(plain_row(now + n, *row) for n, row in enumerate(rows))
         self.write("calls.db.damaged-1", f"...{number}...")
         self.write("calls.db.damaged-2", "...")
-        self.assert_refused("no call holds 0157999111; with the country code? 1491",
-                            "forget", "0157999111", "--yes", status=1)
+        self.assert_refused("no call holds 057999111; with the country code? 1491",
+                            "forget", "057999111", "--yes", status=1)
         for text in ("0049157999111", "+49 (0) 157/999-111", "49.157.999.111", "tel:+49157999111",
                      "sip:49157999111@sipgate.de"):
             status, out, _ = self.run_command("forget", text)
             self.assertEqual(status, 1, "nobody said yes")
-            self.assertRegex(out, r"^49157999111 is in 15 calls, from [-0-9]{10} [0-9:]{5} to "
+            self.assertRegex(out, r"^49157999111 is in 16 calls, from [-0-9]{10} [0-9:]{5} to "
                                   r"[-0-9]{10} [0-9:]{5}\.\n")
         log = CallLog(self.path, 30)  # as of a running server, whose -wal is not emptied by closing
         status, out, err = self.run_command("forget", "--yes", "+49 (157) 999-111")
