@@ -610,21 +610,27 @@ class Failing:
         raise sqlite3.OperationalError("disk I/O error")
 
 
+class QuickLog(CallLog):
+    """A log that waits for little, with a clock that tests can set."""
+
+    LOCK_SECONDS, QUIET_SECONDS, now = 0.02, 0, 1e9
+
+    def clock(self):
+        return self.now
+
+    def take(self, call_id, digest=None, body=b"a=b"):
+        return self.record(new_call(call_id, body), self.now, digest)
+
+
 class CallLogTest(unittest.TestCase):
     def setUp(self):
         self.folder = temporary_folder(self)
         self.path = os.path.join(self.folder, "calls.db")
-        self.now = 1e9
 
-    def open(self, path=None, **limits):
-        log = type("Log", (CallLog,), {
-            "LOCK_SECONDS": 0.02, "QUIET_SECONDS": 0, "clock": lambda log: self.now,
-            **limits})(path or self.path, 30)
+    def open(self, path=None, **more):
+        log = type("Log", (QuickLog,), more)(path or self.path, 30)
         self.addCleanup(log.close, 5)
         return log
-
-    def record(self, log, call_id, digest=None, body=b"a=b"):
-        return log.record(new_call(call_id, body), self.now, digest)
 
     def rows(self, what="call_id"):
         return stored(self.path, what)
@@ -638,8 +644,8 @@ class CallLogTest(unittest.TestCase):
         log = self.open()
         for orig, xcid in (("1", "ab"), ("0", ""), ("", "")):
             self.assertTrue(log.record(HangupEvent(
-                call_id="1", orig_call_id=orig, xcid=xcid, body=b"\xff\0"), self.now, None))
-        log.record(UnknownEvent(event="reply", call_id="1"), self.now, None)  # not one of ours
+                call_id="1", orig_call_id=orig, xcid=xcid, body=b"\xff\0"), 1e9, None))
+        log.record(UnknownEvent(event="reply", call_id="1"), 1e9, None)  # not one of ours
         self.assertEqual(self.rows("event || quote(orig_call_id) || quote(xcid) || hex(body)"), [
             "hangupNULL'ab'FF00", "hangup'0'NULLFF00", "hangupNULLNULLFF00", "?replyNULLNULL"])
         # The commit has reached the disk itself, of which only a power cut could tell.
@@ -648,22 +654,21 @@ class CallLogTest(unittest.TestCase):
     def test_an_exact_repeat_is_stored_once_where_that_is_asked_for(self):
         log = self.open()
         digests = (b"d", b"d", b"e", None, None)
-        self.assertEqual([self.record(log, "1", digest) for digest in digests],
+        self.assertEqual([log.take("1", digest) for digest in digests],
                          [True, False, True, True, True])
         second = self.open()  # which shares the file
-        self.assertFalse(self.record(second, "1", b"d"))
+        self.assertFalse(second.take("1", b"d"))
         for one, call_id in ((second, "2"), (log, "3"), (log, "4"), (log, "5")):
-            self.record(one, call_id, body=call_id.encode())
+            one.take(call_id, body=call_id.encode())
         self.assertEqual(sorted(self.rows()), list("11112345"), "in one microsecond")
 
     def test_ids_are_the_time_of_receipt_made_unique(self):
         log = self.open()
         for seconds in (0, 0, 5, 4, -3590, -86400):
-            self.now = 1e9 + seconds
-            self.record(log, "1")
+            log.now = 1e9 + seconds
+            log.take("1")
         log.close(5)
-        self.now = 1e9
-        self.record(self.open(), "later")
+        self.open().take("later")
         # A clock that was far ahead is not followed, nor forgotten at a restart.
         self.assertEqual(self.rows("id - 1e15"), [
             -86_400_000_000, 0, 1, 5_000_000, 5_000_001, 5_000_002, 5_000_003])
@@ -671,7 +676,7 @@ class CallLogTest(unittest.TestCase):
     @on_posix("permissions")
     def test_nobody_else_can_read_it(self):
         pathlib.Path(self.path).touch(0o644)
-        self.record(self.open(), "1")
+        self.open().take("1")
         self.assertEqual({entry.name: oct(entry.stat().st_mode & 0o777)
                           for entry in os.scandir(self.folder)},
                          dict.fromkeys(("calls.db", "calls.db-wal", "calls.db-shm"), "0o600"))
@@ -702,20 +707,20 @@ class CallLogTest(unittest.TestCase):
         link, aside = os.path.join(self.folder, "link"), self.path + ".damaged-1000000000"
         os.symlink(self.path, link)
         log = self.open(link)
-        self.record(log, "1")
+        log.take("1")
         log.close(5)
         damage(self.path)
         with diagnostics() as said:
             log = self.open(link)
             catch_up(log)
         self.assertIn(f"the call log was damaged; it is now {aside}, and a new one is begun", said)
-        self.assertTrue(self.record(log, "2"))
+        self.assertTrue(log.take("2"))
         self.assertEqual((os.path.islink(link), os.path.exists(aside), self.rows()),
                          (True, True, ["2"]))
         self.other().execute("PRAGMA wal_checkpoint(TRUNCATE)")
         damage(self.path)  # while it runs
         for call_id in "34":
-            self.record(log, call_id)
+            log.take(call_id)
         catch_up(log)
         self.assertEqual(self.rows()[-2:], ["3", "4"])
 
@@ -726,14 +731,14 @@ class CallLogTest(unittest.TestCase):
         with diagnostics() as said:
             with within(0.5):  # only the first waits
                 for call_id in "1234567":
-                    self.assertIsNone(self.record(log, call_id))
+                    self.assertIsNone(log.take(call_id))
             self.assertEqual(log.behind, "database is locked")
             other.execute("COMMIT")
             catch_up(log)
         self.assertRegex("\n".join(said), "(?s)no room: newCall of call 6 is not stored.*"
                                           "call 7 is not stored.*caught up: all events are stored$")
         self.assertEqual(self.rows(), list("12345"))
-        self.assertTrue(self.record(log, "8"))
+        self.assertTrue(log.take("8"))
 
     def test_locked_at_the_start_it_starts_all_the_same(self):
         self.open().close(5)
@@ -742,7 +747,7 @@ class CallLogTest(unittest.TestCase):
         other.execute("BEGIN EXCLUSIVE")
         log = self.open()
         self.assertIn("locked", log.behind)
-        self.assertIsNone(self.record(log, "1"))
+        self.assertIsNone(log.take("1"))
         other.close()
         catch_up(log)
         self.assertEqual(self.rows(), ["1"])
@@ -754,13 +759,13 @@ class CallLogTest(unittest.TestCase):
             self.open(other).close(5)
             log = self.open()
             for call_id in ids:
-                self.record(log, call_id)
+                log.take(call_id)
             with diagnostics("the file was deleted or replaced") as said:
                 os.replace(self.path, old)
                 if is_replaced:
                     os.replace(other, self.path)
                 wait_until(lambda said=said: said)
-                wait_until(lambda log=log: self.record(log, "new"))
+                wait_until(lambda log=log: log.take("new"))
             log.close(5)
             self.assertEqual((stored(old), set(self.rows())), (ids, {"new"}))
             os.remove(self.path)
@@ -775,7 +780,7 @@ class CallLogTest(unittest.TestCase):
                 return self.inner.execute(*statement)
 
         log._database = Hanging(log._database, "")
-        log._newest, log._remove_at = self.now, 0
+        log._newest, log._remove_at = log.now, 0
         self.assertTrue(reached.wait(5))
         with within(1):
             log.close(0.1)
@@ -785,7 +790,7 @@ class CallLogTest(unittest.TestCase):
         for digest in (None, b"d", None, b"e"):
             log._database = Failing(log._database, len(ids) > 1)
             ids.append(str(len(ids)))
-            self.record(log, ids[-1], digest, ids[-1].encode())
+            log.take(ids[-1], digest, ids[-1].encode())
             catch_up(log)
         self.assertEqual((self.rows(), self.rows("id - 1e15")), (ids, [0, 1, 2, 3]))
 
@@ -800,7 +805,7 @@ class CallLogTest(unittest.TestCase):
         with diagnostics() as said:
             other.execute("BEGIN EXCLUSIVE")
             for call_id in "ab":
-                self.record(log, call_id)
+                log.take(call_id)
             log.close(0.1)
             other.execute("COMMIT")
         self.assertIn("events could not be stored, of the calls a, b", said)
@@ -808,7 +813,7 @@ class CallLogTest(unittest.TestCase):
     def fill(self, count=300, old=40.0):
         """A file with rows of that age (in days) and new ones in turn; a connection to it."""
         self.open().close(5)
-        other, now = self.other(), int(self.now * 1e6)
+        other, now = self.other(), 10**15
         fill(other, [
             plain_row(now + n, "", f"new{n}", b"from=4988800011") if n % 2 else
             plain_row(now + n - int(DAY * 1e6 * old), "", "OLDCALL", b"from=49999911122")
@@ -828,7 +833,7 @@ class CallLogTest(unittest.TestCase):
         log = self.open(FIRST_SECONDS=0.01, STEP_ROWS=50)
         wait_until(lambda: len(self.rows()) < 2000)
         for n in range(5):
-            self.assertTrue(self.record(log, f"between{n}"))
+            self.assertTrue(log.take(f"between{n}"))
             self.assertIn(f"between{n}", self.rows())
         self.assertIn("OLDCALL", self.rows(), "they came in its midst")
         with diagnostics("(another program reads it)") as said:
@@ -851,11 +856,11 @@ class CallLogTest(unittest.TestCase):
         log = self.open(FIRST_SECONDS=0, QUIET_SECONDS=60)
         wait_until(lambda: log._remove_at > time.monotonic() + 50)
         self.assertEqual((len(self.rows()), begun.is_set()), (150, False))
-        self.now += 61
+        log.now += 61
         log._remove_at = 0
         self.assertTrue(begun.wait(10))
-        self.assertTrue(all(self.record(log, "1") for _ in range(99)))
-        self.now += 61
+        self.assertTrue(all(log.take("1") for _ in range(99)))
+        log.now += 61
         wait_until(lambda: self.is_clean(log))
 
     def test_without_room_the_file_is_not_rewritten(self):
@@ -867,8 +872,7 @@ class CallLogTest(unittest.TestCase):
 
     def test_a_clock_ten_years_ahead_at_the_start_removes_nothing(self):
         self.fill()
-        self.now += 10 * 365 * 86400
-        log = self.open(FIRST_SECONDS=0.01)
+        log = self.open(FIRST_SECONDS=0.01, now=1e9 + 3650 * DAY)
         wait_until(lambda: log._remove_at > time.monotonic() + 3600)
         self.assertEqual(len(self.rows()), 300)
         log._believe_at = log._remove_at = 0  # once it has held for a day it is believed
@@ -876,10 +880,9 @@ class CallLogTest(unittest.TestCase):
 
     def test_a_clock_that_is_put_right_ends_the_removal(self):
         self.fill(2000, old=29.5)
-        self.now += 20 * 3600
-        self.open(FIRST_SECONDS=0.01, STEP_ROWS=20, QUIET_SECONDS=0)
+        log = self.open(FIRST_SECONDS=0.01, STEP_ROWS=20, now=1e9 + 20 * 3600)
         wait_until(lambda: len(self.rows()) < 2000)
-        self.now -= 20 * 3600
+        log.now = 1e9
         wait_until(lambda: os.path.getsize(self.path + "-wal") == 0)
         self.assertIn("OLDCALL", self.rows())
 
@@ -887,7 +890,7 @@ class CallLogTest(unittest.TestCase):
         old, young = self.path + ".damaged-1", self.path + ".damaged-2"
         for path, age in ((old, 31), (young, 29)):
             pathlib.Path(path).touch()
-            os.utime(path, (self.now - age * 86400,) * 2)
+            os.utime(path, (1e9 - age * DAY,) * 2)
         other = self.fill()
         other.execute("PRAGMA secure_delete=OFF")
         other.execute("DELETE FROM events WHERE call_id = 'OLDCALL'")
@@ -1153,13 +1156,13 @@ def request(body=NEW_CALL, *headers, method="POST", target="/new-call", host="lo
     return "\r\n".join(lines).encode("latin-1") + body
 
 
-def all_of(connection):
-    return b"".join(iter(lambda: connection.recv(65536), b""))
+def all_of(client):
+    return b"".join(iter(lambda: client.recv(65536), b""))
 
 
-def status_of(connection):
+def status_of(client):
     """The status of the reply that comes next."""
-    return int(connection.recv(65536)[9:12])
+    return int(client.recv(65536)[9:12])
 
 
 class Running:
@@ -1186,24 +1189,24 @@ class Running:
         self.receiver.your_code.hooks.finish(1)
 
     def connect(self, sent=b""):
-        connection = socket.create_connection(self.server.server_address[:2], 10)
-        self.clients.append(connection)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.sendall(sent)
-        return connection
+        client = socket.create_connection(self.server.server_address[:2], 10)
+        self.clients.append(client)
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        client.sendall(sent)
+        return client
 
     def reset(self, sent):
         """Send bytes, and close the connection with a reset at once."""
-        with self.connect() as connection:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-            connection.sendall(sent)
+        with self.connect() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            client.sendall(sent)
 
     def exchange(self, sent, close=True):
         """All that comes back to the bytes `sent`."""
-        with self.connect(sent) as connection:
+        with self.connect(sent) as client:
             if close:
-                connection.shutdown(socket.SHUT_WR)
-            return all_of(connection)
+                client.shutdown(socket.SHUT_WR)
+            return all_of(client)
 
     def statuses(self, sent):
         """The status codes that come back to the bytes `sent`."""
@@ -1343,10 +1346,10 @@ class HttpTest(unittest.TestCase):
             (100, 405): (request(b"a=b", asking, method="PUT"),),
             (413,): (request(b"a" * 65537, asking),),
             (417,): (request(b"a=b", "Expect: 200-ok"),)}, end=b"")
-        with self.running.connect(sent[:-3]) as connection:
-            self.assertEqual(connection.recv(100), b"HTTP/1.1 100 Continue\r\n\r\n")
-            connection.sendall(sent[-3:])
-            self.assertEqual(status_of(connection), 200)
+        with self.running.connect(sent[:-3]) as client:
+            self.assertEqual(client.recv(100), b"HTTP/1.1 100 Continue\r\n\r\n")
+            client.sendall(sent[-3:])
+            self.assertEqual(status_of(client), 200)
 
     def test_a_request_hidden_in_a_body_is_never_answered(self):
         body = b"0\r\n\r\n" + request(b"callId=H", target="/on-hangup")
@@ -1365,10 +1368,10 @@ class HttpTest(unittest.TestCase):
                      b"GET / HTTP/1.1\r\nA : b\r\n\r\n", b"GET / HTTP/1.1\nHost: a\n\n"):
             whole = self.running.statuses(sent)
             for cut in range(1, len(sent)):
-                with self.running.connect(sent[:cut]) as connection:
-                    connection.sendall(sent[cut:])
-                    connection.shutdown(socket.SHUT_WR)
-                    self.assertEqual([int(all_of(connection)[9:12])], whole, sent[:cut])
+                with self.running.connect(sent[:cut]) as client:
+                    client.sendall(sent[cut:])
+                    client.shutdown(socket.SHUT_WR)
+                    self.assertEqual([int(all_of(client)[9:12])], whole, sent[:cut])
 
     def test_requests_of_one_connection_are_answered_in_order_until_it_is_closed(self):
         self.check({
@@ -1435,9 +1438,9 @@ class HttpTest(unittest.TestCase):
             "Connection: keep-alive", f"X-Sipgate-Signature: {sign(body)}",
             target="/", host="gwen.fuglu.net:3000")
         with diagnostics("restart with --url https://gwen.fuglu.net:3000"), \
-                self.running.connect(sent[:-len(body)]) as connection:
-            connection.sendall(body)  # in two segments, as it came
-            self.assertRegex(connection.recv(65536), b"(?s)^HTTP/1.1 200 .*\r\n\r\n" + BARE_XML)
+                self.running.connect(sent[:-len(body)]) as client:
+            client.sendall(body)  # in two segments, as it came
+            self.assertRegex(client.recv(65536), b"(?s)^HTTP/1.1 200 .*\r\n\r\n" + BARE_XML)
 
     def test_a_tls_hello_is_closed_with_a_message(self):
         with diagnostics("https on the http port: the tunnel"):
@@ -1489,27 +1492,27 @@ class TimeLimitTest(unittest.TestCase):
             for byte in slow:
                 connections[-1].sendall(bytes([byte]))
                 threading.Event().wait(0.02)
-        for connection in connections:
-            with connection, contextlib.suppress(ConnectionResetError):
-                self.assertEqual(all_of(connection), b"")
+        for client in connections:
+            with client, contextlib.suppress(ConnectionResetError):
+                self.assertEqual(all_of(client), b"")
         self.assertNotIn("slow", self.running.calls())
 
     def test_an_idle_connection_is_kept_for_a_while_and_a_second_head_has_its_own_limit(self):
         for sent, least, most in [(b"", 0.35, 5), (b"POST ", 0, 0.38)]:
-            with self.running.connect(request()) as connection:
-                self.assertEqual(status_of(connection), 200)
+            with self.running.connect(request()) as client:
+                self.assertEqual(status_of(client), 200)
                 began = time.monotonic()
-                connection.sendall(sent)
-                self.assertEqual(connection.recv(65536), b"")
+                client.sendall(sent)
+                self.assertEqual(client.recv(65536), b"")
                 self.assertTrue(least < time.monotonic() - began < most)
 
     def test_a_reply_that_nobody_takes_ends_the_connection(self):
         self.running.server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        with within(10), socket.socket() as connection, contextlib.suppress(OSError):
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            connection.connect(self.running.server.server_address)
+        with within(10), socket.socket() as client, contextlib.suppress(OSError):
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(self.running.server.server_address)
             while True:
-                connection.sendall(request(b"", method="GET", target="/healthz") * 100)
+                client.sendall(request(b"", method="GET", target="/healthz") * 100)
         wait_until(lambda: not self.running.server.connections)
 
 
@@ -1612,7 +1615,7 @@ class TlsTest(unittest.TestCase):
     def served(self, sent=request()):
         """The status that comes back, and the number of the certificate it came with."""
         context = ssl._create_unverified_context()
-        with self.running.connect() as connection, context.wrap_socket(connection) as tls:
+        with self.running.connect() as client, context.wrap_socket(client) as tls:
             tls.sendall(sent)
             certificate = ssl.DER_cert_to_PEM_cert(tls.getpeercert(True))
             return status_of(tls), [pem for pem, _ in CERTIFICATES].index(certificate)
@@ -1673,11 +1676,11 @@ class YourCodeOverHttpTest(unittest.TestCase):
         running, actions = self.serve(on_new_call=lambda event: reject()), []
         running.receiver.show = lambda replied: actions.append(replied.action)
         sent = request()
-        with running.connect(sent[:-1]) as connection:
+        with running.connect(sent[:-1]) as client:
             wait_until(lambda: running.server.connections)
             ours, = running.server.connections
             ours.shutdown(socket.SHUT_WR)
-            connection.sendall(sent[-1:])
+            client.sendall(sent[-1:])
             wait_until(lambda: actions)
         self.assertEqual(actions, [None])
 
@@ -2054,9 +2057,9 @@ class PageTest(InFolder):
         self.store((row[0] + shift, *row[1:]) for row in rows_of(text))
 
     def get(self, target, method="GET", **headers):
-        with http_to(self.server.port) as connection:
-            connection.request(method, target, headers={"Cookie": self.server.cookie, **headers})
-            reply = connection.getresponse()
+        with http_to(self.server.port) as client:
+            client.request(method, target, headers={"Cookie": self.server.cookie, **headers})
+            reply = client.getresponse()
             return reply.status, reply.headers, reply.read().decode()
 
     def data(self, target="/data"):
@@ -2200,10 +2203,10 @@ class PageTest(InFolder):
 
     def test_a_connection_serves_many_questions_at_once(self):
         self.serve()
-        with http_to(self.server.port) as connection, within(0.6):  # no 40 ms for each
+        with http_to(self.server.port) as client, within(0.6):  # no 40 ms for each
             for _ in range(20):
-                connection.request("GET", "/data", headers={"Cookie": self.server.cookie})
-                connection.getresponse().read()
+                client.request("GET", "/data", headers={"Cookie": self.server.cookie})
+                client.getresponse().read()
         with socket.create_connection(("127.0.0.1", self.server.port)) as plain:
             plain.sendall(b"HEAD / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nCookie: "
                           + self.server.cookie.encode() + b"\r\n\r\n")
@@ -2578,17 +2581,17 @@ class Program:
 
     def replies(self, bodies):
         """Send newCalls over one connection; yield each reply, as long as the program runs."""
-        with http_to(self.port) as connection, \
+        with http_to(self.port) as client, \
                 contextlib.suppress(OSError, http.client.HTTPException):
             for body in bodies:
-                connection.request("POST", "/new-call", body)
-                yield connection.getresponse().read()
+                client.request("POST", "/new-call", body)
+                yield client.getresponse().read()
 
     def post(self, path="/new-call", body=NEW_CALL, method="POST", **headers):
-        with http_to(self.port) as connection:
-            connection.request(method, path, body,
+        with http_to(self.port) as client:
+            client.request(method, path, body,
                                {"Content-Type": "application/x-www-form-urlencoded", **headers})
-            reply = connection.getresponse()
+            reply = client.getresponse()
             return reply.status, reply.read().decode()
 
     def end(self, with_signal=signal.SIGTERM):
