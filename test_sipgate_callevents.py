@@ -39,6 +39,7 @@ import wave
 import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from unittest import TestCase
 
 import sipgate_callevents as sc
 from sipgate_callevents import (
@@ -258,7 +259,7 @@ def http_to(port):
 
 # ---- Settings ----
 
-class DotenvTest(unittest.TestCase):
+class DotenvTest(TestCase):
     ROWS = (  # text, what it sets: as python-dotenv 1.2 reads it
         ("a=b", {"a": "b"}),
         (" a = b ", {"a": "b"}),
@@ -288,7 +289,7 @@ class DotenvTest(unittest.TestCase):
         self.path.write_bytes(text.encode())
         return sc.read_env_file(str(self.path))
 
-    def test_lines_that_it_knows_mean_what_python_dotenv_makes_of_them(self):
+    def test_known_lines_mean_what_python_dotenv_makes_of_them(self):
         for text, sets in self.ROWS:
             self.assertEqual(self.read(text), sets, text)
 
@@ -305,7 +306,7 @@ class DotenvTest(unittest.TestCase):
                 self.assertIsInstance(self.read(text), dict, text)
 
 
-class SettingsTest(unittest.TestCase):
+class SettingsTest(TestCase):
     WRONG = (  # setting, values, what is said
         ("WEBHOOK_PORT", ("80a", "65536", "²"), "expected a whole number from 0 to 65535"),
         ("VERIFY_SIGNATURE", ("yes",), "expected on, new-call or off"),
@@ -361,7 +362,7 @@ class SettingsTest(unittest.TestCase):
 
 # ---- Signatures ----
 
-class SignatureTest(unittest.TestCase):
+class SignatureTest(TestCase):
     KEYS = (sc.SIPGATE_KEY,)
 
     def test_the_key_is_the_one_that_sipgate_publishes(self):
@@ -419,7 +420,7 @@ class SignatureTest(unittest.TestCase):
 
 # ---- Call events ----
 
-class EventTest(unittest.TestCase):
+class EventTest(TestCase):
     LEG = {"call_id": "123456", "from_number": "492111234567", "to_number": "4915791234567",
            "direction": "in"}
     EVENTS = (  # body, event
@@ -495,7 +496,7 @@ class EventTest(unittest.TestCase):
 
 # ---- Actions and XML ----
 
-class ActionTest(unittest.TestCase):
+class ActionTest(TestCase):
     NUMBER = "<Number>4915799912345</Number>"
     ROWS = (  # from sipgate's API reference
         (f"<Dial>{NUMBER}</Dial>", dial(" +49 (157) 999-123/45")),
@@ -544,7 +545,7 @@ class ActionTest(unittest.TestCase):
             self.assertEqual(response_xml(action, on_data="http://x/on-data").decode(),
                              f"<Response>{expected}</Response>\n")
 
-    def test_what_sipgate_would_not_understand_is_refused_when_it_is_built(self):
+    def test_what_sipgate_would_not_understand_cannot_be_built(self):
         for build, name, values, expected in self.WRONG:
             for value in values:
                 with self.subTest(f"{name} {value!r}"), self.assertRaises(ValueError) as caught:
@@ -559,8 +560,8 @@ class ActionTest(unittest.TestCase):
 
 # ---- Worker ----
 
-class WorkerTest(unittest.TestCase):
-    def test_what_queues_up_is_worked_on_together_in_order_and_again_if_not_done(self):
+class WorkerTest(TestCase):
+    def test_what_queues_up_is_done_together_in_order_and_again_if_it_failed(self):
         go_on, batches = threading.Event(), []
 
         def work(batch):
@@ -622,7 +623,7 @@ class QuickLog(CallLog):
         return self.record(new_call(call_id, body), self.now, digest)
 
 
-class CallLogTest(unittest.TestCase):
+class CallLogTest(TestCase):
     def setUp(self):
         self.folder = temporary_folder(self)
         self.path = os.path.join(self.folder, "calls.db")
@@ -640,7 +641,7 @@ class CallLogTest(unittest.TestCase):
         self.addCleanup(database.close)
         return database
 
-    def test_what_is_recorded_is_on_disk_when_record_returns_with_what_joins_it_to_others(self):
+    def test_record_returns_once_an_event_is_on_disk_with_its_links(self):
         log = self.open()
         for orig, xcid in (("1", "ab"), ("0", ""), ("", "")):
             self.assertTrue(log.record(HangupEvent(
@@ -703,7 +704,7 @@ class CallLogTest(unittest.TestCase):
         self.assertEqual(pathlib.Path(text).read_text(), "numbers I want to keep")
 
     @on_posix("links")
-    def test_a_damaged_file_is_put_aside_behind_a_link_too_and_what_comes_then_is_stored(self):
+    def test_a_damaged_file_is_put_aside_and_what_comes_then_is_stored(self):
         link, aside = os.path.join(self.folder, "link"), self.path + ".damaged-1000000000"
         os.symlink(self.path, link)
         log = self.open(link)
@@ -724,7 +725,7 @@ class CallLogTest(unittest.TestCase):
         catch_up(log)
         self.assertEqual(self.rows()[-2:], ["3", "4"])
 
-    def test_locked_it_falls_behind_and_catches_up_in_order_as_far_as_it_has_room(self):
+    def test_a_locked_log_catches_up_in_order_as_far_as_it_has_room(self):
         log = self.open(QUEUE=5)
         other = self.other()
         other.execute("BEGIN EXCLUSIVE")
@@ -753,7 +754,7 @@ class CallLogTest(unittest.TestCase):
         self.assertEqual(self.rows(), ["1"])
 
     @on_posix("an open file stays where it is")
-    def test_a_moved_or_replaced_file_keeps_what_was_stored_and_the_new_one_is_used(self):
+    def test_a_replaced_file_keeps_what_was_stored_and_the_new_one_is_used(self):
         old, other, ids = self.path + ".old", self.path + ".other", [str(n) for n in range(20)]
         for is_replaced in (False, True):
             self.open(other).close(5)
@@ -770,7 +771,7 @@ class CallLogTest(unittest.TestCase):
             self.assertEqual((stored(old), set(self.rows())), (ids, {"new"}))
             os.remove(self.path)
 
-    def test_the_stop_does_not_wait_for_a_disk_that_hangs_in_a_removal(self):
+    def test_the_stop_waits_for_no_disk_that_hangs_in_a_removal(self):
         log, reached, go_on = self.open(), threading.Event(), gate(self)
 
         class Hanging(Failing):
@@ -785,7 +786,7 @@ class CallLogTest(unittest.TestCase):
         with within(1):
             log.close(0.1)
 
-    def test_an_error_in_the_commit_loses_nothing_and_stores_nothing_twice(self):
+    def test_an_error_in_the_commit_loses_and_repeats_nothing(self):
         log, ids = self.open(), []
         for digest in (None, b"d", None, b"e"):
             log._database = Failing(log._database, len(ids) > 1)
@@ -886,7 +887,7 @@ class CallLogTest(unittest.TestCase):
         wait_until(lambda: os.path.getsize(self.path + "-wal") == 0)
         self.assertIn("OLDCALL", self.rows())
 
-    def test_what_is_left_of_a_removal_cut_short_goes_the_next_time(self):
+    def test_what_a_removal_cut_short_has_left_goes_the_next_time(self):
         old, young = self.path + ".damaged-1", self.path + ".damaged-2"
         for path, age in ((old, 31), (young, 29)):
             pathlib.Path(path).touch()
@@ -945,7 +946,7 @@ class Conversation:
         return [answered.event for answered in self.shown]
 
 
-class ReceiverTest(unittest.TestCase):
+class ReceiverTest(TestCase):
     def test_each_refusal_of_a_signature_says_which_and_leaves_no_trace(self):
         log = new_log(self)
         talk = Conversation(call_log=log, functions=CallFunctions(on_new_call=self.fail))
@@ -1062,7 +1063,7 @@ def recurse(event):
     return recurse(event)
 
 
-class YourCodeTest(unittest.TestCase):
+class YourCodeTest(TestCase):
     def talk(self, **functions):
         return Conversation(TRIAL, CallFunctions(**functions))
 
@@ -1079,7 +1080,7 @@ class YourCodeTest(unittest.TestCase):
         (lambda event: voicemail, r"returned a function, not an action such as voicemail\(\); the"),
     )
 
-    def test_what_raises_or_returns_no_action_is_reported_and_the_call_goes_through(self):
+    def test_code_that_fails_is_reported_and_the_call_goes_through(self):
         for function, message in self.FAULTS:
             with self.subTest(message), diagnostics() as said:
                 self.assertEqual(self.talk(on_new_call=function).receive().body, TRIAL_XML)
@@ -1228,7 +1229,7 @@ def run_server(test, *arguments, **options):
     return running
 
 
-class HttpTest(unittest.TestCase):
+class HttpTest(TestCase):
     @classmethod
     def setUpClass(cls):
         cls.running = Running()
@@ -1369,7 +1370,7 @@ class HttpTest(unittest.TestCase):
                     client.shutdown(socket.SHUT_WR)
                     self.assertEqual([int(all_of(client)[9:12])], whole, sent[:cut])
 
-    def test_requests_of_one_connection_are_answered_in_order_until_it_is_closed(self):
+    def test_requests_of_a_connection_are_answered_in_order(self):
         self.check({
             (200, 404, 405, 200, 400, 200): (
                 request() + request(b"a=b" * 9000, target="/none")
@@ -1422,7 +1423,7 @@ class HttpTest(unittest.TestCase):
                 "CF-Connecting-IP")),
             request(host="abc.lhr.life"), b"POST /new-call HTTP/1.0\r\n\r\n")}, end=b"")
 
-    def test_the_captured_request_of_the_documentation_is_taken_through_a_tunnel(self):
+    def test_the_request_of_the_documentation_is_taken_through_a_tunnel(self):
         body = (b"event=newCall&direction=in&from=anonymous&to=445603000514"
                 b"&callId=4932215337270853042")
         sent = request(
@@ -1475,13 +1476,13 @@ class HttpTest(unittest.TestCase):
                 sc.body_length(found)
 
 
-class TimeLimitTest(unittest.TestCase):
+class TimeLimitTest(TestCase):
     @classmethod
     def setUpClass(cls):
         cls.running = Running(**IMPATIENT)
         cls.addClassCleanup(cls.running.stop)
 
-    def test_what_comes_too_slowly_is_closed_without_a_word_and_recorded_nowhere(self):
+    def test_what_comes_too_slowly_is_closed_without_a_word_or_a_record(self):
         slow = request(b"callId=slow")
         connections = [self.running.connect(sent) for sent in (b"", b"POST /new", slow[:-1], b"")]
         with contextlib.suppress(OSError):  # a byte now and then does not stretch the limit
@@ -1493,7 +1494,7 @@ class TimeLimitTest(unittest.TestCase):
                 self.assertEqual(all_of(client), b"")
         self.assertNotIn("slow", self.running.calls())
 
-    def test_an_idle_connection_is_kept_for_a_while_and_a_second_head_has_its_own_limit(self):
+    def test_idle_connections_are_kept_and_a_second_head_has_its_own_limit(self):
         for sent, least, most in [(b"", 0.35, 5), (b"POST ", 0, 0.38)]:
             with self.running.connect(request()) as client:
                 self.assertEqual(status_of(client), 200)
@@ -1512,7 +1513,7 @@ class TimeLimitTest(unittest.TestCase):
         wait_until(lambda: not self.running.server.connections)
 
 
-class CapTest(unittest.TestCase):
+class CapTest(TestCase):
     def setUp(self):
         def wait_if_slow(event):
             if event.call_id == "slow":
@@ -1541,7 +1542,7 @@ class CapTest(unittest.TestCase):
         self.assertEqual([status_of(connection) for connection in connections],
                          [200] * len(connections))
 
-    def test_the_longest_waiting_connection_makes_room_and_an_idle_one_is_spared(self):
+    def test_the_longest_waiting_makes_room_and_an_idle_one_is_spared(self):
         self.running.server.spared_seconds = 0
         idle = self.connect(request())
         self.assert_answered(idle)
@@ -1564,7 +1565,7 @@ class CapTest(unittest.TestCase):
         if sys.platform == "linux":  # others may drop what has come
             self.assert_answered(theirs)
 
-    def test_a_request_that_is_complete_too_late_is_not_replied_to(self):
+    def test_a_request_complete_too_late_is_not_replied_to(self):
         server, connection = self.running.server, self.without_thread(time.monotonic() + 10)
         self.assertTrue(server.go_on(connection.sock, 10, False))
         for rest, is_stopping, goes_on in [(-1, False, [False, False]), (9, True, [False, True])]:
@@ -1578,7 +1579,7 @@ class CapTest(unittest.TestCase):
                 self.connect(b"P")
                 self.assertEqual(self.running.statuses(request()), [200])
 
-    def test_connections_that_do_not_end_keep_no_other_from_making_room(self):
+    def test_connections_that_do_not_end_leave_room_for_others(self):
         for _ in range(5):
             self.without_thread(0.0, False)
         with within(2):
@@ -1596,7 +1597,7 @@ class CapTest(unittest.TestCase):
             self.assert_answered(*busy, waiting)
 
 
-class TlsTest(unittest.TestCase):
+class TlsTest(TestCase):
     def setUp(self):
         folder = temporary_folder(self)
         self.paths = [os.path.join(folder, name) for name in ("cert.pem", "key.pem")]
@@ -1629,7 +1630,7 @@ class TlsTest(unittest.TestCase):
             self.assertEqual(self.served(), (200, 0))
         wait_until(lambda: not self.running.server.connections)
 
-    def test_a_renewed_pair_is_picked_up_and_until_it_matches_the_old_one_is_used(self):
+    def test_a_renewed_pair_is_used_as_soon_as_it_matches(self):
         self.write(CERTIFICATES[1][0])
         with diagnostics() as said:
             self.assertEqual([self.served(), self.served()], [(200, 0)] * 2)
@@ -1646,13 +1647,13 @@ class TlsTest(unittest.TestCase):
                                    sc.TlsFiles, *self.paths)
 
 
-class YourCodeOverHttpTest(unittest.TestCase):
+class YourCodeOverHttpTest(TestCase):
     def serve(self, **functions):
         running = run_server(self, functions=CallFunctions(**functions))
         self.go_on = gate(self)
         return running
 
-    def test_answer_and_hangup_run_after_the_reply_in_order_even_if_nobody_takes_that(self):
+    def test_answer_and_hangup_run_in_order_after_the_reply_taken_or_not(self):
         seen = []
 
         def look(event):
@@ -1836,7 +1837,7 @@ def serve(test, server):
         test.addCleanup(end)
 
 
-class InFolder(unittest.TestCase):
+class InFolder(TestCase):
     """Tests with a folder of their own, in which commands are run as if the script lay there."""
 
     def setUp(self):
@@ -1878,7 +1879,7 @@ class InFolder(unittest.TestCase):
         self.assertIn(len(err.splitlines()), [lines] if lines else range(99), err)
 
 
-class CallsTest(unittest.TestCase):
+class CallsTest(TestCase):
     def database(self, rows=()):
         database = sqlite3.connect(":memory:", isolation_level=None)
         self.addCleanup(database.close)
@@ -1925,7 +1926,7 @@ class CallsTest(unittest.TestCase):
         for event in (HangupEvent(), HangupEvent(call_id="none")):
             self.assertIsNone(call_of(database, event, 1e9))
 
-    def test_received_in_another_order_it_has_the_same_legs_outcome_and_names(self):
+    def test_received_in_another_order_a_call_is_the_same(self):
         def found(rows, after):
             call, = calls_of(self.database(rows), 1e9 + after)
             self.assertGreaterEqual(min(call.wait_s or 0, call.talk_s or 0), 0)
@@ -2012,7 +2013,7 @@ class CallFinderTest(InFolder):
         self.assertIsNone(sc.find_call(self.path + "none", self.event))
 
     @on_posix("POSIX locks")
-    def test_the_writer_keeps_its_lock_when_it_opens_the_log_anew_and_calls_are_looked_up(self):
+    def test_the_writer_keeps_its_lock_while_calls_are_looked_up(self):
         # A file that is opened beside SQLite, and closed, drops the locks of the whole process,
         # which SQLite does not notice while anything of it is connected: then this would succeed.
         switch = ("import sqlite3, sys\n"
@@ -2173,7 +2174,7 @@ class PageTest(InFolder):
         running.receiver.refused = 2
         wait_until(lambda: "webhooks were refused (2)" in self.data()["trouble"])
 
-    def test_a_log_that_cannot_be_read_is_told_and_one_that_is_not_there_changes_nothing(self):
+    def test_an_unreadable_log_is_told_and_a_missing_one_changes_nothing(self):
         empty = sc.Overview(Settings(call_log=self.path, webhook_port=free_port()))
         versions = [(empty.look(), empty.version)[1] for _ in range(2)]
         self.assertEqual(versions[0], versions[1])
@@ -2228,7 +2229,7 @@ def always(action):
     return CallFunctions(on_new_call=lambda event: action, on_dtmf=lambda event: action)
 
 
-class RehearsalTest(unittest.TestCase):
+class RehearsalTest(TestCase):
     ROWS = (  # scenario, decision; of the call: events, by whom, outcome, cause, direction, reply
         ("answered", None, "3 Alice answered normalClearing in "),
         ("missed", None, "2  missed cancel in "),
@@ -2262,7 +2263,7 @@ class RehearsalTest(unittest.TestCase):
             call, = calls_of(database, time.time())
         return out.getvalue().splitlines(), call, events
 
-    def test_each_scenario_leaves_the_call_that_your_code_decides_in_the_log(self):
+    def test_each_scenario_leaves_the_call_that_your_code_decides(self):
         self.assertEqual({name for name, _, _ in self.ROWS}, set(sc.SCENARIOS))
         for name, action, row in self.ROWS:
             _, call, events = self.rehearse(name, always(action))
@@ -2450,7 +2451,7 @@ def finding(**changed):
     return lambda event: replace(CALL, **changed)
 
 
-class OutputTest(unittest.TestCase):
+class OutputTest(TestCase):
     SENTENCES = (  # event, line
         (AnswerEvent(answering_number="211"), "211 answered call from [unknown]"),
         (AnswerEvent(), "[unknown] answered call from [unknown]"),
@@ -2486,7 +2487,7 @@ class OutputTest(unittest.TestCase):
                 with environment(JOURNAL_STREAM=journal):
                     self.assertIs(sc.has_own_time(stream), is_this)
 
-    def test_messages_wrap_between_words_on_a_terminal_and_text_from_outside_stays_one_line(self):
+    def test_messages_wrap_on_a_terminal_and_text_from_outside_stays_one_line(self):
         terminal, out, word = io.StringIO(), io.StringIO(), "one-piece" * 6
         terminal.isatty = lambda: True
         with environment(COLUMNS="40"):
@@ -2604,7 +2605,7 @@ class Program:
 
 
 @on_posix("signals")
-class HangingTest(unittest.TestCase):
+class HangingTest(TestCase):
     """With the real time limit, which passes while other tests run."""
 
     CODE = """\
@@ -2664,7 +2665,7 @@ class SettingsFromTest(InFolder):
             found = sc.read_settings(self.options)
         return found, err.getvalue()
 
-    def test_a_flag_counts_before_the_environment_and_that_before_the_file(self):
+    def test_flags_come_before_the_environment_and_that_before_the_file(self):
         path = self.write(".env", "WEBHOOK_URL=https://file.example/p\nCALL_OUTPUT=json\n"
                                   "VERIFY_SIGNATURE=off\nCALL_LOG=calls.db\n")
         found, said = self.read("check", "--url", "https://flag.example/q", CALL_OUTPUT="off",
@@ -2804,7 +2805,7 @@ def on_new_call(event):
     return dial("4921100")
 """
 
-    def test_a_signed_call_end_to_end_with_a_key_and_functions_of_ones_own(self):
+    def test_a_signed_call_with_a_key_and_functions_of_ones_own(self):
         self.write("key.pem", TEST_KEY_PEM)
         path = self.write("mine.py", self.CODE)
         env = self.write("my.env", "WEBHOOK_URL=https://x.example/p\nSIGNATURE_KEY_FILE=key.pem\n"
@@ -2894,7 +2895,7 @@ def on_new_call(event):
                 self.assertEqual(server.post()[0], 200)
             self.assert_ended(server, refused + said)
 
-    def test_a_port_in_use_ends_the_start_with_the_remedy_and_nohup_means_it(self):
+    def test_a_port_in_use_ends_the_start_and_nohup_means_it(self):
         before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
         try:
             first = self.start()
@@ -2959,7 +2960,7 @@ class CommandTest(InFolder):
             lines = self.calls("--format", form, "--limit", limit)
             self.assertEqual((len(lines), lines[:len(first)]), (count, first))
 
-    def test_calls_are_found_by_number_and_date_and_shown_with_their_events(self):
+    def test_calls_are_found_by_number_and_date_with_their_events(self):
         self.fill_log()
         log = CallLog(self.path, 30)
         for n, body in enumerate((NEW_CALL, DTMF, ANSWER, HANGUP)):
@@ -3165,11 +3166,11 @@ def text_of(name):
 
 @unittest.skipUnless(text_of("README.md") and text_of(".env.example"),
                      "only where they lie beside this file")
-class ReadmeTest(unittest.TestCase):
+class ReadmeTest(TestCase):
     README = text_of("README.md")
     CODE = tuple(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
 
-    def test_its_table_the_example_file_and_the_script_name_the_same_settings(self):
+    def test_table_example_file_and_script_name_the_same_settings(self):
         table = re.findall(r"^\| `([A-Z_]+)`[^|]*\| ([^|]*?) ?\|", self.README, re.MULTILINE)
         script = [(setting.name.upper(), str(setting.default)) for setting in sc.fields(Settings)]
         self.assertEqual(table, script)
