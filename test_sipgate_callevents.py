@@ -1164,31 +1164,31 @@ def status_of(client):
     return int(client.recv(65536)[9:12])
 
 
-class Running:
+class Running(WebhookServer):
     """A server on a free port, with a short patience."""
+
+    timeout, end_seconds = 0.01, 0.3
 
     def __init__(self, settings=TRIAL, functions=NO_FUNCTIONS, tls=None, host="127.0.0.1",
                  **limits):
-        self.server = WebhookServer(host, 0, settings.base_path, tls)
-        for name, value in {"timeout": 0.01, "end_seconds": 0.3, **limits}.items():
-            setattr(self.server, name, value)
+        super().__init__(host, 0, settings.base_path, tls)
+        vars(self).update(limits)
         self.shown, self.is_told, self.clients = [], False, []
-        self.receiver = self.server.receiver = Receiver(
-            settings, [TEST_KEY], functions,
-            lambda replied: self.shown.append(replied.event))
-        self.thread = threading.Thread(target=self.server.serve_until, args=(lambda: self.is_told,))
+        self.receiver = Receiver(settings, [TEST_KEY], functions,
+                                 lambda replied: self.shown.append(replied.event))
+        self.thread = threading.Thread(target=self.serve_until, args=(lambda: self.is_told,))
         self.thread.start()
 
-    def stop(self):
+    def end(self):
         for client in self.clients:
             client.close()
         self.is_told = True
         self.thread.join()
-        self.server.stop(1)
+        self.stop(1)
         self.receiver.your_code.hooks.finish(1)
 
     def connect(self, sent=b""):
-        client = socket.create_connection(self.server.server_address[:2], 10)
+        client = socket.create_connection(self.server_address[:2], 10)
         self.clients.append(client)
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         client.sendall(sent)
@@ -1213,8 +1213,7 @@ class Running:
 
     def calls(self):
         """The call ids that were shown, once all that follows is done."""
-        known = self.server.connections
-        wait_until(lambda: all(one.is_waiting for one in list(known.values())))
+        wait_until(lambda: all(one.is_waiting for one in list(self.connections.values())))
         return [event.call_id for event in self.shown]
 
 
@@ -1223,7 +1222,7 @@ IMPATIENT = {"request_seconds": 0.2, "idle_seconds": 0.4, "reply_seconds": 0.2}
 
 def run_server(test, *arguments, **options):
     running = Running(*arguments, **options)
-    test.addCleanup(running.stop)
+    test.addCleanup(running.end)
     return running
 
 
@@ -1231,7 +1230,7 @@ class HttpTest(TestCase):
     @classmethod
     def setUpClass(cls):
         cls.running = Running()
-        cls.addClassCleanup(cls.running.stop)
+        cls.addClassCleanup(cls.running.end)
 
     def check(self, rows, begin=b"", end=b"\r\n\r\n"):
         """What stands between `begin` and `end` gets the status it is listed under, or several."""
@@ -1404,7 +1403,7 @@ class HttpTest(TestCase):
             return re.search(rb" (\d+) .*\r\nX-Instance: (\w+)\r\nX-Refused: (\d+).*\r\n\r\n(.*)",
                              self.running.exchange(sent), re.DOTALL).groups()
 
-        instance, refused = self.running.server.instance.encode(), self.running.receiver.refused
+        instance, refused = self.running.instance.encode(), self.running.receiver.refused
         self.assertEqual(health(), (b"200", instance, b"%d" % refused, b"ok\n"))
         self.running.exchange(request(NEW_CALL, "X-Sipgate-Signature: x"))
         self.assertEqual(health("HEAD"), (b"200", instance, b"%d" % (refused + 1), b""))
@@ -1455,7 +1454,7 @@ class HttpTest(TestCase):
                 self.assertEqual(self.running.exchange(part), b"")
             for _ in range(20):
                 self.running.reset(sent * 3)
-            wait_until(lambda: not self.running.server.connections)
+            wait_until(lambda: not self.running.connections)
         self.assertEqual((said, self.running.statuses(sent)), ([], [200]))
 
     def test_a_wrong_content_type_is_taken_with_a_warning(self):
@@ -1478,7 +1477,7 @@ class TimeLimitTest(TestCase):
     @classmethod
     def setUpClass(cls):
         cls.running = Running(**IMPATIENT)
-        cls.addClassCleanup(cls.running.stop)
+        cls.addClassCleanup(cls.running.end)
 
     def test_what_comes_too_slowly_is_closed_without_a_word_or_a_record(self):
         slow = request(b"callId=slow")
@@ -1502,13 +1501,13 @@ class TimeLimitTest(TestCase):
                 self.assertTrue(least < time.monotonic() - began < most)
 
     def test_a_reply_that_nobody_takes_ends_the_connection(self):
-        self.running.server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        self.running.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         with within(10), socket.socket() as client, contextlib.suppress(OSError):
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            client.connect(self.running.server.server_address)
+            client.connect(self.running.server_address)
             while True:
                 client.sendall(request(b"", method="GET", target="/healthz") * 100)
-        wait_until(lambda: not self.running.server.connections)
+        wait_until(lambda: not self.running.connections)
 
 
 class CapTest(TestCase):
@@ -1518,19 +1517,19 @@ class CapTest(TestCase):
                 self.go_on.wait(10)
 
         self.running = run_server(self, functions=CallFunctions(on_new_call=wait_if_slow))
-        self.running.server.max_connections = 5  # one place is kept free
+        self.running.max_connections = 5  # one place is kept free
         self.go_on = gate(self)
 
     def connect(self, sent=b""):
         """A connection that the server knows."""
         connection = self.running.connect(sent)
         here = f"raddr={connection.getsockname()}"
-        wait_until(lambda: here in str(list(self.running.server.connections)))
+        wait_until(lambda: here in str(list(self.running.connections)))
         return connection
 
     def without_thread(self, *state):
         """A connection that the server knows, and no thread of it serves."""
-        sock, known = socket.socket(), self.running.server.connections
+        sock, known = socket.socket(), self.running.connections
         self.addCleanup(sock.close)
         self.addCleanup(known.pop, sock)
         known[sock] = sc.Connection(sock, *state)
@@ -1541,7 +1540,7 @@ class CapTest(TestCase):
                          [200] * len(connections))
 
     def test_the_longest_waiting_makes_room_and_an_idle_one_is_spared(self):
-        self.running.server.spared_seconds = 0
+        self.running.spared_seconds = 0
         idle = self.connect(request())
         self.assert_answered(idle)
         first, second, third = self.connect(), self.connect(b"POST /new"), self.connect()
@@ -1553,7 +1552,7 @@ class CapTest(TestCase):
         self.assert_answered(second, third, idle)
 
     def test_a_connection_leaves_only_while_it_waits_and_what_has_come_is_replied_to(self):
-        server, theirs = self.running.server, self.connect()
+        server, theirs = self.running, self.connect()
         connection, = server.connections.values()
         with server._changed:  # which its thread needs to go on
             self.assertFalse(server._make_room(), "it has just come")
@@ -1564,7 +1563,7 @@ class CapTest(TestCase):
             self.assert_answered(theirs)
 
     def test_a_request_complete_too_late_is_not_replied_to(self):
-        server, connection = self.running.server, self.without_thread(time.monotonic() + 10)
+        server, connection = self.running, self.without_thread(time.monotonic() + 10)
         self.assertTrue(server.go_on(connection.sock, 10, False))
         for rest, is_stopping, goes_on in [(-1, False, [False, False]), (9, True, [False, True])]:
             connection.deadline, server.is_stopping = time.monotonic() + rest, is_stopping
@@ -1585,7 +1584,7 @@ class CapTest(TestCase):
 
     def test_what_is_in_flight_is_never_chosen(self):
         busy = [self.connect(request(b"callId=slow")) for _ in range(5)]
-        known = self.running.server.connections
+        known = self.running.connections
         wait_until(lambda: not any(one.is_waiting for one in known.values()))
         with self.running.connect(request()) as waiting:
             waiting.settimeout(0.2)
@@ -1626,7 +1625,7 @@ class TlsTest(TestCase):
             self.running.connect(sent)
         with within(1):  # each of them would take 0.2
             self.assertEqual(self.served(), (200, 0))
-        wait_until(lambda: not self.running.server.connections)
+        wait_until(lambda: not self.running.connections)
 
     def test_a_renewed_pair_is_used_as_soon_as_it_matches(self):
         self.write(CERTIFICATES[1], CERTIFICATES[0])
@@ -1667,8 +1666,8 @@ class YourCodeOverHttpTest(TestCase):
         running.receiver.show = lambda replied: actions.append(replied.action)
         sent = request()
         with running.connect(sent[:-1]) as client:
-            wait_until(lambda: running.server.connections)
-            ours, = running.server.connections
+            wait_until(lambda: running.connections)
+            ours, = running.connections
             ours.shutdown(socket.SHUT_WR)
             client.sendall(sent[-1:])
             wait_until(lambda: actions)
@@ -1678,10 +1677,10 @@ class YourCodeOverHttpTest(TestCase):
         begun = threading.Event()
         running = self.serve(on_new_call=lambda event: (begun.set(), self.go_on.wait(10)) and None)
         with running.connect(request()) as busy, running.connect() as idle:
-            wait_until(lambda: begun.is_set() and len(running.server.connections) == 2)
+            wait_until(lambda: begun.is_set() and len(running.connections) == 2)
             running.is_told = True
             running.thread.join()
-            stopping = threading.Thread(target=running.server.stop, args=(5,))
+            stopping = threading.Thread(target=running.stop, args=(5,))
             stopping.start()
             self.assertEqual(idle.recv(1), b"")
             stopping.join(0.1)
@@ -2168,7 +2167,7 @@ class PageTest(InFolder):
 
     def test_the_running_copy_is_asked_how_it_is(self):
         running = run_server(self)
-        self.serve(running.server.port)
+        self.serve(running.port)
         wait_until(lambda: self.data()["trouble"] == "")
         running.receiver.refused = 2
         wait_until(lambda: "webhooks were refused (2)" in self.data()["trouble"])
@@ -2354,7 +2353,7 @@ class CheckTest(InFolder):
 
     def test_the_way_in_is_proven_for_each_path(self):
         settings = Settings(webhook_url="https://x.example/p")
-        server = run_server(self, settings).server
+        server = run_server(self, settings)
         here, other = f"127.0.0.1:{server.port}", f"localhost:{self.other_server()}"
         unreached = r".*/new-call does not lead here \("
         for base, asked, kind, said in [
@@ -2386,7 +2385,7 @@ class CheckTest(InFolder):
                 (1, "both.pem", "localhost", "certificate has expired"),
                 (0, "both.pem", "127.0.0.1", "IP address mismatch|not valid for")]:
             path = self.write("both.pem", CERTIFICATES[number])
-            port = run_server(self, tls=sc.TlsFiles(path, path)).server.port
+            port = run_server(self, tls=sc.TlsFiles(path, path)).port
             with environment(SSL_CERT_FILE=os.path.join(self.folder, trusted)):
                 found = sc._check_way_in(f"https://{host}:{port}", "me")
             self.assert_finding(found, "problem",
@@ -2396,7 +2395,7 @@ class CheckTest(InFolder):
 
     def test_the_port(self):
         running = run_server(self)
-        mine, other = running.server.port, self.other_server()
+        mine, other = running.port, self.other_server()
 
         def assert_port(port, kind, said):
             settings = Settings(webhook_port=port)
@@ -3054,7 +3053,7 @@ def on_new_call(event):
         self.assert_refused("WEBHOOK_URL", "check", WEBHOOK_URL="x", VERIFY_SIGNATURE="x", lines=2)
         right = self.write("right.py", "def on_hangup(event): pass\n")
         wrong = self.write("wrong.py", "def on_new_call(): pass\n")
-        port = str(run_server(self).server.port)
+        port = str(run_server(self).port)
         for environ, kinds, said in [
                 ({}, "ok ok ok ok warning", "without WEBHOOK_URL sipgate"),
                 ({"CALL_HANDLERS": right}, "ok ok ok ok warning", f"your functions: {right}"),
@@ -3217,7 +3216,7 @@ class ReadmeTest(TestCase):
 
     def test_its_recipe_passes_an_event_on_as_it_came(self):
         running = run_server(self, LIVE)
-        url = f"http://127.0.0.1:{running.server.port}/on-hangup"
+        url = f"http://127.0.0.1:{running.port}/on-hangup"
         self.functions(4)["on_hangup"](parse_event(HANGUP, "", signature=sign(HANGUP)), url)
         wait_until(lambda: running.shown)
         self.assertEqual([event.body for event in running.shown], [HANGUP])
