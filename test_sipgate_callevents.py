@@ -914,18 +914,18 @@ MISSING, MALFORMED, NO_MATCH = (
     for fault in ("missing", "malformed", "does not match"))
 
 
-class Conversation:
+class Conversation(Receiver):
     """A receiver, to which webhooks are handed as the HTTP section does."""
 
     def __init__(self, settings=LIVE, functions=NO_FUNCTIONS, keys=(TEST_KEY,), **more):
         self.shown = []
-        self.receiver = Receiver(settings, keys, functions, self.shown.append, **more)
+        super().__init__(settings, keys, functions, self.shown.append, **more)
 
     def receive(self, target="/new-call", body=NEW_CALL, signature=None, outside=""):
-        event = self.receiver.admit(target, body, signature, outside)
-        deadline = time.monotonic() + self.receiver.reply_seconds
-        answered = self.receiver.reply_to(event, deadline, outside)
-        self.receiver.follow(answered)
+        event = self.admit(target, body, signature, outside)
+        deadline = time.monotonic() + self.reply_seconds
+        answered = self.reply_to(event, deadline, outside)
+        self.follow(answered)
         return answered.reply
 
     def verdict(self, *arguments, **more):
@@ -940,7 +940,7 @@ class Conversation:
 
     def events(self):
         """What has been shown, once all that follows is done."""
-        wait_until(lambda: not self.receiver.your_code.hooks.waiting())
+        wait_until(lambda: not self.your_code.hooks.waiting())
         return [answered.event for answered in self.shown]
 
 
@@ -952,7 +952,7 @@ class ReceiverTest(TestCase):
                 (None, MISSING), ("x", MALFORMED), ("YWJj", MALFORMED),
                 (sign(NEW_CALL)[:-1], MALFORMED), (sign(HANGUP), NO_MATCH)]:
             self.assertEqual(talk.verdict(signature=signature), refused)
-        self.assertEqual((talk.events(), talk.receiver.refused, stored(log.path)), ([], 5, []))
+        self.assertEqual((talk.events(), talk.refused, stored(log.path)), ([], 5, []))
 
     def test_nothing_is_parsed_before_it_is_verified(self):
         target, many = "/new-call?" + "a&" * 3000, b"&".join([b"a=b"] * 2000)
@@ -1002,7 +1002,7 @@ class ReceiverTest(TestCase):
                      "/3f//new-call"):
             with diagnostics(f"a webhook came in at {path}, where nothing is: the URL at"):
                 self.assertEqual(talk.verdict(path), (404, "not found"))
-        self.assertEqual(talk.receiver.refused, 6)
+        self.assertEqual(talk.refused, 6)
 
     def test_the_body_says_which_event_it_is(self):
         other_path = "event hangup came in on /on-answer, the path of another"
@@ -1016,7 +1016,7 @@ class ReceiverTest(TestCase):
                 self.assertEqual(talk.signed(path, body).body, reply)
                 event, = talk.events()
                 self.assertEqual((event.body, event.signature), (body, sign(body)))
-                self.assertEqual(stored(talk.receiver.call_log.path, "body"), [body])
+                self.assertEqual(stored(talk.call_log.path, "body"), [body])
                 self.assertEqual(len(said), bool(warning), said)
         self.assertEqual(talk.verdict("/", b"callId=1", sign(b"callId=1"))[0], 404)
 
@@ -1094,24 +1094,24 @@ class YourCodeTest(TestCase):
     def test_late_code_is_reported_and_its_slot_is_free_again_when_it_returns(self):
         go_on = gate(self)
         talk = self.talk(on_new_call=lambda event: hang_up() if go_on.wait(10) else None)
-        talk.receiver.reply_seconds, talk.receiver.your_code.SLOT_SECONDS = 0.1, 0.05
+        talk.reply_seconds, talk.your_code.SLOT_SECONDS = 0.1, 0.05
         with diagnostics() as said:
             self.assertEqual(self.together(talk, 9), [TRIAL_XML] * 9)
         said = "\n".join(said)
         self.assertRegex(said, "(?s)on_new_call has not returned in time; .*code <lambda>")
         self.assertIn("all 8 slots", said)
-        self.assertEqual(talk.receiver.health(), "")
-        talk.receiver.your_code.STUCK_SECONDS = 0.0
-        self.assertIn("stuck: on_new_call has been running", talk.receiver.health())
+        self.assertEqual(talk.health(), "")
+        talk.your_code.STUCK_SECONDS = 0.0
+        self.assertIn("stuck: on_new_call has been running", talk.health())
         go_on.set()
-        wait_until(lambda: not talk.receiver.health())
+        wait_until(lambda: not talk.health())
         self.assertIn(b"<Hangup />", talk.receive().body)
 
     def test_a_ninth_call_waits_for_a_slot_while_your_code_is_in_time(self):
         eight = threading.Barrier(8)
         talk = self.talk(
             on_new_call=lambda event: (eight.wait(5), threading.Event().wait(0.1)) and hang_up())
-        talk.receiver.your_code.SLOT_SECONDS = 5
+        talk.your_code.SLOT_SECONDS = 5
         self.assertTrue(all(b"<Hangup />" in body for body in self.together(talk, 16)))
 
     def test_too_many_events_for_your_slow_code_are_dropped_and_counted(self):
@@ -2211,7 +2211,7 @@ class PageTest(InFolder):
     def test_the_command_prints_the_address_and_ends_quietly(self):
         port = free_port()
         program = self.start("page", "--port", str(port), wait=False, CALL_LOG="calls.db")
-        line = program.process.stdout.readline().decode()
+        line = program.stdout.readline().decode()
         self.assertRegex(line, rf"^Open http://127\.0\.0\.1:{port}/\?key=[0-9a-f]{{32}}\n$")
         status, _, err = program.end(signal.SIGINT)
         self.assertEqual((status, err), (130, ""))
@@ -2251,7 +2251,7 @@ class RehearsalTest(TestCase):
         talk = Conversation(TRIAL, functions, call_log=log,
                             find_call=functools.partial(sc.find_call, log.path))
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            sc.Rehearsal(talk.receiver, name, options).play()
+            sc.Rehearsal(talk, name, options).play()
         events = talk.events()
         log.close(5)
         with database_at(log.path) as database:
@@ -2553,20 +2553,20 @@ class OutputTest(TestCase):
             self.assertEqual(sc.readable(name, value, "csv"), cell)
 
 
-class Program:
+class Program(subprocess.Popen):
     """The script, running in a folder of its own, and without site-packages: it needs none."""
 
     def __init__(self, *arguments, folder, script="", wait=True, stdout=subprocess.PIPE, **environ):
         for name in {"CALL_LOG", "CALL_HANDLERS"} & set(environ):  # would count from the script
             environ[name] = os.path.join(folder, environ[name])
-        self.process = subprocess.Popen(
+        super().__init__(
             [sys.executable, "-S", "-W", "error", script or SCRIPT, *arguments], cwd=folder,
             stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE,
             env={**os.environ, "WEBHOOK_PORT": "0", "CALL_LOG": "off", "PYTHONIOENCODING": "utf-8",
                  **environ})
         self.said = ""
         while wait and "Ctrl-C stops" not in self.said:
-            line = self.process.stderr.readline().decode()
+            line = self.stderr.readline().decode()
             self.said += line
             if not line:
                 raise AssertionError(f"it ended: {self.said}")
@@ -2590,13 +2590,13 @@ class Program:
 
     def end(self, with_signal=signal.SIGTERM):
         """Stop it; return exit status, stdout, all of stderr."""
-        self.process.send_signal(with_signal)
-        out, err = self.process.communicate(timeout=10)
-        return self.process.returncode, (out or b"").decode(), self.said + err.decode()
+        self.send_signal(with_signal)
+        out, err = self.communicate(timeout=10)
+        return self.returncode, (out or b"").decode(), self.said + err.decode()
 
     def kill(self):
-        self.process.kill()
-        self.process.communicate()
+        super().kill()
+        self.communicate()
 
 
 @on_posix("signals")
@@ -2745,7 +2745,7 @@ class ProgramTest(InFolder):
 
     def limit(self, program, name, value, most=-1):
         import resource
-        resource.prlimit(program.process.pid, getattr(resource, name), (value, most))
+        resource.prlimit(program.pid, getattr(resource, name), (value, most))
 
     def assert_ended(self, program, *said):
         """It can be told to end, and has said all that."""
@@ -2843,7 +2843,7 @@ def on_new_call(event):
                 for n in range(4):
                     pool.submit(load, program, f"{turn}-{n}")
                 wait_until(lambda before=before: len(acknowledged) > before + 100)
-                program.process.kill()
+                program.kill()
         self.start(CALL_LOG="calls.db")
         self.assertEqual(set(acknowledged) - set(stored(self.path)), set())
 
@@ -2869,7 +2869,7 @@ def on_new_call(event):
     def test_used_up_memory_or_file_descriptors_are_no_end(self):
         program, other = self.start(), self.start()
         refused = "a connection could not be accepted: "
-        pages = pathlib.Path(f"/proc/{program.process.pid}/statm").read_text().split()[0]
+        pages = pathlib.Path(f"/proc/{program.pid}/statm").read_text().split()[0]
         size = int(pages) * os.sysconf("SC_PAGE_SIZE")
         self.limit(program, "RLIMIT_AS", size + 2_000_000)  # not one more thread's stack
         with socket.create_connection(("127.0.0.1", program.port), 10) as connection, \
@@ -2891,7 +2891,7 @@ def on_new_call(event):
         for command in ((), ("page",)):
             self.assert_refused(f"port {first.port}: Address already in use", *command,
                                 "--port", str(first.port), lines=1, status=1)
-        first.process.send_signal(signal.SIGHUP)
+        first.send_signal(signal.SIGHUP)
         self.assertEqual(first.post()[0], 200)
         self.assert_ended(first, "CALL_LOG is off\n")
 
