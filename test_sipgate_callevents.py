@@ -598,10 +598,6 @@ class WorkerTest(TestCase):
 
 # ---- Call log ----
 
-def new_call(call_id, body=b"a=b"):
-    return NewCallEvent(call_id=call_id, body=body)
-
-
 class Failing:
     """A database whose commit fails, before or after it has happened."""
 
@@ -628,7 +624,7 @@ class QuickLog(CallLog):
         return self.now
 
     def take(self, call_id, digest=None, body=b"a=b"):
-        return self.record(new_call(call_id, body), self.now, digest)
+        return self.record(NewCallEvent(call_id=call_id, body=body), self.now, digest)
 
 
 class CallLogTest(WithFolder):
@@ -801,7 +797,7 @@ class CallLogTest(WithFolder):
     def test_at_the_end_all_that_is_queued_is_stored_or_named(self):
         log = self.open()
         for n in range(500):
-            log.record_reply(new_call(str(n)), b"")
+            log.record_reply(NewCallEvent(call_id=str(n)), b"")
         log.close(10)
         self.assertEqual(self.rows("event || call_id"), [f"reply{n}" for n in range(500)])
         self.assertFalse(os.path.exists(self.path + "-wal"), "the database is closed")
@@ -1590,12 +1586,12 @@ class CapTest(TestCase):
         busy = [self.connect(request(b"callId=slow")) for _ in range(5)]
         known = self.running.connections
         wait_until(lambda: not any(one.is_waiting for one in known.values()))
-        with self.running.connect(request()) as waiting:
-            waiting.settimeout(0.2)
-            self.assertRaises(socket.timeout, waiting.recv, 1)
-            waiting.settimeout(10)
-            self.go_on.set()
-            self.assert_answered(*busy, waiting)
+        waiting = self.running.connect(request())
+        waiting.settimeout(0.2)
+        self.assertRaises(socket.timeout, waiting.recv, 1)
+        waiting.settimeout(10)
+        self.go_on.set()
+        self.assert_answered(*busy, waiting)
 
 
 class TlsTest(WithFolder):
@@ -1666,30 +1662,29 @@ class YourCodeOverHttpTest(TestCase):
     def test_an_action_that_sipgate_did_not_get_is_none(self):
         running, actions = self.serve(on_new_call=lambda event: reject()), []
         running.receiver.show = lambda replied: actions.append(replied.action)
-        sent = request()
-        with running.connect(sent[:-1]) as client:
-            wait_until(lambda: running.connections)
-            ours, = running.connections
-            ours.shutdown(socket.SHUT_WR)
-            client.sendall(sent[-1:])
-            wait_until(lambda: actions)
+        client = running.connect(request()[:-1])
+        wait_until(lambda: running.connections)
+        ours, = running.connections
+        ours.shutdown(socket.SHUT_WR)
+        client.sendall(request()[-1:])
+        wait_until(lambda: actions)
         self.assertEqual(actions, [None])
 
     def test_at_a_stop_what_is_in_flight_is_answered_and_the_rest_closed(self):
         begun = threading.Event()
         running = self.serve(on_new_call=lambda event: (begun.set(), self.go_on.wait(10)) and None)
-        with running.connect(request()) as busy, running.connect() as idle:
-            wait_until(lambda: begun.is_set() and len(running.connections) == 2)
-            running.is_told = True
-            running.thread.join()
-            stopping = threading.Thread(target=running.stop, args=(5,))
-            stopping.start()
-            self.assertEqual(idle.recv(1), b"")
-            stopping.join(0.1)
-            self.assertTrue(stopping.is_alive(), "it waits for the reply")
-            self.go_on.set()
-            self.assertEqual(status_of(busy), 200)
-            stopping.join()
+        busy, idle = running.connect(request()), running.connect()
+        wait_until(lambda: begun.is_set() and len(running.connections) == 2)
+        running.is_told = True
+        running.thread.join()
+        stopping = threading.Thread(target=running.stop, args=(5,))
+        stopping.start()
+        self.assertEqual(idle.recv(1), b"")
+        stopping.join(0.1)
+        self.assertTrue(stopping.is_alive(), "it waits for the reply")
+        self.go_on.set()
+        self.assertEqual(status_of(busy), 200)
+        stopping.join()
 
 
 # ---- Calls ----
@@ -2029,15 +2024,7 @@ class PageTest(InFolder):
         self.store(())
         self.server = sc.PageServer(settings, 0)
         self.overview = self.server.overview
-
-        def follow():
-            while not is_over.wait(0.02):
-                self.overview.look()
-
-        follower = threading.Thread(target=follow)
-        self.addCleanup(follower.join)
-        is_over = gate(self)
-        follower.start()
+        self.server.service_actions = self.overview.look  # every 10 ms
         serve(self, self.server)
         wait_until(lambda: self.overview.version)
 
@@ -2416,7 +2403,7 @@ class CheckTest(InFolder):
         os.remove(self.path)
         log = CallLog(self.path, 30)
         self.assert_log("warning", ".* no event yet: are URL and sources set")
-        log.record(new_call("0"), 1e9, None)
+        log.record(NewCallEvent(), 1e9, None)
         self.assert_log("ok", ".*calls.db: the last event came on " + sc.local_time(1e9))
         log.close(5)
         damage(self.path)
@@ -3167,23 +3154,19 @@ class ReadmeTest(TestCase):
         self.assertEqual(on_dtmf(DtmfEvent(state="menu")), voicemail())
 
     def test_its_recipe_for_mail_sends_one(self):
-        received = []
-
         def take():
-            connection, _ = listener.accept()
-            with connection, connection.makefile("rwb", 0) as stream:
+            client, _ = listener.accept()
+            with client, client.makefile("rwb", 0) as stream:
                 for status in (220, 250, 250, 250, 354, 250, 221):
                     stream.write(b"%d x\r\n" % status)
-                received.extend(stream)
+                return list(stream)
 
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            thread = threading.Thread(target=take)
-            thread.start()
+        with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor() as pool:
+            received = pool.submit(take)
             change(self, smtplib.SMTP, "default_port", listener.getsockname()[1])
             for outcome in ("missed", "answered"):
                 self.functions(2)["on_hangup"](HangupEvent(find_call=finding(outcome=outcome)))
-            thread.join()
-        self.assertIn(b"Subject: Missed call from 492111234567\r\n", received)
+            self.assertIn(b"Subject: Missed call from 492111234567\r\n", received.result(10))
 
     def test_its_recipe_for_office_hours_and_a_block_list(self):
         decide, incoming = self.functions(3)["on_new_call"], NewCallEvent(direction="in")
