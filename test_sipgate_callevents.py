@@ -6,7 +6,6 @@ start and stop matter. Nothing is mocked, no port is fixed.
 """
 import argparse
 import base64
-import contextlib
 import datetime
 import functools
 import hashlib
@@ -18,7 +17,6 @@ import itertools
 import json
 import logging
 import os
-import pathlib
 import py_compile
 import random
 import re
@@ -38,7 +36,9 @@ import urllib.parse
 import wave
 import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
+from pathlib import Path
 from unittest import TestCase
 
 import sipgate_callevents as sc
@@ -127,12 +127,9 @@ def sign(body):
     return base64.b64encode(number.to_bytes(TEST_KEY.size, "big")).decode()
 
 
-@contextlib.contextmanager
+@contextmanager
 def diagnostics(expected=""):
-    """The list that grows by one text for each message of the script's logger.
-
-    The first one is to hold what is expected.
-    """
+    """The list that grows by each message of the script's logger; `expected` is in the first."""
     said = []
 
     class Listener(logging.Handler):
@@ -183,7 +180,7 @@ def wait_until(condition, seconds=10):
         threading.Event().wait(0.005)
 
 
-@contextlib.contextmanager
+@contextmanager
 def within(seconds):
     """Fail if what is done in it takes longer."""
     began = time.monotonic()
@@ -230,7 +227,7 @@ class WithFolder(TestCase):
 
     def write(self, name, text):
         """Write a file; return its path."""
-        path = pathlib.Path(self.folder, name)
+        path = Path(self.folder, name)
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
         return str(path)
 
@@ -246,7 +243,7 @@ def catch_up(log):
 
 
 def database_at(path):
-    return contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=10))
+    return closing(sqlite3.connect(path, isolation_level=None, timeout=10))
 
 
 def stored(path, what="call_id"):
@@ -268,7 +265,7 @@ def free_port():
 
 
 def http_to(port):
-    return contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10))
+    return closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10))
 
 
 # ---- Settings ----
@@ -475,7 +472,7 @@ class EventTest(TestCase):
     def test_any_body_gives_an_event_or_the_documented_error(self):
         for good in (NEW_CALL, ANSWER, HANGUP, DTMF):
             for body in mutations(good, b"&=%[]+;\x00\xff\n a5", 800):
-                with contextlib.suppress(WebhookError):
+                with suppress(WebhookError):
                     self.assertIsInstance(parse_event(body, "newCall"), sc.CallEvent)
 
     def test_a_further_leg_is_told_from_the_first(self):
@@ -677,7 +674,7 @@ class CallLogTest(WithFolder):
 
     @on_posix("permissions")
     def test_nobody_else_can_read_it(self):
-        pathlib.Path(self.path).touch(0o644)
+        Path(self.path).touch(0o644)
         self.open().take("1")
         self.assertEqual(
             {entry.name: oct(entry.stat().st_mode & 0o777) for entry in os.scandir()},
@@ -700,7 +697,7 @@ class CallLogTest(WithFolder):
                 with self.subTest(path), self.assertRaisesRegex(SettingsError, said):
                     self.open(path)
                 self.assertEqual(os.stat(path).st_mode, before)
-        self.assertEqual(pathlib.Path(text).read_text(), "numbers I want to keep")
+        self.assertEqual(Path(text).read_text(), "numbers I want to keep")
 
     @on_posix("links")
     def test_a_damaged_file_is_put_aside_and_what_comes_then_is_stored(self):
@@ -823,7 +820,7 @@ class CallLogTest(WithFolder):
     def is_clean(self, log):
         """Whether no old number is left anywhere; the next try is now."""
         log._remove_at = 0
-        found = b"".join(path.read_bytes() for path in pathlib.Path().iterdir())
+        found = b"".join(path.read_bytes() for path in Path().iterdir())
         return b"OLDCALL" not in found and b"49999911122" not in found
 
     def test_no_byte_of_an_old_number_is_left_and_webhooks_are_stored_meanwhile(self):
@@ -1467,7 +1464,7 @@ class HttpTest(TestCase):
     def test_any_head_gives_a_value_or_the_documented_error(self):
         good = request(b"", "Content-Type: a/b", "X-Forwarded-For: 1", "Connection: close")
         for head in mutations(good, b"\r\n\0 :\t\x7f\xffA1/,", 5000):
-            with contextlib.suppress(WebhookError, EOFError):
+            with suppress(WebhookError, EOFError):
                 found = sc.read_head(io.BytesIO(head))
                 sc.outside_host(found.headers)
                 sc.body_length(found)
@@ -1482,12 +1479,12 @@ class TimeLimitTest(TestCase):
     def test_what_comes_too_slowly_is_closed_without_a_word_or_a_record(self):
         slow = request(b"callId=slow")
         connections = [self.running.connect(sent) for sent in (b"", b"POST /new", slow[:-1], b"")]
-        with contextlib.suppress(OSError):  # a byte now and then does not stretch the limit
+        with suppress(OSError):  # a byte now and then does not stretch the limit
             for byte in slow:
                 connections[-1].sendall(bytes([byte]))
                 threading.Event().wait(0.02)
         for client in connections:
-            with client, contextlib.suppress(ConnectionResetError):
+            with client, suppress(ConnectionResetError):
                 self.assertEqual(all_of(client), b"")
         self.assertNotIn("slow", self.running.calls())
 
@@ -1502,7 +1499,7 @@ class TimeLimitTest(TestCase):
 
     def test_a_reply_that_nobody_takes_ends_the_connection(self):
         self.running.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        with within(10), socket.socket() as client, contextlib.suppress(OSError):
+        with within(10), socket.socket() as client, suppress(OSError):
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.connect(self.running.server_address)
             while True:
@@ -1614,7 +1611,7 @@ class TlsTest(WithFolder):
 
     def test_a_webhook_over_https(self):
         self.assertEqual([self.served(), self.served(b"nonsense\r\n\r\n")], [(200, 0), (400, 0)])
-        with contextlib.suppress(OSError):  # http on the https port
+        with suppress(OSError):  # http on the https port
             self.assertNotIn(b"200", self.running.exchange(request()))
         self.assertEqual(self.tls.context().minimum_version, ssl.TLSVersion.TLSv1_2)
 
@@ -1808,7 +1805,7 @@ def calls_of(database, now):
 
 
 
-@contextlib.contextmanager
+@contextmanager
 def environment(**changed):
     before = dict(os.environ)
     os.environ.update(changed)
@@ -1846,8 +1843,7 @@ class InFolder(WithFolder):
         """Exit status, stdout and stderr."""
         out, err = io.StringIO(), io.StringIO()
         change(self, sys, "argv", ["sipgate_callevents.py", *arguments])
-        with environment(**environ), contextlib.redirect_stdout(out), \
-                contextlib.redirect_stderr(err):
+        with environment(**environ), redirect_stdout(out), redirect_stderr(err):
             try:
                 status = sc.main()
             except SystemExit as end:
@@ -2218,14 +2214,13 @@ class RehearsalTest(TestCase):
         ("answered", play("http://x/a"), "3 Alice answered normalClearing in Play http://x/a"),
     )
 
-    def rehearse(self, name="answered", functions=NO_FUNCTIONS, **changed):
+    def rehearse(self, name="answered", functions=NO_FUNCTIONS, digits="1"):
         """What is said, the call that the log holds then, and the events."""
-        options = argparse.Namespace(**{"sender": "492111234567", "to": "4915791234567",
-                                        "digits": "1", **changed})
+        options = argparse.Namespace(sender="492111234567", to="4915791234567", digits=digits)
         log = new_log(self)
         talk = Conversation(TRIAL, functions, call_log=log,
                             find_call=functools.partial(sc.find_call, log.path))
-        with contextlib.redirect_stdout(io.StringIO()) as out:
+        with redirect_stdout(io.StringIO()) as out:
             sc.Rehearsal(talk, name, options).play()
         events = talk.events()
         log.close(5)
@@ -2550,8 +2545,7 @@ class Program(subprocess.Popen):
 
     def replies(self, bodies):
         """Send newCalls over one connection; yield each reply, as long as the program runs."""
-        with http_to(self.port) as client, \
-                contextlib.suppress(OSError, http.client.HTTPException):
+        with http_to(self.port) as client, suppress(OSError, http.client.HTTPException):
             for body in bodies:
                 client.request("POST", "/new-call", body)
                 yield client.getresponse().read()
@@ -2598,7 +2592,7 @@ def on_new_call(event):
 
     @classmethod
     def begin(cls, folder):
-        pathlib.Path(folder, "mine.py").write_text(cls.CODE)
+        Path(folder, "mine.py").write_text(cls.CODE)
         reader, writer = os.pipe()
         unittest.addModuleCleanup(os.close, reader)
         cls.program = Program(folder=folder, stdout=writer, CALL_HANDLERS="mine.py")
@@ -2634,7 +2628,7 @@ def on_new_call(event):
 class SettingsFromTest(InFolder):
     def read(self, *arguments, **environ):
         err = io.StringIO()
-        with environment(**environ), contextlib.redirect_stderr(err), sc.diagnostics(err):
+        with environment(**environ), redirect_stderr(err), sc.diagnostics(err):
             self.options = sc.command_line(arguments)
             found = sc.read_settings(self.options)
         return found, err.getvalue()
@@ -2843,11 +2837,11 @@ def on_new_call(event):
     def test_used_up_memory_or_file_descriptors_are_no_end(self):
         program, other = self.start(), self.start()
         refused = "a connection could not be accepted: "
-        pages = pathlib.Path(f"/proc/{program.pid}/statm").read_text().split()[0]
+        pages = Path(f"/proc/{program.pid}/statm").read_text().split()[0]
         size = int(pages) * os.sysconf("SC_PAGE_SIZE")
         program.limit("RLIMIT_AS", size + 2_000_000)  # not one more thread's stack
         with socket.create_connection(("127.0.0.1", program.port), 10) as connection, \
-                within(5), contextlib.suppress(OSError):
+                within(5), suppress(OSError):
             connection.recv(1)
         program.limit("RLIMIT_AS", -1)
         other.limit("RLIMIT_NOFILE", 30, 30)
@@ -2891,8 +2885,7 @@ class CommandTest(InFolder):
     def fill_log(self, *numbers):
         """25 missed calls of three callers, one of them withheld."""
         numbers = numbers or ("49157111222", "", "49222333444") * 2
-        self.store(rows_of(";".join(
-            missed_call(n, n * 500, numbers[n % 6]) for n in range(25))))
+        self.store(rows_of(";".join(missed_call(n, n * 500, numbers[n % 6]) for n in range(25))))
 
     def calls(self, *arguments):
         return self.run_command("calls", *arguments)[1].splitlines()
@@ -2958,8 +2951,7 @@ class CommandTest(InFolder):
         self.assertRegex(self.calls("--missed", "--format", "csv")[1],
                          f"^in,'49157111222,'4930200,Alice,,{times[0]},.*,missed,.*,9$")
         self.assertEqual(len(self.entries("--missed", "--all")), 17)
-        self.assertEqual(self.calls("--missed", "--since", "2026-01-01"),
-                         ["no call matches"])
+        self.assertEqual(self.calls("--missed", "--since", "2026-01-01"), ["no call matches"])
 
     CODE = """\
 from sipgate_callevents import dial, threading
@@ -3092,7 +3084,7 @@ class ForgetTest(InFolder):
         self.assertRegex(token, r"^\[forgotten [0-9a-f]{8}\]$")
         self.assertEqual(parse_event(body, "newCall").call_id, "[forgotten]")
         self.assertIsNone(re.search(rb"(?<![0-9])49157999111(?![0-9])",
-                                    pathlib.Path(self.path).read_bytes()))
+                                    Path(self.path).read_bytes()))
         self.assertEqual(self.forget("49157999111")[0], 1)
         self.assertEqual([sc.described(body) for body in blanked[-2:]],
                          ["Dial [forgotten] 49157999112", "Gather"])
@@ -3114,7 +3106,7 @@ class ForgetTest(InFolder):
 # ---- The README and the other files ----
 
 def text_of(name):
-    path = pathlib.Path(HERE, name)
+    path = Path(HERE, name)
     return path.read_text("utf-8") if path.exists() else ""
 
 
@@ -3170,7 +3162,7 @@ class ReadmeTest(TestCase):
 
     def test_its_recipe_for_office_hours_and_a_block_list(self):
         decide, incoming = self.functions(3)["on_new_call"], NewCallEvent(direction="in")
-        path = pathlib.Path(temporary_folder(self), "blocked.txt")
+        path = Path(temporary_folder(self), "blocked.txt")
         for hour, action in ((8, voicemail()), (9, None), (16, None), (17, voicemail())):
             at = datetime.datetime(2026, 11, 26, hour, 30)
             self.assertEqual(decide(incoming, lambda at=at: at, path), action)
