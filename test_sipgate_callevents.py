@@ -448,13 +448,13 @@ class EventTest(TestCase):
             self.assertEqual((event.body, event.signature), (body, None))
 
     def test_lists_are_taken_in_each_spelling(self):
-        for body, users in [(b"user[]=Al+ice", ("Al ice",)), (b"user%5B%5D=A", ("A",)),
-                            (b"user%5b%5d=A", ("A",)), (b"user%5B%5D%5B0%5D=A", ("A",)),
-                            (b"user%5B%5D=&callId=1", ()), (b"user[]=A&user[]=", ("A", "")),
-                            (b"user[]=J%C3%BCrgen", ("Jürgen",)),
-                            ("user[]=Jürgen".encode(), ("Jürgen",)),
-                            (b"user[]=J\xfcrgen", ("J\ufffdrgen",)),
-                            (b"userId[]=w&fullUserId[]=1w&user[]=U&" * 300, ("U",) * 300)]:
+        for body, users in [
+                (b"user[]=Al+ice", ("Al ice",)), (b"user%5B%5D=A", ("A",)),
+                (b"user%5b%5d=A", ("A",)), (b"user%5B%5D%5B0%5D=A", ("A",)),
+                (b"user%5B%5D=&callId=1", ()), (b"user[]=A&user[]=", ("A", "")),
+                (b"user[]=J%C3%BCrgen", ("Jürgen",)), ("user[]=Jürgen".encode(), ("Jürgen",)),
+                (b"user[]=J\xfcrgen", ("J\ufffdrgen",)),
+                (b"userId[]=w&fullUserId[]=1w&user[]=U&" * 300, ("U",) * 300)]:
             self.assertEqual(parse_event(body, "newCall").users, users)
 
     def test_all_fields_are_kept_and_found_by_sipgate_s_names(self):
@@ -1197,11 +1197,10 @@ class Running(WebhookServer):
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             client.sendall(sent)
 
-    def exchange(self, sent, close=True):
+    def exchange(self, sent):
         """All that comes back to the bytes `sent`."""
         with self.connect(sent) as client:
-            if close:
-                client.shutdown(socket.SHUT_WR)
+            client.shutdown(socket.SHUT_WR)
             return all_of(client)
 
     def statuses(self, sent):
@@ -1362,7 +1361,7 @@ class HttpTest(TestCase):
                 with self.running.connect(sent[:cut]) as client:
                     client.sendall(sent[cut:])
                     client.shutdown(socket.SHUT_WR)
-                    self.assertEqual([int(all_of(client)[9:12])], whole, sent[:cut])
+                    self.assertEqual([status_of(client)], whole, sent[:cut])
 
     def test_requests_of_a_connection_are_answered_in_order(self):
         self.check({
@@ -1435,7 +1434,7 @@ class HttpTest(TestCase):
 
     def test_a_tls_hello_is_closed_with_a_message(self):
         with diagnostics("https on the http port: the tunnel"):
-            self.assertEqual(self.running.exchange(b"\x16\x03\x01\x02", close=False), b"")
+            self.assertEqual(all_of(self.running.connect(b"\x16\x03\x01\x02")), b"")
 
     def test_ipv6_can_be_listened_on(self):
         try:
@@ -1998,16 +1997,15 @@ class CallFinderTest(InFolder):
     def test_the_writer_keeps_its_lock_while_calls_are_looked_up(self):
         # A file that is opened beside SQLite, and closed, drops the locks of the whole process,
         # which SQLite does not notice while anything of it is connected: then this would succeed.
-        switch = ("import sqlite3, sys\n"
-                  "sqlite3.connect(sys.argv[1], timeout=0).execute('PRAGMA journal_mode=DELETE')")
+        switch = ("import sqlite3\n"
+                  "sqlite3.connect('calls.db', timeout=0).execute('PRAGMA journal_mode=DELETE')")
         with sc.open_log(self.path) as reader, diagnostics():
             reader.execute("BEGIN IMMEDIATE")
             self.assertIsNone(self.log.record(self.event, 1e9, None))
             reader.execute("COMMIT")
             catch_up(self.log)
             self.find(self.event)
-            other = subprocess.run([sys.executable, "-c", switch, self.path],
-                                   capture_output=True, check=False)
+            other = subprocess.run([sys.executable, "-c", switch], capture_output=True, check=False)
             self.assertIn(b"locked", other.stderr)
 
 
@@ -2544,11 +2542,12 @@ class Program(subprocess.Popen):
             self.port = int(re.search(r"listens on [^ ]+ port (\d+)", self.said)[1])
 
     def replies(self, bodies):
-        """Send newCalls over one connection; yield each reply, as long as the program runs."""
+        """Send newCalls over one connection; yield replies and how long they took, till it ends."""
         with http_to(self.port) as client, suppress(OSError, http.client.HTTPException):
             for body in bodies:
+                began = time.monotonic()
                 client.request("POST", "/new-call", body)
-                yield client.getresponse().read()
+                yield client.getresponse().read(), time.monotonic() - began
 
     def post(self, path="/new-call", body=NEW_CALL, method="POST", **headers):
         with http_to(self.port) as client:
@@ -2598,18 +2597,9 @@ def on_new_call(event):
         cls.program = Program(folder=folder, stdout=writer, CALL_HANDLERS="mine.py")
         unittest.addModuleCleanup(cls.program.kill)
         os.close(writer)
-        pool = ThreadPoolExecutor(2)
-        cls.slow = pool.submit(cls.call, [b"callId=slow", b"callId=1"])
-        cls.quick = pool.submit(cls.call, [NEW_CALL] * 5000)
-
-    @classmethod
-    def call(cls, bodies):
-        """The replies to these, and how long each took."""
-        found, began = [], time.monotonic()
-        for reply in cls.program.replies(bodies):
-            found.append((reply, time.monotonic() - began))
-            began = time.monotonic()
-        return found
+        cls.slow, cls.quick = (
+            ThreadPoolExecutor(1).submit(list, cls.program.replies(bodies))
+            for bodies in ([b"callId=slow", b"callId=1"], [NEW_CALL] * 5000))
 
     def test_neither_a_stuck_reader_of_stdout_nor_code_that_hangs_delays_a_call(self):
         slow, quick = self.slow.result(30), self.quick.result(30)
