@@ -716,8 +716,8 @@ class CallLogTest(WithFolder):
                          (True, True, ["2"]))
         self.other().execute("PRAGMA wal_checkpoint(TRUNCATE)")
         damage(self.path)  # while it runs
-        for call_id in "34":
-            log.take(call_id)
+        log.take("3")
+        log.take("4")
         catch_up(log)
         self.assertEqual(self.rows()[-2:], ["3", "4"])
 
@@ -727,13 +727,12 @@ class CallLogTest(WithFolder):
         other.execute("BEGIN EXCLUSIVE")
         with diagnostics() as said:
             with within(0.5):  # only the first waits
-                for call_id in "1234567":
-                    self.assertIsNone(log.take(call_id))
+                self.assertEqual([log.take(call_id) for call_id in "1234567"], [None] * 7)
             self.assertEqual(log.behind, "database is locked")
             other.execute("COMMIT")
             catch_up(log)
-        self.assertRegex("\n".join(said), "(?s)no room: newCall of call 6 is not stored.*"
-                                          "call 7 is not stored.*caught up: all events are stored$")
+        self.assertRegex("\n".join(said), "(?s)no room: newCall of call 6 is not stored.*call 7 "
+                         "is not stored.*caught up: all events are stored$")
         self.assertEqual(self.rows(), list("12345"))
         self.assertTrue(log.take("8"))
 
@@ -751,20 +750,20 @@ class CallLogTest(WithFolder):
 
     @on_posix("an open file stays where it is")
     def test_a_replaced_file_keeps_what_was_stored_and_the_new_one_is_used(self):
-        old, other, ids = self.path + ".old", self.path + ".other", [str(n) for n in range(20)]
         for is_replaced in (False, True):
-            self.open(other).close(5)
+            self.open("other").close(5)
             log = self.open()
-            for call_id in ids:
-                log.take(call_id)
+            for n in range(20):
+                log.take(str(n))
             with diagnostics("the file was deleted or replaced") as said:
-                os.replace(self.path, old)
+                os.replace(self.path, "old")
                 if is_replaced:
-                    os.replace(other, self.path)
+                    os.replace("other", self.path)
                 wait_until(lambda said=said: said)
                 wait_until(lambda log=log: log.take("new"))
             log.close(5)
-            self.assertEqual((stored(old), set(self.rows())), (ids, {"new"}))
+            self.assertEqual(stored("old"), [str(n) for n in range(20)])
+            self.assertEqual(set(self.rows()), {"new"})
             os.remove(self.path)
 
     def test_the_stop_waits_for_no_disk_that_hangs_in_a_removal(self):
@@ -783,13 +782,12 @@ class CallLogTest(WithFolder):
             log.close(0.1)
 
     def test_an_error_in_the_commit_loses_and_repeats_nothing(self):
-        log, ids = self.open(), []
-        for digest in (None, b"d", None, b"e"):
-            log._database = Failing(log._database, len(ids) > 1)
-            ids.append(str(len(ids)))
-            log.take(ids[-1], digest, ids[-1].encode())
+        log = self.open()
+        for n, digest in enumerate((None, b"d", None, b"e")):
+            log._database = Failing(log._database, n > 1)
+            log.take(str(n), digest, b"%d" % n)
             catch_up(log)
-        self.assertEqual((self.rows(), self.rows("id - 1e15")), (ids, [0, 1, 2, 3]))
+        self.assertEqual((self.rows(), self.rows("id - 1e15")), (list("0123"), [0, 1, 2, 3]))
 
     def test_at_the_end_all_that_is_queued_is_stored_or_named(self):
         log = self.open()
@@ -801,8 +799,8 @@ class CallLogTest(WithFolder):
         log, other = self.open(), self.other()
         with diagnostics() as said:
             other.execute("BEGIN EXCLUSIVE")
-            for call_id in "ab":
-                log.take(call_id)
+            log.take("a")
+            log.take("b")
             log.close(0.1)
             other.execute("COMMIT")
         self.assertIn("events could not be stored, of the calls a, b", said)
@@ -810,11 +808,10 @@ class CallLogTest(WithFolder):
     def fill(self, count=300, old=40.0):
         """A file with rows of that age (in days) and new ones in turn; a connection to it."""
         self.open().close(5)
-        other, now = self.other(), 10**15
-        fill(other, [
-            plain_row(now + n, "", f"new{n}", b"from=4988800011") if n % 2 else
-            plain_row(now + n - int(DAY * 1e6 * old), "", "OLDCALL", b"from=49999911122")
-            for n in range(count)])
+        other, before = self.other(), 10**15 - int(DAY * 1e6 * old)
+        fill(other, [plain_row(10**15 + n, "", f"new{n}", b"from=4988800011") if n % 2 else
+                     plain_row(before + n, "", "OLDCALL", b"from=49999911122")
+                     for n in range(count)])
         return other
 
     def is_clean(self, log):
