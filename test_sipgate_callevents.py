@@ -130,13 +130,8 @@ def sign(body):
 @contextmanager
 def diagnostics(expected=""):
     """The list that grows by each message of the script's logger; `expected` is in the first."""
-    said = []
-
-    class Listener(logging.Handler):
-        def emit(self, record):
-            said.append(record.getMessage() + getattr(record, "below", ""))
-
-    listener = Listener()
+    said, listener = [], logging.Handler()
+    listener.emit = lambda record: said.append(record.getMessage() + getattr(record, "below", ""))
     sc.logger.addHandler(listener)
     try:
         yield said
@@ -894,7 +889,6 @@ class CallLogTest(WithFolder):
 
 # ---- Receiving ----
 
-NO_FUNCTIONS = CallFunctions()
 TRIAL = Settings()
 LIVE = Settings(webhook_url="https://x.example")
 PATHED = Settings(webhook_url="https://x.example/3f")
@@ -911,9 +905,10 @@ MISSING, MALFORMED, NO_MATCH = (
 class Conversation(Receiver):
     """A receiver, to which webhooks are handed as the HTTP section does."""
 
-    def __init__(self, settings=LIVE, functions=NO_FUNCTIONS, keys=(TEST_KEY,), **more):
+    def __init__(self, settings=LIVE, call_log=None, find_call=None, **functions):
         self.shown = []
-        super().__init__(settings, keys, functions, self.shown.append, **more)
+        super().__init__(settings, [TEST_KEY], CallFunctions(**functions), self.shown.append,
+                         call_log, find_call)
 
     def receive(self, target="/new-call", body=NEW_CALL, signature=None, outside=""):
         event = self.admit(target, body, signature, outside)
@@ -941,7 +936,7 @@ class Conversation(Receiver):
 class ReceiverTest(TestCase):
     def test_a_refused_signature_is_named_and_leaves_no_trace(self):
         log = new_log(self)
-        talk = Conversation(call_log=log, functions=CallFunctions(on_new_call=self.fail))
+        talk = Conversation(call_log=log, on_new_call=self.fail)
         for signature, refused in [
                 (None, MISSING), ("x", MALFORMED), ("YWJj", MALFORMED),
                 (sign(NEW_CALL)[:-1], MALFORMED), (sign(HANGUP), NO_MATCH)]:
@@ -1016,9 +1011,9 @@ class ReceiverTest(TestCase):
 
     def test_your_decision_goes_out_and_the_usual_reply_is_not_kept(self):
         log = new_log(self)
-        talk = Conversation(call_log=log, functions=CallFunctions(
-            on_new_call=lambda event: gather(state=event.from_number) if event.first_leg else None,
-            on_dtmf=lambda event: dial(event.state)))
+        talk = Conversation(
+            call_log=log, on_dtmf=lambda event: dial(event.state),
+            on_new_call=lambda event: gather(state=event.from_number) if event.first_leg else None)
         menu, dialled = (LIVE_XML[:-4] + b">" + xml + b"</Response>\n" for xml in (
             b'<Gather onData="https://x.example/on-data?state=492111234567" '
             b'maxDigits="1" timeout="2000" />', b"<Dial><Number>4921100</Number></Dial>"))
@@ -1033,8 +1028,8 @@ class ReceiverTest(TestCase):
 
     def test_a_repeat_is_answered_and_printed_but_runs_and_counts_once(self):
         seen, log = [], new_log(self)
-        talk = Conversation(functions=CallFunctions(lambda event: hang_up(), on_hangup=seen.append),
-                            call_log=log)
+        talk = Conversation(call_log=log, on_new_call=lambda event: hang_up(),
+                            on_hangup=seen.append)
         sent = [("/new-call", NEW_CALL), ("/on-data", DTMF), ("/on-hangup", HANGUP),
                 ("/on-hangup", HANGUP + b"&a=b")]
         first, second = ([talk.signed(*one) for one in sent] for _ in range(2))
@@ -1056,9 +1051,6 @@ def recurse(event):
 
 
 class YourCodeTest(TestCase):
-    def talk(self, **functions):
-        return Conversation(TRIAL, CallFunctions(**functions))
-
     def together(self, talk, count):
         with ThreadPoolExecutor(count) as pool:
             return [*pool.map(lambda _: talk.receive().body, range(count))]
@@ -1075,11 +1067,12 @@ class YourCodeTest(TestCase):
     def test_code_that_fails_is_reported_and_the_call_goes_through(self):
         for function, message in self.FAULTS:
             with self.subTest(message), diagnostics() as said:
-                self.assertEqual(self.talk(on_new_call=function).receive().body, TRIAL_XML)
+                reply = Conversation(TRIAL, on_new_call=function).receive()
+                self.assertEqual(reply.body, TRIAL_XML)
                 self.assertRegex(said[0], f"(?s)^on_new_call {message}")
 
     def test_a_gather_with_nowhere_to_go_lets_the_call_go_through(self):
-        talk = self.talk(on_new_call=lambda event: gather())
+        talk = Conversation(TRIAL, on_new_call=lambda event: gather())
         self.assertIn(b"<Gather", talk.receive().body)
         with diagnostics() as said:
             self.assertEqual(talk.signed(outside="abc.lhr.life").body, BARE_XML)
@@ -1087,7 +1080,7 @@ class YourCodeTest(TestCase):
 
     def test_late_code_is_reported_and_frees_its_slot_when_it_returns(self):
         go_on = gate(self)
-        talk = self.talk(on_new_call=lambda event: hang_up() if go_on.wait(10) else None)
+        talk = Conversation(TRIAL, on_new_call=lambda event: go_on.wait(10) and hang_up())
         talk.reply_seconds, talk.your_code.SLOT_SECONDS = 0.1, 0.05
         with diagnostics() as said:
             self.assertEqual(self.together(talk, 9), [TRIAL_XML] * 9)
@@ -1103,8 +1096,8 @@ class YourCodeTest(TestCase):
 
     def test_a_ninth_call_waits_for_a_slot(self):
         eight = threading.Barrier(8)
-        talk = self.talk(
-            on_new_call=lambda event: (eight.wait(5), threading.Event().wait(0.1)) and hang_up())
+        talk = Conversation(TRIAL, on_new_call=lambda event: (
+            eight.wait(5), threading.Event().wait(0.1)) and hang_up())
         talk.your_code.SLOT_SECONDS = 5
         self.assertTrue(all(b"<Hangup />" in body for body in self.together(talk, 16)))
 
@@ -1163,7 +1156,7 @@ class Running(WebhookServer):
 
     timeout, end_seconds = 0.01, 0.3
 
-    def __init__(self, settings=TRIAL, functions=NO_FUNCTIONS, tls=None, host="127.0.0.1",
+    def __init__(self, settings=TRIAL, functions=CallFunctions(), tls=None, host="127.0.0.1",
                  **limits):
         super().__init__(host, 0, settings.base_path, tls)
         vars(self).update(limits)
@@ -2186,7 +2179,7 @@ class PageTest(InFolder):
 
 def always(action):
     """Your functions, if they do the same whatever comes."""
-    return CallFunctions(on_new_call=lambda event: action, on_dtmf=lambda event: action)
+    return dict.fromkeys(("on_new_call", "on_dtmf"), lambda event: action)
 
 
 class RehearsalTest(TestCase):
@@ -2208,12 +2201,11 @@ class RehearsalTest(TestCase):
         ("answered", play("http://x/a"), "3 Alice answered normalClearing in Play http://x/a"),
     )
 
-    def rehearse(self, name="answered", functions=NO_FUNCTIONS, digits="1"):
+    def rehearse(self, name="answered", digits="1", **functions):
         """What is said, the call that the log holds then, and the events."""
         options = argparse.Namespace(sender="492111234567", to="4915791234567", digits=digits)
         log = new_log(self)
-        talk = Conversation(TRIAL, functions, call_log=log,
-                            find_call=functools.partial(sc.find_call, log.path))
+        talk = Conversation(TRIAL, log, functools.partial(sc.find_call, log.path), **functions)
         with redirect_stdout(io.StringIO()) as out:
             sc.Rehearsal(talk, name, options).play()
         events = talk.events()
@@ -2225,7 +2217,7 @@ class RehearsalTest(TestCase):
     def test_each_scenario_leaves_the_call_that_your_code_decides(self):
         self.assertEqual({name for name, _, _ in self.ROWS}, set(sc.SCENARIOS))
         for name, action, row in self.ROWS:
-            _, call, events = self.rehearse(name, always(action))
+            _, call, events = self.rehearse(name, **always(action))
             found = (f"{len(events)} {','.join(call.answered_by)} {call.outcome} {call.cause} "
                      f"{call.direction} {call.reply}")
             self.assertEqual(found, row, name)
@@ -2242,14 +2234,14 @@ class RehearsalTest(TestCase):
             "<-- This response will be discarded"])
 
     def test_each_leg_answers_for_itself(self):
-        first, answer, second, other, *_ = self.rehearse("transfer", CallFunctions(
-            lambda event: dial("4921100") if event.first_leg else None))[2]
+        first, answer, second, other, *_ = self.rehearse(
+            "transfer", on_new_call=lambda event: dial("4921100") if event.first_leg else None)[2]
         self.assertEqual((first.users, first.diversion, answer.answering_number),
                          (("Alice", "Bob"), "", "4921100"))
         self.assertEqual((second.users, second.diversion, other.answering_number),
                          (("Carl",), "4915791234567", "4915791234567"))
-        *_, first, second = self.rehearse("transfer", CallFunctions(
-            lambda event: None if event.first_leg else reject("busy")))[2]
+        *_, first, second = self.rehearse(
+            "transfer", on_new_call=lambda event: None if event.first_leg else reject("busy"))[2]
         self.assertEqual((first.cause, second.cause, second.call.outcome),
                          ("normalClearing", "busy", "answered"))
 
@@ -2257,8 +2249,8 @@ class RehearsalTest(TestCase):
         def on_dtmf(event):
             return gather(max_digits=4) if event.state == "first" else dial("4921100")
 
-        menu = CallFunctions(lambda event: gather(state="first"), on_dtmf=on_dtmf)
-        said, call, (_, one, two, *_) = self.rehearse("menu", menu, digits="1,0042")
+        menu = {"on_new_call": lambda event: gather(state="first"), "on_dtmf": on_dtmf}
+        said, call, (_, one, two, *_) = self.rehearse("menu", "1,0042", **menu)
         self.assertEqual((one.dtmf, one.state, two.dtmf, two.state), ("1", "first", "0042", ""))
         self.assertEqual((call.digits, call.outcome, call.answered_by),
                          ("1,0042", "answered", ("4921100",)))
@@ -2267,24 +2259,24 @@ class RehearsalTest(TestCase):
         for functions, digits, line in [
                 (menu, "", "--> dtmf     492111234567 pressed [unknown]"),
                 (menu, "1,2,7,8", "    (your functions do not ask for 7,8)"),
-                (NO_FUNCTIONS, "1", "    (your functions do not ask for 1)")]:
-            self.assertIn(line, self.rehearse("menu", functions, digits=digits)[0])
+                ({}, "1", "    (your functions do not ask for 1)")]:
+            self.assertIn(line, self.rehearse("menu", digits, **functions)[0])
 
     def test_what_sipgate_would_not_do_is_named(self):
         sound, digits = "is the sound a WAV file?", "(on_dtmf does nothing with the digits)"
         for action, line, count in [
                 (gather(), digits, 1), (gather("http://x/a"), digits, 0),
                 (play("http://x/a.mp3"), sound, 1), (play("http://x/a.WAV?b"), sound, 0)]:
-            said = self.rehearse(functions=always(action)._replace(on_dtmf=sc.on_dtmf))[0]
+            said = self.rehearse(on_new_call=always(action)["on_new_call"])[0]
             self.assertEqual(str(said).count(line), count, said)
-        said = self.rehearse("menu", always(gather("http://x/a")))[0]
+        said = self.rehearse("menu", **always(gather("http://x/a")))[0]
         self.assertNotIn("do not ask", str(said), "another server may")
 
     def test_code_that_does_not_return_ends_the_rehearsal(self):
         hang = gate(self).wait
         change(self, sc.YourCode, "STUCK_SECONDS", 0.05)
         with self.assertRaisesRegex(sc.CommandEnd, "on_answer has been running"):
-            self.rehearse(functions=CallFunctions(on_answer=lambda event: hang(10)))
+            self.rehearse(on_answer=lambda event: hang(10))
 
 
 # ---- Check ----
