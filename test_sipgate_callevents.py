@@ -221,7 +221,6 @@ class WithFolder(TestCase):
         os.chdir(self.folder)
 
     def write(self, name, text):
-        """Write a file; return its path."""
         path = Path(self.folder, name)
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
         return str(path)
@@ -1136,7 +1135,6 @@ POST = b"POST /new-call HTTP/1.1\r\n" + HOST_LINE
 
 
 def request(body=NEW_CALL, *headers, method="POST", target="/new-call", host="localhost"):
-    """A request as bytes, with Host and Content-Length."""
     lines = [f"{method} {target} HTTP/1.1", f"Host: {host}", f"Content-Length: {len(body)}",
              *headers, "", ""]
     return "\r\n".join(lines).encode("latin-1") + body
@@ -1147,7 +1145,6 @@ def all_of(client):
 
 
 def status_of(client):
-    """The status of the reply that comes next."""
     return int(client.recv(65536)[9:12])
 
 
@@ -1188,13 +1185,11 @@ class Running(WebhookServer):
             client.sendall(sent)
 
     def exchange(self, sent):
-        """All that comes back to the bytes `sent`."""
         with self.connect(sent) as client:
             client.shutdown(socket.SHUT_WR)
             return all_of(client)
 
     def statuses(self, sent):
-        """The status codes that come back to the bytes `sent`."""
         return [int(code) for code in re.findall(rb"HTTP/1\.1 ([0-9]{3}) ", self.exchange(sent))]
 
     def calls(self):
@@ -1218,7 +1213,7 @@ class HttpTest(TestCase):
         cls.running = Running()
         cls.addClassCleanup(cls.running.end)
 
-    def check(self, rows, begin=b"", end=b"\r\n\r\n"):
+    def check(self, rows, begin=b"", end=b""):
         """What stands between `begin` and `end` gets the status it is listed under, or several."""
         for statuses, texts in rows.items():
             expected = [statuses] if isinstance(statuses, int) else list(statuses)
@@ -1260,14 +1255,15 @@ class HttpTest(TestCase):
                     (b"Host", b"localhost"), (b"Expect", b"100-continue"),
                     (b"Content-Type", b"a/b"), (b"X-Sipgate-Signature", b"a"),
                     (b"Content-Length", b"0"), (b"Transfer-Encoding", b"chunked")))),
-        }, b"GET /healthz HTTP/1.1\r\n" + HOST_LINE)
+        }, b"GET /healthz HTTP/1.1\r\n" + HOST_LINE, b"\r\n\r\n")
 
     def test_the_host(self):
         self.check({
             200: (b"a", b"a-b.example:8080", b"[::1]:8080"),
             400: (b"", b"a b", b"a, b", b"a/b", b"me@a", b"a:", b"a:b", b"::1"),
-        }, b"GET /healthz HTTP/1.1\r\nHost: ")
-        self.check({200: (b"0",), 400: (b"1", b"0\r\nHost:")}, b"GET /healthz HTTP/1.")
+        }, b"GET /healthz HTTP/1.1\r\nHost: ", b"\r\n\r\n")
+        self.check({
+            200: (b"0",), 400: (b"1", b"0\r\nHost:")}, b"GET /healthz HTTP/1.", b"\r\n\r\n")
 
     def test_body_lengths(self):
         self.check({
@@ -1286,7 +1282,7 @@ class HttpTest(TestCase):
             413: (
                 request(b"callId=1&a=" + b"b" * 65526),
                 request(b"a" * 2_000_000)),  # whose rest is read, or the reply would be lost
-        }, end=b"")
+        })
 
     def test_chunked_bodies(self):
         chunked, end = b"Transfer-Encoding: chunked\r\n", b"\r\n0\r\n\r\n"
@@ -1305,7 +1301,7 @@ class HttpTest(TestCase):
             200: (b"0\r\n\r\n",),
             (200, 200): (b"8\r\ncallId=1" + end + request(),),
             (): (b"0\r\n\r", b"8\r\ncallId=1\r\n"),
-        }, POST + chunked + b"\r\n", b"")
+        }, POST + chunked + b"\r\n")
         self.check({
             200: (b"transfer-encoding:Chunked ",),
             400: (chunked + b"Content-Length: 5", b"Transfer-Encoding: \x0bchunked"),
@@ -1325,7 +1321,7 @@ class HttpTest(TestCase):
             (100, 404): (request(b"a=b", asking, target="/none"),),
             (100, 405): (request(b"a=b", asking, method="PUT"),),
             413: (request(b"a" * 65537, asking),),
-            417: (request(b"a=b", "Expect: 200-ok"),)}, end=b"")
+            417: (request(b"a=b", "Expect: 200-ok"),)})
         with self.running.connect(sent[:-3]) as client:
             self.assertEqual(client.recv(100), b"HTTP/1.1 100 Continue\r\n\r\n")
             client.sendall(sent[-3:])
@@ -1365,7 +1361,7 @@ class HttpTest(TestCase):
                 request(NEW_CALL, "Connection: keep-alive, CLOSE") + request(),
                 request(NEW_CALL, "Connection: keep-alive", "Connection: close") + request(),
                 request(NEW_CALL, "Connection: keep-alive").replace(b"1.1", b"1.0") + request()),
-        }, end=b"")
+        })
 
     def test_a_reply_is_complete_and_names_no_software(self):
         begin = r"\AHTTP/1\.1 {}\r\nDate: \w\w\w, \d\d \w\w\w \d+ \d\d:\d\d:\d\d GMT\r\n"
@@ -1404,7 +1400,7 @@ class HttpTest(TestCase):
             *(request(NEW_CALL, header + ": 1.2.3.4") for header in (
                 "Origin", "X-Forwarded-For", "Via", "Forwarded", "X-Real-IP", "Sec-Fetch-Site",
                 "CF-Connecting-IP")),
-            request(host="abc.lhr.life"), b"POST /new-call HTTP/1.0\r\n\r\n")}, end=b"")
+            request(host="abc.lhr.life"), b"POST /new-call HTTP/1.0\r\n\r\n")})
 
     def test_the_request_of_the_documentation_is_taken_through_a_tunnel(self):
         body = (b"event=newCall&direction=in&from=anonymous&to=445603000514"
@@ -1783,7 +1779,6 @@ def fill(database, rows):
 
 
 def call_of(database, event, now):
-    """The call that an event belongs to; None if there is none."""
     legs = sc.call_with(database, event.call_id)
     return sc.put_together(legs, now) if legs else None
 
@@ -1828,7 +1823,6 @@ class InFolder(WithFolder):
             fill(database, rows)
 
     def run_command(self, *arguments, **environ):
-        """Exit status, stdout and stderr."""
         out, err = io.StringIO(), io.StringIO()
         change(self, sys, "argv", ["sipgate_callevents.py", *arguments])
         with environment(**environ), redirect_stdout(out), redirect_stderr(err):
@@ -3036,12 +3030,12 @@ class ForgetTest(InFolder):
         self.write("calls.db.damaged-2", "...")
         self.assert_refused("no call holds 057999111; with the country code? 1491",
                             "forget", "057999111", "--yes", status=1)
+        moment = "[-0-9]{10} [0-9:]{5}"
         for text in ("0049157999111", "+49 (0) 157/999-111", "49.157.999.111", "tel:+49157999111",
                      "sip:49157999111@sipgate.de"):
             status, out, _ = self.forget(text)
             self.assertEqual(status, 1, "nobody said yes")
-            self.assertRegex(out, r"^49157999111 is in 16 calls, from [-0-9]{10} [0-9:]{5} to "
-                                  r"[-0-9]{10} [0-9:]{5}\.\n")
+            self.assertRegex(out, rf"^49157999111 is in 16 calls, from {moment} to {moment}\.\n")
         log = CallLog(self.path, 30)  # as of a running server, whose -wal is not emptied by closing
         status, out, err = self.forget("--yes", "+49 (157) 999-111")
         log.close(5)
