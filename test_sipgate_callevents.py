@@ -7,7 +7,6 @@ start and stop matter. Nothing is mocked, no port is fixed.
 import argparse
 import base64
 import datetime
-import functools
 import hashlib
 import http.client
 import http.server
@@ -29,7 +28,6 @@ import ssl
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import unittest
 import urllib.parse
@@ -38,7 +36,9 @@ import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
+from threading import Barrier, Event, Thread
 from unittest import TestCase
 
 import sipgate_callevents as sc
@@ -118,7 +118,7 @@ MEECAQAwEwYHKoZIzj0CAQYIKoZIzj0DAQcEJzAlAgEBBCCDNCMu/sYZQqfFlS98
 """)
 
 
-@functools.lru_cache(maxsize=None)
+@lru_cache(maxsize=None)
 def sign(body):
     """The X-Sipgate-Signature of `body` by the test key (RFC 8017 8.2.1)."""
     digest = sc.SHA256_PREFIX + hashlib.sha256(body).digest()
@@ -172,7 +172,7 @@ def wait_until(condition, seconds=10):
     while not condition():
         if time.monotonic() > deadline:
             raise AssertionError("waited in vain")
-        threading.Event().wait(0.005)
+        Event().wait(0.005)
 
 
 @contextmanager
@@ -201,12 +201,12 @@ def change(test, owner, name, value):
     setattr(owner, name, value)
 
 
-on_posix = functools.partial(unittest.skipIf, os.name == "nt")
+on_posix = partial(unittest.skipIf, os.name == "nt")
 
 
 def gate(test):
     """An Event to wait for, which is set at the latest when the test is over."""
-    event = threading.Event()
+    event = Event()
     test.addCleanup(event.set)
     return event
 
@@ -527,11 +527,11 @@ class ActionTest(TestCase):
         (lambda numbers: dial(numbers), "numbers", (
             "anonymous", "", "4\x001", "٤٩", "+49 (0) 2", ["1"], 4921, "0157123", "0049157"),
          DIGITS),
-        (functools.partial(dial, "1"), "caller_id", ("me",), DIGITS),
-        (functools.partial(dial, "1"), "anonymous", ("yes",), "expected True or False"),
+        (partial(dial, "1"), "caller_id", ("me",), DIGITS),
+        (partial(dial, "1"), "anonymous", ("yes",), "expected True or False"),
         (play, "url", ("a.wav", "http://:80/x", "http:///x", "http://x/\x0b", "http://x/ b"), URL),
         (gather, "url", ("/on-data",), URL),
-        (functools.partial(gather, state="s"), "url", ("http://x/#f",), URL),
+        (partial(gather, state="s"), "url", ("http://x/#f",), URL),
         (gather, "play", ("x",), URL),
         (gather, "max_digits", (0, True), WHOLE),
         (gather, "timeout_ms", (0.5,), WHOLE),
@@ -561,7 +561,7 @@ class ActionTest(TestCase):
 
 class WorkerTest(TestCase):
     def test_what_queues_up_is_done_together_in_order_and_again_if_it_failed(self):
-        go_on, batches = threading.Event(), []
+        go_on, batches = Event(), []
 
         def work(batch):
             batches.append(batch[:])
@@ -761,7 +761,7 @@ class CallLogTest(WithFolder):
             os.remove(self.path)
 
     def test_the_stop_waits_for_no_disk_that_hangs_in_a_removal(self):
-        log, reached, go_on = self.open(), threading.Event(), gate(self)
+        log, reached, go_on = self.open(), Event(), gate(self)
 
         class Hanging(Failing):
             def execute(self, *statement):
@@ -832,7 +832,7 @@ class CallLogTest(WithFolder):
 
     def test_the_file_is_rewritten_in_a_quiet_minute_until_an_event_comes(self):
         self.fill()
-        begun, rewrite = threading.Event(), sc.rewrite
+        begun, rewrite = Event(), sc.rewrite
 
         def last(database, folder):
             begun.set()
@@ -1094,14 +1094,14 @@ class YourCodeTest(TestCase):
         self.assertIn(b"<Hangup />", talk.receive().body)
 
     def test_a_ninth_call_waits_for_a_slot(self):
-        eight = threading.Barrier(8)
+        eight = Barrier(8)
         talk = Conversation(TRIAL, on_new_call=lambda event: (
-            eight.wait(5), threading.Event().wait(0.1)) and hang_up())
+            eight.wait(5), Event().wait(0.1)) and hang_up())
         talk.your_code.SLOT_SECONDS = 5
         self.assertTrue(all(b"<Hangup />" in body for body in self.together(talk, 16)))
 
     def test_too_many_events_for_slow_code_are_dropped_and_named(self):
-        begun, go_on = threading.Event(), gate(self)
+        begun, go_on = Event(), gate(self)
         code = sc.YourCode(CallFunctions(
             on_answer=lambda event: (begun.set(), go_on.wait(10)), on_hangup=lambda event: 1 / 0))
         code.hooks.limit, code.STUCK_SECONDS = 3, 0
@@ -1160,7 +1160,7 @@ class Running(WebhookServer):
         self.shown, self.is_told, self.clients = [], False, []
         self.receiver = Receiver(settings, [TEST_KEY], functions,
                                  lambda replied: self.shown.append(replied.event))
-        self.thread = threading.Thread(target=self.serve_until, args=(lambda: self.is_told,))
+        self.thread = Thread(target=self.serve_until, args=(lambda: self.is_told,))
         self.thread.start()
 
     def end(self):
@@ -1466,7 +1466,7 @@ class TimeLimitTest(TestCase):
         with suppress(OSError):  # a byte now and then does not stretch the limit
             for byte in slow:
                 connections[-1].sendall(bytes([byte]))
-                threading.Event().wait(0.02)
+                Event().wait(0.02)
         for client in connections:
             with client, suppress(ConnectionResetError):
                 self.assertEqual(all_of(client), b"")
@@ -1651,13 +1651,13 @@ class YourCodeOverHttpTest(TestCase):
         self.assertEqual(actions, [None])
 
     def test_a_stop_answers_what_is_in_flight_and_closes_the_rest(self):
-        begun = threading.Event()
+        begun = Event()
         running = self.serve(on_new_call=lambda event: (begun.set(), self.go_on.wait(10)) and None)
         busy, idle = running.connect(request()), running.connect()
         wait_until(lambda: begun.is_set() and len(running.connections) == 2)
         running.is_told = True
         running.thread.join()
-        stopping = threading.Thread(target=running.stop, args=(5,))
+        stopping = Thread(target=running.stop, args=(5,))
         stopping.start()
         self.assertEqual(idle.recv(1), b"")
         stopping.join(0.1)
@@ -1799,7 +1799,7 @@ def environment(**changed):
 
 
 def serve(test, server):
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread = Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     for end in (server.server_close, thread.join, server.shutdown):
         test.addCleanup(end)
@@ -1945,8 +1945,7 @@ class CallsTest(TestCase):
                            b"event=dtmf&callId=X&dtmf=1") for n in range(1, 10_000)]
         log = self.log(rows)
         with within(1):
-            alone, call = (call_of(log, HangupEvent(call_id=leg), 1e9 + DAY)
-                           for leg in ("L7", "X"))
+            alone, call = (call_of(log, HangupEvent(call_id=leg), 1e9 + DAY) for leg in ("L7", "X"))
         self.assertEqual(alone.legs, ("L7",))
         self.assertEqual((call.legs, call.outcome, call.digits[:3]), (("X",), "missed", "1,1"))
 
@@ -1966,7 +1965,7 @@ class CallFinderTest(InFolder):
         self.log = new_log(self, self.path)
         self.log.record(parse_event(NEW_CALL, ""), time.time(), None)
         self.event = HangupEvent(call_id="123456")
-        self.find = functools.partial(sc.find_call, self.path)
+        self.find = partial(sc.find_call, self.path)
         self.assertEqual(self.find(self.event).outcome, "ringing")
 
     def test_a_call_that_cannot_be_found_in_time_is_none(self):
@@ -2198,7 +2197,7 @@ class RehearsalTest(TestCase):
         """What is said, the call that the log holds then, and the events."""
         options = argparse.Namespace(sender="492111234567", to="4915791234567", digits=digits)
         log = new_log(self)
-        talk = Conversation(TRIAL, log, functools.partial(sc.find_call, log.path), **functions)
+        talk = Conversation(TRIAL, log, partial(sc.find_call, log.path), **functions)
         with redirect_stdout(io.StringIO()) as out:
             sc.Rehearsal(talk, name, options).play()
         events = talk.events()
@@ -2280,7 +2279,7 @@ class OtherServer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         for _ in range(8 * self.path.startswith("/drip")):
             self.wfile.write(b"H")
-            threading.Event().wait(0.05)
+            Event().wait(0.05)
         says = self.path in ("/new-call", "/on-answer", "/on-hangup", "/evil/healthz")
         self.send_response(200 if self.path == "/healthz" else 503 if says else 404)
         self.send_header("X-Instance", "me" * says)
