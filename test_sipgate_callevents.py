@@ -202,6 +202,7 @@ def change(test, owner, name, value):
 
 
 on_posix = partial(unittest.skipIf, os.name == "nt")
+on_linux = unittest.skipUnless(sys.platform == "linux", "prlimit")
 
 
 def gate(test):
@@ -762,14 +763,7 @@ class CallLogTest(WithFolder):
 
     def test_the_stop_waits_for_no_disk_that_hangs_in_a_removal(self):
         log, reached, go_on = self.open(), Event(), gate(self)
-
-        class Hanging(Failing):
-            def execute(self, *statement):
-                reached.set()
-                go_on.wait(10)
-                return self.inner.execute(*statement)
-
-        log._database = Hanging(log._database, "")
+        log._database.set_trace_callback(lambda statement: (reached.set(), go_on.wait(10)))
         log._newest, log._remove_at = log.now, 0
         self.assertTrue(reached.wait(5))
         with within(1):
@@ -935,7 +929,7 @@ class Conversation(Receiver):
 class ReceiverTest(TestCase):
     def test_a_refused_signature_is_named_and_leaves_no_trace(self):
         log = new_log(self)
-        talk = Conversation(call_log=log, on_new_call=self.fail)
+        talk = Conversation(LIVE, log, on_new_call=self.fail)
         for signature, refused in [
                 (None, MISSING), ("x", MALFORMED), ("YWJj", MALFORMED),
                 (sign(NEW_CALL)[:-1], MALFORMED), (sign(HANGUP), NO_MATCH)]:
@@ -999,7 +993,7 @@ class ReceiverTest(TestCase):
                 (PATHED, "/3f", HANGUP, DISCARDED, ""), (PATHED, "/3f/", HANGUP, DISCARDED, ""),
                 (LIVE, "/on-answer", HANGUP, DISCARDED, other_path),
                 (LIVE, "/new-call", b"event=pause&callId=1", BARE_XML, "")]:
-            talk = Conversation(settings, call_log=new_log(self))
+            talk = Conversation(settings, new_log(self))
             with self.subTest(path, body=body), diagnostics(warning) as said:
                 self.assertEqual(talk.signed(path, body).body, reply)
                 event, = talk.events()
@@ -1011,7 +1005,7 @@ class ReceiverTest(TestCase):
     def test_your_decision_goes_out_and_the_usual_reply_is_not_kept(self):
         log = new_log(self)
         talk = Conversation(
-            call_log=log, on_dtmf=lambda event: dial(event.state),
+            LIVE, log, on_dtmf=lambda event: dial(event.state),
             on_new_call=lambda event: gather(state=event.from_number) if event.first_leg else None)
         menu, dialled = (LIVE_XML[:-4] + b">" + xml + b"</Response>\n" for xml in (
             b'<Gather onData="https://x.example/on-data?state=492111234567" '
@@ -1027,20 +1021,19 @@ class ReceiverTest(TestCase):
 
     def test_a_repeat_is_answered_and_printed_but_runs_and_counts_once(self):
         seen, log = [], new_log(self)
-        talk = Conversation(call_log=log, on_new_call=lambda event: hang_up(),
-                            on_hangup=seen.append)
+        talk = Conversation(LIVE, log, on_new_call=lambda event: hang_up(), on_hangup=seen.append)
         sent = [("/new-call", NEW_CALL), ("/on-data", DTMF), ("/on-hangup", HANGUP),
                 ("/on-hangup", HANGUP + b"&a=b")]
         first, second = ([talk.signed(*one) for one in sent] for _ in range(2))
         self.assertEqual((first, len(talk.events()), len(seen)), (second, 8, 2))
         self.assertEqual(len(stored(log.path)), 6, "each once, but the digit twice")
-        trial = Conversation(TRIAL, call_log=log)
+        trial = Conversation(TRIAL, log)
         for _ in range(2):
             trial.receive()
         self.assertEqual(len(stored(log.path)), 8, "in trial mode each one counts")
 
     def test_an_error_of_ours_lets_the_call_go_through(self):
-        talk = Conversation(call_log="none")
+        talk = Conversation(LIVE, "none")
         with diagnostics("a reply could not be made; the call goes through undecided"):
             self.assertEqual(talk.signed().body, LIVE_XML)
 
@@ -2779,7 +2772,7 @@ def on_new_call(event):
         self.start(CALL_LOG="calls.db")
         self.assertEqual(set(acknowledged) - set(stored(self.path)), set())
 
-    @unittest.skipUnless(sys.platform == "linux", "prlimit")
+    @on_linux
     def test_a_full_disk_delays_no_call_and_loses_no_event(self):
         program, sent, status = self.start(CALL_LOG="calls.db"), [], 200
         program.limit("RLIMIT_FSIZE", 1_000_000)
@@ -2797,7 +2790,7 @@ def on_new_call(event):
         self.assert_ended(program, "the call log is behind (")
         self.assertEqual(stored(self.path), sent)
 
-    @unittest.skipUnless(sys.platform == "linux", "prlimit")
+    @on_linux
     def test_used_up_memory_or_file_descriptors_are_no_end(self):
         program, other = self.start(), self.start()
         refused = "a connection could not be accepted: "
@@ -2951,11 +2944,11 @@ def on_new_call(event):
     def test_a_sound_that_sipgate_would_skip_is_named(self):
         path = self.write("a.wav", "ID3 mp3")
         self.assertIn("not a PCM WAV", self.run_command("simulate", "--sound", path)[1])
-        for channels, width, rate, said in [
+        for *form, said in [
                 (1, 2, 8000, "sipgate plays it"), (2, 2, 8000, "2 channels, 2 bytes a sample, 8"),
                 (1, 1, 8000, "1 channels, 1 bytes a "), (1, 2, 44100, "a sample, 44100 Hz")]:
             with wave.open(path, "wb") as sound:
-                sound.setparams((channels, width, rate, 0, "NONE", ""))
+                sound.setparams((*form, 0, "NONE", ""))
             status, out, _ = self.run_command("simulate", "--sound", path)
             self.assertEqual((status, said in out), (said != "sipgate plays it", True), out)
 
