@@ -1486,12 +1486,8 @@ class TimeLimitTest(TestCase):
 
 class CapTest(TestCase):
     def setUp(self):
-        def wait_if_slow(event):
-            if event.call_id == "slow":
-                self.go_on.wait(10)
-
-        self.running = run_server(self, functions=CallFunctions(on_new_call=wait_if_slow))
-        self.running.max_connections = 5  # one place is kept free
+        self.running = run_server(self, max_connections=5, functions=CallFunctions(  # one is free
+            lambda event: (event.call_id != "slow" or self.go_on.wait(10)) and None))
         self.go_on = gate(self)
 
     def connect(self, sent=b""):
@@ -1753,10 +1749,11 @@ def rows_of(text):
     return rows
 
 
-def missed_call(n, at, number, links=""):
-    """The flow of leg `n`, which nobody answered."""
-    links = links or f"orig=L{n} xcid=x{n}"
-    return f"{at} n L{n} Alice {links} from={number}; {at + 20} h L{n} cancel"
+def missed_calls(count, step, number, links=""):
+    """The flow of so many calls, `step` seconds apart, which nobody answered; from number(n)."""
+    return ";".join(
+        f"{n * step} n L{n} Alice {links or f'orig=L{n} xcid=x{n}'} from={number(n)};"
+        f"{n * step + 20} h L{n} cancel" for n in range(count))
 
 
 def plain_row(number, event, leg, body):
@@ -1917,8 +1914,8 @@ class CallsTest(TestCase):
     def test_nobody_joins_strangers(self):
         for links, step in (("orig=L0 xcid=ab", 13 * 3600), ("orig=Z xcid=ab", 3600),
                             ("orig=L19 xcid=cd", DAY), ("orig=Z xcid=", 6 * 3600)):
-            office = ";".join(missed_call(n, n * step, f"49{n}", links) for n in range(20))
-            calls = calls_of(self.log(rows_of(office)), 1e9 + 50 * DAY)
+            office = rows_of(missed_calls(20, step, "49{}".format, links))
+            calls = calls_of(self.log(office), 1e9 + 50 * DAY)
             self.assertEqual([len(call.legs) for call in calls], [1] * 20, links)
         rows = [(n, "newCall", "", None, "x", b"direction=in") for n in (1, 2)]
         rows += [(3, "newCall", "L", None, "x", b"direction=in")]
@@ -1943,8 +1940,8 @@ class CallsTest(TestCase):
         self.assertEqual((call.legs, call.outcome, call.digits[:3]), (("X",), "missed", "1,1"))
 
     def test_a_month_of_a_small_office_is_read_in_a_second(self):
-        month = ";".join(missed_call(n, n * 776, f"49157{n % 900}") for n in range(3333))
-        log, now = self.log(rows_of(month)), 1e9 + 40 * DAY
+        month = rows_of(missed_calls(3333, 776, lambda n: f"49157{n % 900}"))
+        log, now = self.log(month), 1e9 + 40 * DAY
         with within(3):  # where the machine has something else to do
             callers, _ = sc.to_ring_back(calls_of(log, now))
         self.assertEqual(len(callers), 900)
@@ -2091,7 +2088,7 @@ class PageTest(InFolder):
         self.wait_for_open()
 
     def test_calls_are_found_and_opened(self):
-        self.add(";".join(missed_call(n, n, f"4917{n:02}") for n in range(60)), ago=4000)
+        self.add(missed_calls(60, 1, "4917{:02}".format), ago=4000)
         self.add("0 n A Zoe dir=out; 0.1 r A reject; 2 d A 1; 4 h A busy", ago=100)
         self.serve()
         wait_until(lambda: len(self.calls("?count=100")) == 61)
@@ -2842,7 +2839,7 @@ class CommandTest(InFolder):
     def fill_log(self, *numbers):
         """25 missed calls of three callers, one of them withheld."""
         numbers = numbers or ("49157111222", "", "49222333444") * 2
-        self.store(rows_of(";".join(missed_call(n, n * 500, numbers[n % 6]) for n in range(25))))
+        self.store(rows_of(missed_calls(25, 500, lambda n: numbers[n % 6])))
 
     def calls(self, *arguments):
         return self.run_command("calls", *arguments)[1].splitlines()
