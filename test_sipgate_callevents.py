@@ -1477,6 +1477,7 @@ class TimeLimitTest(TestCase):
     def test_a_reply_that_nobody_takes_ends_the_connection(self):
         self.running.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         with within(10), socket.socket() as client, suppress(OSError):
+            client.settimeout(10)
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.connect(self.running.server_address)
             while True:
