@@ -1870,6 +1870,8 @@ class CallsTest(TestCase):
             self.assertEqual(self.said(log, now), expected, name)
             self.assert_found(log, now)
             calls = self.calls(log, now)
+            for call in calls:
+                self.assertEqual(list(call.legs), sorted(call.legs), f"{name}, earliest first")
             orders = [chance.sample(rows, len(rows)) for _ in range(60)]
             for order in orders if len(rows) > 5 else itertools.permutations(rows):
                 log.execute("DELETE FROM events")
