@@ -2600,7 +2600,7 @@ class SettingsFromTest(InFolder):
         path = self.write(".env", "WEBHOOK_URL=https://file.example/p\nCALL_OUTPUT=json\n"
                                   "VERIFY_SIGNATURE=off\nCALL_LOG=calls.db\n")
         found, said = self.read("check", "--url", "https://flag.example/q", CALL_OUTPUT="off",
-                                VERIFY_SIGNATURE="")
+                                VERIFY_SIGNATURE="", WEBHOOK_URL="https://environ.example/r")
         self.assertEqual(self.options.sources, "WEBHOOK_URL (command line), "
                          f"CALL_LOG ({path}), CALL_OUTPUT (environment)")
         self.assertEqual((found.webhook_url, found.call_output, found.verify_signature,
