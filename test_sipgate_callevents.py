@@ -763,7 +763,14 @@ class CallLogTest(WithFolder):
 
     def test_the_stop_waits_for_no_disk_that_hangs_in_a_removal(self):
         log, reached, go_on = self.open(), Event(), gate(self)
-        log._database.set_trace_callback(lambda statement: (reached.set(), go_on.wait(10)))
+
+        class Hanging(Failing):
+            def execute(self, *statement):
+                reached.set()
+                go_on.wait(3)
+                return self.inner.execute(*statement)
+
+        log._database = Hanging(log._database, "")
         log._newest, log._remove_at = log.now, 0
         self.assertTrue(reached.wait(5))
         with within(1):
