@@ -2722,7 +2722,6 @@ class SettingsFromTest(InFolder):
 
 @on_posix("signals")
 class ProgramTest(InFolder):
-
     def assert_ended(self, program, *said):
         """It can be told to end, and has said all that."""
         status, out, err = program.end()
@@ -2790,8 +2789,8 @@ def on_new_call(event):
         self.assertEqual(signed("/p/on-hangup", HANGUP)[0], 200)
         out = self.assert_ended(
             program, "Webhooks > URLs", "https://x.example/p/new-call\n",
-            "deciding\\x1bü 492111234567", "it was missed", "VERIFY_SIGNATURE is on\n", "signature missing",
-            "on_hangup raised Zero", "mine.py has changed: restart this program to use it",
+            "deciding\\x1bü 492111234567", "it was missed", "VERIFY_SIGNATURE is on\n",
+            "signature missing", "on_hangup raised Zero", "mine.py has changed: restart this program to use it",
             "nothing uses onAnswer; is on_answer meant?")
         first, second = map(json.loads, out.splitlines())
         self.assertRegex(first.pop("received_at"), r"^2\d{3}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")
