@@ -1692,7 +1692,7 @@ class Output(io.FileIO):
                     time.sleep(0.05)
                 rest = rest[written or 0:]
         # Or each line would wake this thread, which makes calls a quarter slower.
-        time.sleep(0.01)
+        time.sleep(0.002)
 
 
 def has_own_time(stream: Any) -> bool:
