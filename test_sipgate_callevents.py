@@ -226,6 +226,12 @@ class WithFolder(TestCase):
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
         return str(path)
 
+    def store(self, rows):
+        """Put rows into the call log, a new one if there is none."""
+        CallLog(self.path, 30).close(5)
+        with database_at(self.path) as database:
+            fill(database, rows)
+
 
 def new_log(test, path=""):
     log = CallLog(path or os.path.join(temporary_folder(test), "calls.db"), 30)
@@ -246,6 +252,11 @@ def stored(path, what="call_id"):
     with database_at(path) as database:
         return [row if row[1:] else row[0]
                 for row in database.execute(f"SELECT {what} FROM events ORDER BY id")]
+
+
+def alter(path, script):
+    with database_at(path) as database:
+        database.executescript(script)
 
 
 def damage(path):
@@ -626,11 +637,6 @@ class CallLogTest(WithFolder):
     def rows(self, what="call_id"):
         return stored(self.path, what)
 
-    def other(self, path=None):
-        database = sqlite3.connect(path or self.path, isolation_level=None, timeout=10)
-        self.addCleanup(database.close)
-        return database
-
     def test_record_returns_once_an_event_is_on_disk_with_its_links(self):
         log = self.open()
         for orig, xcid in (("1", "ab"), ("0", ""), ("", "")):
@@ -675,11 +681,10 @@ class CallLogTest(WithFolder):
     @on_posix("devices")
     def test_what_cannot_be_a_call_log_is_refused_and_left_alone(self):
         os.mkfifo("pipe", 0o644)
-        self.other("foreign").executescript("CREATE TABLE events(a); PRAGMA application_id=1")
+        alter("foreign", "CREATE TABLE events(a); PRAGMA application_id=1")
         text = self.write("text", "numbers I want to keep")
         self.open("version").close(5)
-        with database_at("version") as database:
-            database.execute("PRAGMA user_version=1")
+        alter("version", "PRAGMA user_version=1")
         for said, *paths in [
                 ("it is no file", "pipe", os.devnull, self.folder),
                 ("it is not a call log of this version of the program, and is left alone",
@@ -706,7 +711,7 @@ class CallLogTest(WithFolder):
         self.assertTrue(log.take("2"))
         self.assertEqual((os.path.islink("link"), os.path.exists(aside), self.rows()),
                          (True, True, ["2"]))
-        self.other().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        alter(self.path, "PRAGMA wal_checkpoint(TRUNCATE)")
         damage(self.path)  # while it runs
         log.take("3")
         log.take("4")
@@ -715,13 +720,11 @@ class CallLogTest(WithFolder):
 
     def test_a_locked_log_catches_up_in_order_as_far_as_it_has_room(self):
         log = self.open(QUEUE=5)
-        other = self.other()
-        other.execute("BEGIN EXCLUSIVE")
         with diagnostics() as said:
-            with within(0.5):  # only the first waits
+            with database_at(self.path) as other, within(0.5):  # only the first waits
+                other.execute("BEGIN EXCLUSIVE")
                 self.assertEqual([log.take(call_id) for call_id in "1234567"], [None] * 7)
-            self.assertEqual(log.behind, "database is locked")
-            other.execute("COMMIT")
+                self.assertEqual(log.behind, "database is locked")
             catch_up(log)
         self.assertRegex("\n".join(said), "(?s)no room: newCall of call 6 is not stored.*call 7 "
                          "is not stored.*caught up: all events are stored$")
@@ -730,13 +733,11 @@ class CallLogTest(WithFolder):
 
     def test_locked_at_the_start_it_starts_all_the_same(self):
         self.open().close(5)
-        other = self.other()
-        other.execute("PRAGMA locking_mode=EXCLUSIVE")
-        other.execute("BEGIN EXCLUSIVE")
-        log = self.open()
-        self.assertIn("locked", log.behind)
-        self.assertIsNone(log.take("1"))
-        other.close()
+        with database_at(self.path) as other:
+            other.executescript("PRAGMA locking_mode=EXCLUSIVE; BEGIN EXCLUSIVE")
+            log = self.open()
+            self.assertIn("locked", log.behind)
+            self.assertIsNone(log.take("1"))
         catch_up(log)
         self.assertEqual(self.rows(), ["1"])
 
@@ -788,23 +789,19 @@ class CallLogTest(WithFolder):
         log.close(10)
         self.assertEqual(self.rows("event || call_id"), [f"reply{n}" for n in range(500)])
         self.assertFalse(os.path.exists(self.path + "-wal"), "the database is closed")
-        log, other = self.open(), self.other()
-        with diagnostics() as said:
+        log = self.open()
+        with diagnostics() as said, database_at(self.path) as other:
             other.execute("BEGIN EXCLUSIVE")
             log.take("a")
             log.take("b")
             log.close(0.1)
-            other.execute("COMMIT")
         self.assertIn("events could not be stored, of the calls a, b", said)
 
     def fill(self, count=300, old=40.0):
-        """A file with rows of that age (in days) and new ones in turn; a connection to it."""
-        self.open().close(5)
-        other, before = self.other(), 10**15 - int(DAY * 1e6 * old)
-        fill(other, [plain_row(10**15 + n, "", f"new{n}", b"from=4988800011") if n % 2 else
-                     plain_row(before + n, "", "OLDCALL", b"from=49999911122")
-                     for n in range(count)])
-        return other
+        """Store rows of that age (in days) and new ones in turn."""
+        before = 10**15 - int(DAY * 1e6 * old)
+        self.store(plain_row(10**15 + n, "", f"new{n}", b"from=4988800011") if n % 2 else
+                   plain_row(before + n, "", "OLDCALL", b"from=49999911122") for n in range(count))
 
     def is_clean(self, log):
         """Whether no old number is left anywhere; the next try is now."""
@@ -815,7 +812,9 @@ class CallLogTest(WithFolder):
         return b"OLDCALL" not in found and b"49999911122" not in found
 
     def test_removal_leaves_no_byte_and_webhooks_are_stored_meanwhile(self):
-        reader = self.fill(2000)
+        self.fill(2000)
+        reader = sqlite3.connect(self.path, isolation_level=None)
+        self.addCleanup(reader.close)
         reader.execute("BEGIN")  # in the way of the checkpoint for a while
         reader.execute("SELECT count(*) FROM events").fetchone()
         log = self.open(FIRST_SECONDS=0.01, STEP_ROWS=50)
@@ -883,9 +882,8 @@ class CallLogTest(WithFolder):
         old, young = "calls.db.damaged-1", "calls.db.damaged-2"
         for name, age in ((old, 31), (young, 29)):
             os.utime(self.write(name, ""), (1e9 - age * DAY,) * 2)
-        other = self.fill()
-        other.execute("PRAGMA secure_delete=OFF")
-        other.execute("DELETE FROM events WHERE call_id = 'OLDCALL'")
+        self.fill()
+        alter(self.path, "PRAGMA secure_delete=OFF; DELETE FROM events WHERE call_id = 'OLDCALL'")
         log = self.open(FIRST_SECONDS=0.01)
         wait_until(lambda: self.is_clean(log))
         self.assertEqual([os.path.exists(name) for name in (old, young)], [False, True])
@@ -1802,7 +1800,6 @@ def calls_of(log, now):
     return [call for call, _ in sc.listed_calls(log, now)]
 
 
-
 @contextmanager
 def environment(**changed):
     before = dict(os.environ)
@@ -1830,12 +1827,6 @@ class InFolder(WithFolder):
         change(self, sys, "stdin", io.StringIO())
         for number in (signal.SIGINT, signal.SIGTERM):
             self.addCleanup(signal.signal, number, signal.getsignal(number))
-
-    def store(self, rows):
-        """Put rows into the call log, a new one if there is none."""
-        CallLog(self.path, 30).close(5)
-        with database_at(self.path) as database:
-            fill(database, rows)
 
     def run_command(self, *arguments, **environ):
         out, err = io.StringIO(), io.StringIO()
@@ -2121,8 +2112,7 @@ class PageTest(InFolder):
         self.store([plain_row(int(time.time() * 1e6), "newCall", "", body)])
         self.wait_for_open("49222")
         self.assertEqual(self.data()["open"][0]["users"], [*names[:2], "\\u202eevil"])
-        with database_at(self.path) as database:
-            database.execute("DELETE FROM events")  # the log begins anew
+        alter(self.path, "DELETE FROM events")  # the log begins anew
         self.wait_for_open()
 
     def test_calls_are_found_and_opened(self):
@@ -2155,10 +2145,9 @@ class PageTest(InFolder):
         versions = [(empty.look(), empty.version)[1] for _ in range(2)]
         self.assertEqual(versions[0], versions[1])
         self.serve()
-        with database_at(self.path) as database:
-            database.execute("PRAGMA user_version=99")
-            wait_until(lambda: "is not a call log of this version" in self.data()["trouble"])
-            database.execute(f"PRAGMA user_version={sc.SCHEMA_VERSION}")
+        alter(self.path, "PRAGMA user_version=99")
+        wait_until(lambda: "is not a call log of this version" in self.data()["trouble"])
+        alter(self.path, f"PRAGMA user_version={sc.SCHEMA_VERSION}")
         self.add("0 n A Alice", ago=5)
         self.wait_for_open(P)
         os.remove(self.path)
@@ -2364,7 +2353,7 @@ class CheckTest(InFolder):
                 (0, "both.pem", "127.0.0.1", "IP address mismatch|not valid for")]:
             path = self.write("both.pem", CERTIFICATES[number])
             port = run_server(self, tls=sc.TlsFiles(path, path)).port
-            with environment(SSL_CERT_FILE=os.path.join(self.folder, trusted)):
+            with environment(SSL_CERT_FILE=trusted):
                 found = sc._check_way_in(f"https://{host}:{port}", "me")
             self.assert_finding(found, "problem",
                                 f".* does not lead here .*({said}).*valid certificate")
@@ -2389,19 +2378,17 @@ class CheckTest(InFolder):
         assert_port(mine, "problem", "the running copy says: the call log is behind")
 
     def assert_log(self, kind, said, path=""):
-        self.assert_finding(sc._check_log(path or self.path), kind,
-                            "call log:? " + said)
+        self.assert_finding(sc._check_log(path or self.path), kind, "call log:? " + said)
 
     def test_the_call_log(self):
         for kind, said, path in [
                 ("ok", "no calls are", "off"), ("ok", "no calls are", ""),
                 ("problem", ".*and this user may not create it$",
-                 os.path.join(self.folder, "none", "calls.db")),
+                 os.path.join("none", "calls.db")),
                 ("problem", f"{self.folder}: unable to open", self.folder)]:
             self.assert_log(kind, said, path)
         self.assertEqual(os.listdir(), [])
-        with database_at(self.path) as foreign:
-            foreign.execute("CREATE TABLE a(b)")
+        alter(self.path, "CREATE TABLE a(b)")
         self.assert_log("problem", ".* is not a call log of this version")
         os.remove(self.path)
         log = CallLog(self.path, 30)
@@ -3085,9 +3072,8 @@ class ForgetTest(InFolder):
 
     def test_it_is_gone_only_once_no_byte_of_it_is_left(self):
         self.store(plain_row(n, "newCall", "x", b"from=49157999111") for n in range(99))
-        with database_at(self.path) as database:
-            database.executescript("PRAGMA secure_delete=OFF; DELETE FROM events WHERE id > 1;"
-                                   "UPDATE events SET digest = id")
+        alter(self.path, "PRAGMA secure_delete=OFF; DELETE FROM events WHERE id > 1;"
+                         "UPDATE events SET digest = id")
         rewrite = sc.rewrite
         change(self, sc, "rewrite", lambda *_: None)
         status, _, err = self.forget("49157999111", "--yes")
