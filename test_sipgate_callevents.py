@@ -1113,11 +1113,10 @@ class YourCodeTest(TestCase):
         begun, go_on = Event(), gate(self)
         code = sc.YourCode(CallFunctions(
             on_answer=lambda event: (begun.set(), go_on.wait(10)), on_hangup=lambda event: 1 / 0))
-        code.hooks.limit, code.STUCK_SECONDS = 3, 0
+        code.hooks.limit = 3
         with diagnostics() as said:
             code.run_later(AnswerEvent())
             begun.wait(10)
-            self.assertIn("stuck: on_answer has been running", code.stuck())
             for _ in range(4):
                 code.run_later(HangupEvent())
             self.assertEqual(said, ["on_hangup was not run: 1000 events wait for your code"] * 2)
@@ -2752,8 +2751,8 @@ def on_new_call(event):
         out = self.assert_ended(
             program, "Webhooks > URLs", "https://x.example/p/new-call\n",
             "deciding\\x1bü 492111234567", "it was missed", "VERIFY_SIGNATURE is on\n",
-            "signature missing", "on_hangup raised Zero", "mine.py has changed: restart this program to use it",
-            "nothing uses onAnswer; is on_answer meant?")
+            "signature missing", "on_hangup raised Zero",
+            "mine.py has changed: restart this program to use it", "nothing uses onAnswer; is on_answer meant?")
         first, second = map(json.loads, out.splitlines())
         self.assertRegex(first.pop("received_at"), r"^2\d{3}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")
         self.assertEqual(first, {
@@ -2888,8 +2887,8 @@ class CommandTest(InFolder):
             log.record(parse_event(body, ""), time.time() - 60 + 4 * n, None)
         log.close(5)
         self.store(rows_of(f"50000 n A Alice; 50004 a A {MOBILE}; 50060 h A"))
-        for number, count in ((MOBILE, 1), ("+" + MOBILE, 1), (P, 1), ("49171*", 1), ("4917", 0),
-                              ("+49.157 (111) 222", 9), ("+49 (0) 157 111222", 9)):
+        for number, count in ((MOBILE, 1), (P, 1), ("49171*", 1), ("4917", 0),
+                              ("+49.157 (111) 222", 9)):
             self.assertEqual(len(self.entries("--number", number)), count, number)
         for second, count in ((50000, 2), (50001, 1)):  # by when they began, not by their end
             since = sc.local_time(1e9 + second)
@@ -2933,13 +2932,6 @@ def on_answer(event):
     threading.Event().wait(0.05)
     print("hello")
 """
-    WRONG_CODE = """\
-import logging.config
-logging.config.dictConfig({"version": 1})  # an error counts nevertheless
-
-def on_new_call(event):
-    return "<Dial/>"
-"""
 
     def test_a_rehearsal_from_an_empty_folder(self):
         path = self.write("mine.py", self.CODE)
@@ -2949,7 +2941,7 @@ def on_new_call(event):
                      "discarded\nhello\n--> hangup"):
             self.assertIn(part, out)
         self.assertEqual(set(os.listdir()) - {"__pycache__"}, {"mine.py"})
-        self.write("mine.py", self.WRONG_CODE)
+        self.write("mine.py", "def on_new_call(event): return '<Dial/>'")
         status, _, err = self.run_command("simulate", "missed", CALL_HANDLERS="mine.py")
         self.assertEqual(status, 1)
         self.assertIn("on_new_call returned a str, not an action", err)
@@ -2979,7 +2971,6 @@ def on_new_call(event):
     )
 
     def test_wrong_words_are_named(self):
-        self.fill_log()
         for text, said in self.WRONG:
             self.assert_refused(said, *text.split())
         for argument, said in [("--version", "2."), ("-h", "--env-file ENV_FILE")]:
