@@ -2752,7 +2752,8 @@ def on_new_call(event):
             program, "Webhooks > URLs", "https://x.example/p/new-call\n",
             "deciding\\x1bü 492111234567", "it was missed", "VERIFY_SIGNATURE is on\n",
             "signature missing", "on_hangup raised Zero",
-            "mine.py has changed: restart this program to use it", "nothing uses onAnswer; is on_answer meant?")
+            "mine.py has changed: restart this program to use it",
+            "nothing uses onAnswer; is on_answer meant?")
         first, second = map(json.loads, out.splitlines())
         self.assertRegex(first.pop("received_at"), r"^2\d{3}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")
         self.assertEqual(first, {
