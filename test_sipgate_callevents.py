@@ -628,7 +628,6 @@ class QuickLog(CallLog):
 
 
 class CallLogTest(WithFolder):
-
     def open(self, path=None, **more):
         log = type("Log", (QuickLog,), more)(path or self.path, 30)
         self.addCleanup(log.close, 5)
@@ -833,6 +832,13 @@ class CallLogTest(WithFolder):
         reader.execute("COMMIT")
         wait_until(lambda: self.is_clean(log))
         self.assertEqual(len(self.rows()), 1005)
+
+    def test_what_is_deleted_is_overwritten_at_once(self):
+        self.fill(2000)
+        log = self.open(FIRST_SECONDS=0.01, QUIET_SECONDS=99)
+        wait_until(lambda: "OLDCALL" not in self.rows())
+        log.close(5)
+        self.assertLess(Path(self.path).read_bytes().count(b"49999911122"), 20)
 
     def test_the_file_is_rewritten_in_a_quiet_minute_until_an_event_comes(self):
         self.fill()
