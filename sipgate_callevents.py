@@ -2440,7 +2440,8 @@ def table(rows: Iterable[Any]) -> str:
     names = [name for name in COLUMNS if name in rows[-1]]
     cells = [[str(readable(name, row[name], "table")) for name in names] for row in rows]
     most = max(shutil.get_terminal_size().columns, 80)
-    widths = [min(max(map(len, column)), 16) for column in zip(*cells)][:-1] + [most]
+    widest = (most - 48) // 2  # two numbers beside all else: 16 in 80 columns, as E.164 needs
+    widths = [min(max(map(len, column)), widest) for column in zip(*cells)][:-1] + [most]
     lines = []
     for texts, row in zip(cells, rows):
         line = " ".join(text[:width].ljust(width) for text, width in zip(texts, widths))
@@ -2685,7 +2686,7 @@ def _check_sound(path: str) -> int:
     with contextlib.suppress(wave.Error, EOFError), wave.open(path, "rb") as sound:
         found = "{} channels, {} bytes a sample, {} Hz".format(*sound.getparams())
     verdict = "plays it" if found == expected else f"skips it: {found}, expected {expected}"
-    print(f"{path}: sipgate {verdict}")
+    print(wrapped(f"{path}: sipgate {verdict}", sys.stdout))
     return int(found != expected)
 
 
