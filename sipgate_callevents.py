@@ -969,7 +969,7 @@ class YourCode:
         self.functions = {name: function for name, function in functions._asdict().items()
                           if _content(function) != _content(_nothing)}
         self._slots = threading.Semaphore(self.SLOTS)
-        self._running: list[tuple[str, float]] = []  # which, since when
+        self._running: list[tuple[CallEvent, float]] = []  # for what, since when
         self.hooks = Worker("hooks", self._run_first, 1000)
 
     def decide(self, event: CallEvent, deadline: float) -> Action | None:
@@ -1006,10 +1006,12 @@ class YourCode:
     def stuck(self) -> str:
         """What of your code does not return, "" if there is nothing."""
         running = self._running[:]
-        limit = self.FULL_SECONDS if len(running) >= self.SLOTS else self.STUCK_SECONDS
-        for name, since in running:
+        is_full = sum(event.is_decided for event, _ in running) >= self.SLOTS
+        for event, since in running:
+            limit = self.FULL_SECONDS if is_full and event.is_decided else self.STUCK_SECONDS
             if time.monotonic() - since > limit:
-                return f"your code is stuck: {name} has been running for over {limit:.0f} seconds"
+                return (f"your code is stuck: {event.function} has been running for over "
+                        f"{limit:.0f} seconds")
         return ""
 
     def _run_in_slot(self, event: CallEvent, outcome: queue.SimpleQueue[Any]) -> None:
@@ -1032,7 +1034,7 @@ class YourCode:
 
     def _run(self, event: CallEvent) -> Any:
         """What your function returns; None, with a message, if it raises."""
-        run = (event.function, time.monotonic())
+        run = (event, time.monotonic())
         self._running.append(run)
         try:
             return self.functions[event.function](event)
@@ -1457,8 +1459,8 @@ class TlsFiles:
         """The context for a new connection. Raises SettingsError while there has been none."""
         try:
             # With the time of chmod, which can make a file readable.
-            stamp = [time for path in self.paths
-                     for time in (os.stat(path).st_mtime_ns, os.stat(path).st_ctime_ns)]
+            stamp = [at for path in self.paths
+                     for at in (os.stat(path).st_mtime_ns, os.stat(path).st_ctime_ns)]
             if stamp != self._stamp:
                 self._stamp = stamp
                 # A new one: the live one would fail while only one of the files is new.
@@ -1473,6 +1475,8 @@ class TlsFiles:
                          *self.paths, error)
             if not self._context:
                 raise SettingsError(fault) from None
+            if not isinstance(error, ssl.SSLError):  # such as no descriptor left, for a while
+                self._stamp = []
             logger.warning("%s; the old pair stays in use", fault)
         return self._context
 
@@ -1676,7 +1680,7 @@ class Output(io.FileIO):
             logger.warning("a print was dropped: 5000 wait for their reader")
 
     def _write(self, batch: list[Callable[[], str]]) -> None:
-        del batch[200:]  # or what drops one piece would wait long for room
+        del batch[200:]  # so that there is room again soon
         text = ""
         for piece in batch:
             try:
@@ -2137,6 +2141,11 @@ class Call:
     legs: tuple[str, ...]
 
 
+def key_of(call: Call) -> str:
+    """The name of its first leg."""
+    return call.legs[0] if call.legs else f"#{call.started * 1e6:.0f}"
+
+
 class StoredEvent(NamedTuple):
     """A row of the call log, with its Unix time; `words`: what our reply said, if it is one."""
 
@@ -2492,7 +2501,7 @@ def show_calls(options: argparse.Namespace, settings: Settings) -> int:
                 missed = times = {calls[0]: len(calls) for calls in callers}
             latest = sorted(missed, key=lambda call: call.started, reverse=True)
             needs_legs = options.events or options.number != "*"
-            pairs = ((call, call_with(database, next(iter(call.legs), "")) if needs_legs else [])
+            pairs = ((call, call_with(database, key_of(call)) if needs_legs else [])
                      for call in latest)
         rows = ({**call_row(call, legs, form if options.events else ""),
                  **({"calls": times[call]} if times else {})}
@@ -2641,7 +2650,7 @@ def press_keys(receiver: Receiver, reply: ET.Element, call_id: str, keys: list[s
     while keys and action.get("onData", "").partition("?")[0] == ours:
         if "on_dtmf" not in receiver.your_code.functions:
             print("    (on_dtmf does nothing with the digits)")
-        most = int(action.get("maxDigits", "")) if keys[1:] else None
+        most = int(action.get("maxDigits", "")) if keys[0] != "-1" else None
         form = {"event": "dtmf", "dtmf": keys.pop(0)[:most], "callId": call_id}
         reply = post_event(receiver, action.attrib["onData"], form)
         action = next(iter(reply), reply)
@@ -3133,7 +3142,8 @@ const line = call => {
   const cells = [moment(call.started), phone(call.from), phone(call.to),
     (call.direction === "out" ? "↗ " : "↘ ") + say(call.outcome),
     span(call.wait_s), span(call.talk_s), joined(call.answered_by.join(", "), call.reply)];
-  const kinds = ["num", "who", "side who", "num " + call.outcome, "side num", "side num", "side"];
+  const kinds =
+    ["num", "who", "side who", "num " + call.outcome, "side num", "side num", "side who"];
   const row = el("tr", { tabindex: 0 },
     ...cells.map((cell, at) => el("td", { class: kinds[at] }, cell)));
   row.onclick = event => event.target.href || open(row, call);
@@ -3183,7 +3193,6 @@ look();
 </script>
 """
 SHOWN_DAYS = 30
-BARS = {"answered": 0, "talking": 0, "voicemail": 1, "missed": 2, "lost": 2}
 HEADERS = {
     "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -3192,11 +3201,6 @@ HEADERS = {
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'" + "".join(
         f"; {tag}-src 'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'"
         for tag, part in re.findall(r"<(style|script)>(.*?)</", PAGE, re.DOTALL))}
-
-
-def key_of(call: Call) -> str:
-    """The name of its first leg."""
-    return call.legs[0] if call.legs else f"#{call.started * 1e6:.0f}"
 
 
 def page_row(call: Call) -> dict[str, Any]:
@@ -3210,12 +3214,23 @@ def words_of(call: Call) -> str:
     return " ".join(words).lower()
 
 
+def bar_of(call: Call) -> int:
+    """What an incoming call counts as: 0 answered, 1 voicemail, 2 missed; -1 nothing (yet)."""
+    if call.direction == "out":
+        return -1
+    if call.answered:
+        return 0
+    if call.outcome == "lost" and (call.ended or not call.direction):
+        return -1  # the remains of one
+    return {"voicemail": 1, "missed": 2, "lost": 2}.get(call.outcome, -1)
+
+
 def counted(calls: Iterable[Call]) -> dict[str, Any]:
     """The figures of a day's incoming calls, and of each hour: answered, voicemail, missed."""
     hours = [[0, 0, 0] for _ in range(24)]
-    calls = [call for call in calls if call.direction != "out" and call.outcome in BARS]
+    calls = [call for call in calls if bar_of(call) >= 0]
     for call in calls:
-        hours[time.localtime(call.started).tm_hour][BARS[call.outcome]] += 1
+        hours[time.localtime(call.started).tm_hour][bar_of(call)] += 1
     answered, _, missed = map(sum, zip(*hours))
     waits = sorted(call.wait_s for call in calls if call.wait_s is not None)
     talks = [call.talk_s for call in calls if call.talk_s is not None]
@@ -3325,7 +3340,7 @@ class Overview:
             self._latest(lambda call: call.ended or call.answered or call.started))
         return {
             "now": time.time(), "url": self.settings.webhook_url, "heat": heat,
-            "empty": not any(self.days.values()),
+            "empty": not (self._newest or any(self.days.values())),
             "open": [*map(page_row, self._open_calls())], "withheld": withheld,
             "back": [{**page_row(calls[0]), "calls": len(calls)} for calls in callers[:100]],
             "today": self._counted[days[0]][0], "before": self._counted[days[7]][0],
@@ -3454,7 +3469,7 @@ def page(options: argparse.Namespace, settings: Settings) -> int:
 
 # ------------------------------------------------------------------------------------------
 # Command line
-# The only place that reads the environment and arguments.
+# The only place that reads settings from the environment and arguments.
 # ------------------------------------------------------------------------------------------
 
 COMMANDS = {"calls": show_calls, "forget": forget_number, "simulate": simulate, "check": check,

@@ -148,6 +148,7 @@ def setUpModule():
     for name in filter(re.compile("WEBHOOK|CALL|VERIFY|SIGNATURE|JOURNAL").match, list(os.environ)):
         del os.environ[name]
     os.environ["COLUMNS"] = "80"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # `&` ignores it
     global SCRIPT
     folder = tempfile.mkdtemp()
     unittest.addModuleCleanup(shutil.rmtree, folder)
@@ -376,7 +377,7 @@ class SignatureTest(WithFolder):
         path = self.write("key.pem", sc.SIPGATE_PUBLIC_KEY)
         self.assertEqual(sc.load_keys(path), [sc.SIPGATE_KEY])
 
-    def test_what_sipgate_signed_is_signed_and_another_body_is_not(self):
+    def test_what_sipgate_signed_is_signed_and_no_other_body(self):
         good = VECTOR_BODY
         self.assertTrue(is_signed(good, VECTOR_SIGNATURE, self.KEYS))
         for body in (good + b"\n", good.replace(b"=in", b"=io"), good.replace(b"%5B%5D", b"[]"),
@@ -810,7 +811,7 @@ class CallLogTest(WithFolder):
                 found += path.read_bytes()
         return b"OLDCALL" not in found and b"49999911122" not in found
 
-    def test_removal_leaves_no_byte_and_webhooks_are_stored_meanwhile(self):
+    def test_removal_leaves_no_byte_and_delays_no_webhook(self):
         self.fill(2000)
         reader = sqlite3.connect(self.path, isolation_level=None)
         self.addCleanup(reader.close)
@@ -840,7 +841,7 @@ class CallLogTest(WithFolder):
         log.close(5)
         self.assertLess(Path(self.path).read_bytes().count(b"49999911122"), 20)
 
-    def test_the_file_is_rewritten_in_a_quiet_minute_until_an_event_comes(self):
+    def test_the_file_is_rewritten_in_a_quiet_minute(self):
         self.fill()
         begun, rewrite = Event(), sc.rewrite
 
@@ -985,6 +986,8 @@ class ReceiverTest(TestCase):
         self.assertEqual(talk.receive().body, TRIAL_XML)
         self.assertEqual(talk.verdict(signature=sign(HANGUP)), NO_MATCH)
         self.assertEqual(talk.verdict(outside="abc.lhr.life"), MISSING)
+        talk.settings = replace(TRIAL, verify_signature="new-call")
+        self.assertEqual(talk.verdict("/on-hangup", HANGUP, outside="abc.lhr.life"), MISSING)
 
     def test_the_path_of_the_url_counts(self):
         talk = Conversation(PATHED)
@@ -1030,7 +1033,7 @@ class ReceiverTest(TestCase):
             ("newCall", NEW_CALL), ("reply", menu), ("newCall", further), ("dtmf", DTMF),
             ("reply", dialled)])
 
-    def test_a_repeat_is_answered_and_printed_but_runs_and_counts_once(self):
+    def test_a_repeat_is_replied_to_but_runs_and_counts_once(self):
         seen, log = [], new_log(self)
         talk = Conversation(LIVE, log, on_new_call=lambda event: hang_up(), on_hangup=seen.append)
         sent = [("/new-call", NEW_CALL), *FOLLOW_UPS, ("/on-hangup", HANGUP + b"&a=b")]
@@ -1042,7 +1045,7 @@ class ReceiverTest(TestCase):
             trial.receive()
         self.assertEqual(len(stored(log.path)), 9, "in trial mode each one counts")
 
-    def test_an_error_of_ours_or_a_gather_with_nowhere_to_go_lets_the_call_go_through(self):
+    def test_an_error_of_ours_or_a_gather_to_nowhere_stops_no_call(self):
         menu = Conversation(TRIAL, on_new_call=lambda event: gather())
         self.assertIn(b"<Gather", menu.receive().body)
         for talk, xml, notes in [(Conversation(LIVE, "none"), LIVE_XML, 0), (menu, BARE_XML, 1)]:
@@ -1077,7 +1080,7 @@ class YourCodeTest(TestCase):
                 self.assertEqual(reply.body, TRIAL_XML)
                 self.assertRegex(said[0], f"(?s)^on_new_call {message}")
 
-    def test_an_error_that_cannot_be_reported_costs_no_caller_time_and_no_slot(self):
+    def test_an_error_that_cannot_be_reported_costs_no_slot(self):
         class Odd(SyntaxError):
             lineno = property(lambda self: 1 / 0)
 
@@ -1121,6 +1124,8 @@ class YourCodeTest(TestCase):
         with diagnostics() as said:
             code.run_later(AnswerEvent())
             begun.wait(10)
+            code.SLOTS, code.FULL_SECONDS = 1, 0
+            self.assertEqual(code.stuck(), "", "it may be slow")
             for _ in range(4):
                 code.run_later(HangupEvent())
             self.assertEqual(said, ["on_hangup was not run: 1000 events wait for your code"] * 2)
@@ -1412,7 +1417,7 @@ class HttpTest(TestCase):
                 "CF-Connecting-IP")),
             request(host="abc.lhr.life"), b"POST /new-call HTTP/1.0\r\n\r\n")})
 
-    def test_the_request_of_the_documentation_is_taken_through_a_tunnel(self):
+    def test_the_documented_request_is_taken_through_a_tunnel(self):
         host = "gwen.fuglu.net:3000"
         body = (b"event=newCall&direction=in&from=anonymous&to=445603000514"
                 b"&callId=4932215337270853042")
@@ -1472,7 +1477,7 @@ class TimeLimitTest(TestCase):
         cls.running = Running(**IMPATIENT)
         cls.addClassCleanup(cls.running.end)
 
-    def test_what_comes_too_slowly_is_closed_without_a_word_or_a_record(self):
+    def test_what_comes_too_slowly_is_closed_and_not_recorded(self):
         slow = request(b"callId=slow")
         connections = [self.running.connect(sent) for sent in (b"", b"POST /new", slow[:-1], b"")]
         with suppress(OSError):  # a byte now and then does not stretch the limit
@@ -1484,7 +1489,7 @@ class TimeLimitTest(TestCase):
                 self.assertEqual(all_of(client), b"")
         self.assertNotIn("slow", self.running.calls())
 
-    def test_idle_connections_are_kept_and_a_second_head_has_its_own_limit(self):
+    def test_idle_connections_are_kept_and_each_head_has_its_limit(self):
         for sent, least, most in [(b"", 0.35, 5), (b"POST ", 0, 0.38)]:
             with self.running.connect(request()) as client:
                 self.assertEqual(status_of(client), 200)
@@ -1529,7 +1534,7 @@ class CapTest(TestCase):
         self.assertEqual([status_of(connection) for connection in connections],
                          [200] * len(connections))
 
-    def test_the_longest_waiting_makes_room_and_an_idle_one_is_spared(self):
+    def test_the_longest_waiting_makes_room_and_no_idle_one(self):
         self.running.spared_seconds = 0
         idle = self.connect(request())
         self.assert_answered(idle)
@@ -1541,7 +1546,7 @@ class CapTest(TestCase):
             connection.sendall(request())
         self.assert_answered(second, third, idle)
 
-    def test_only_what_waits_is_ended_and_what_has_come_is_replied_to(self):
+    def test_only_what_waits_ends_and_what_has_come_is_replied_to(self):
         server, theirs = self.running, self.connect()
         connection, = server.connections.values()
         with server._changed:  # which its thread needs to go on
@@ -1618,15 +1623,12 @@ class TlsTest(WithFolder):
         self.use(CERTIFICATES[1], CERTIFICATES[0])
         self.assertRaisesRegex(SettingsError, "and the key that belongs to it",
                                sc.TlsFiles, *self.paths)
-        stamps = [os.stat(path).st_mtime_ns for path in self.paths]
         with diagnostics() as said:
             self.assertEqual([self.served(), self.served()], [(200, 0)] * 2)
         self.assertEqual(sum("the old pair stays in use" in line for line in said), 1)
         os.remove(self.paths[0])
         self.assertEqual(self.served(), (200, 0))
         self.use(CERTIFICATES[1])
-        for path, stamp in zip(self.paths, stamps):  # as chmod would do
-            os.utime(path, ns=(stamp, stamp))
         self.assertEqual(self.served(), (200, 1))
 
 
@@ -1685,10 +1687,9 @@ class YourCodeOverHttpTest(TestCase):
 P, FIRM, MOBILE = "49157111", "4930200", "49171999"
 DAY = 86400
 # A flow: "seconds event leg details", separated by ";". n newCall, a answer, h hangup, d digits,
-# r our reply. Of n the details are who rings, of a who answers (or a number), of h the cause;
-# further fields as k=v, once for a leg. origCallId is A.
-# Then when it is read (seconds after the first event), and of each call, earliest first:
-# outcome, by whom, wait, talk; "back" where the caller is to be rung back.
+# r our reply. Details: of n who rings, of a who answers (or a number), of h the cause; then fields
+# as k=v, once for a leg. origCallId is A. After it, when it is read (seconds after the first event)
+# and of each call, earliest first: outcome, by whom, wait, talk; "back": it is to be rung back.
 FLOWS = {
     # the golden flows of the rules
     "answered": ("0 n A Alice; 12 a A Alice; 102 h A", 200, "answered Alice 12 90"),
@@ -1711,7 +1712,7 @@ FLOWS = {
     "it rang, hangup lost": ("0 n A Alice", DAY, "lost - - - back"),
     "same xcid an hour later": ("0 n A Alice; 20 h A cancel; 3600 n B Bob orig=B from=49222 to=493099; 3605 a B Bob; 3665 h B", 4000, "missed - 20 - back", "answered Bob 5 60"),
     "queue, then an agent": ("0 n A; 2 a A; 40 n B Bob; 50 a B Bob; 170 h A; 170 h B", 300, "answered Bob 50 120"),
-    "gave up in the queue after having been missed": ("0 n A Alice; 20 h A cancel; 600 n B orig=B xcid=cd; 602 a B; 690 h B", 900, "missed - 20 - back", "answered - 2 88"),
+    "missed, then gave up in the queue": ("0 n A Alice; 20 h A cancel; 600 n B orig=B xcid=cd; 602 a B; 690 h B", 900, "missed - 20 - back", "answered - 2 88"),
     "Dial to a mobile": (f"0 n A Alice; 0.1 r A dial; 14 a A {MOBILE}; 74 h A", 100, f"answered {MOBILE} 14 60"),
     "rejected by us": ("0 n A; 0.1 r A reject; 0.2 h A busy", 100, "rejected - 0.2 -"),
     "seven hours": ("0 n A Alice; 10 a A Alice", 6.5 * 3600, "talking Alice 10 -"),
@@ -1724,20 +1725,20 @@ FLOWS = {
     "three-way transfer": ("0 n A Alice; 5 a A Alice; 60 n B Bob; 65 a B Bob; 70 h A; 120 n C Carl; 125 a C Carl; 130 h B; 300 h C", 400, "answered Alice,Bob,Carl 5 295"),
     "put through to a mobile": (f"0 n A Alice; 5 a A Alice; 30 n B Alice dir=out to={MOBILE}; 40 a B; 45 h A; 200 h B", 300, f"answered Alice,{MOBILE} 5 195"),
     "internal call with two legs": ("0 n A Alice dir=out to=4930201; 0.1 n B Bob from=4930200 to=4930201; 8 a B Bob; 8.1 a A; 60 h B; 60.1 h A", 100, "answered Bob 8 52.1"),
-    "two strangers from one company number": ("0 n A Alice xcid=a1; 20 h A cancel; 5 n B Bob orig=B xcid=b1; 9 a B Bob; 60 h B", 100, "missed - 20 -", "answered Bob 4 51"),
+    "two strangers from one company": ("0 n A Alice xcid=a1; 20 h A cancel; 5 n B Bob orig=B xcid=b1; 9 a B Bob; 60 h B", 100, "missed - 20 -", "answered Bob 4 51"),
     "queue, then voicemail": ("0 n A; 2 a A; 60 n B voicemail; 61 a B voicemail; 90 h A; 90 h B", 200, "voicemail - 61 - back"),
     "menu, gave up": ("0 n A Alice; 0.1 r A gather; 9 h A cancel", 100, "missed - 9 - back"),
     "told by us to go": ("0 n A Alice; 0.1 r A gather; 5 d A 9; 5.1 r A hangup; 5.2 h A", 100, "rejected - 5.2 -"),
     "transfer, A's hangup lost": ("0 n A Alice; 10 a A Alice; 70 n B Bob; 80 a B Bob; 200 h B", 4000, "answered Alice,Bob 10 190"),
     "transfer, A's hangup not there yet": ("0 n A Alice; 10 a A Alice; 70 n B Bob; 80 a B Bob; 200 h B", 3000, "talking Alice,Bob 10 -"),
-    "spoke, then voicemail, whose hangup is lost": ("0 n A Alice; 10 a A Alice; 70 n B voicemail; 70.5 a B voicemail; 71 h A forwarded", DAY, "answered Alice 10 60.5"),
+    "spoke, then voicemail, hangup lost": ("0 n A Alice; 10 a A Alice; 70 n B voicemail; 70.5 a B voicemail; 71 h A forwarded", DAY, "answered Alice 10 60.5"),
     "the beginning removed, then a transfer": ("0 a A Alice; 60 n B Bob; 70 a B Bob; 80 h A; 180 h B", 300, "answered Alice,Bob - 180"),
     "the same xcid after a lost hangup": ("0 n A Alice; 20 n B Bob; 40 h B cancel; 1800 n C Bob orig=C from=49222; 1805 a C Bob; 1865 h C", 3000, "missed - 40 - back", "answered Bob 5 60"),
     "group with overflow": ("0 n A Alice,Bob; 20 h A forwarded; 20.1 n B Carl,Dora; 30 a B Dora; 90 h B", 200, "answered Dora 30 60"),
     "overflow, nobody at last": ("0 n A Alice; 20 h A forwarded; 20.1 n B Bob; 40 h B forwarded; 40.1 n C Carl; 60 h C cancel", 200, "missed - 60 - back"),
     "consultation while the caller holds": ("0 n A Alice; 5 a A Alice; 30 n B Bob; 35 a B Bob; 50 h B; 100 h A", 200, "answered Alice,Bob 5 95"),
     "picked up by another phone": ("0 n A Alice; 9 a A 4930299; 60 h A", 100, "answered 4930299 9 51"),
-    "outgoing, taken over by a phone without a name": ("0 n A Alice dir=out; 9 a A; 60 n B dir=out to=4930277; 65 a B 4930277; 70 h A; 200 h B", 300, "answered - 9 191"),
+    "outgoing, taken over by a nameless phone": ("0 n A Alice dir=out; 9 a A; 60 n B dir=out to=4930277; 65 a B 4930277; 70 h A; 200 h B", 300, "answered - 9 191"),
     "clock set back an hour in between": ("0 n A Alice; 10 a A Alice; 10.0001 h A", 100, "answered Alice 10 0"),
     # what retention leaves of a call is no missed one
     "newCall removed": ("0 h A cancel; 1 d A 1", DAY, "lost - - -"),
@@ -1915,7 +1916,7 @@ class CallsTest(TestCase):
                 if "reply" not in (former[0], latter[0]):
                     self.assertEqual(found(swapped, after), found(rows, after), (name, place))
 
-    def test_random_logs_give_the_same_calls_in_any_order_from_any_leg(self):
+    def test_random_logs_give_the_same_calls_in_any_order(self):
         chance, now = random.Random(10), 1e9 + 200_000
         known = [row for text, *_ in FLOWS.values() for row in rows_of(text)]
         for _ in range(250):  # many more were compared; here they are to be quick
@@ -2069,7 +2070,7 @@ class PageTest(InFolder):
             for headers in requests:
                 self.assertEqual(self.get(target, **headers)[0], status, f"{target} {headers}")
 
-    def test_it_shows_who_rings_and_talks_and_whom_to_ring_back(self):
+    def test_it_shows_who_rings_or_talks_and_whom_to_ring_back(self):
         self.add("0 n M Alice orig=M xcid=m; 20 h M cancel", ago=3600)
         self.serve()
         self.assertEqual([(one["from"], one["calls"]) for one in self.data()["back"]], [(P, 1)])
@@ -2084,14 +2085,16 @@ class PageTest(InFolder):
         self.assertEqual(found["trouble"], "no server runs: calls that come now are not recorded")
 
     def test_its_figures_are_those_of_incoming_calls(self):
-        self.add("0 n A Alice; 10 a A Alice; 40 h A; 50 n B Bob orig=B xcid=b; 80 h B cancel; "
-                 "90 n C Carl orig=C xcid=c dir=out; 150 h C", ago=200)
         self.serve()
+        self.assertTrue(self.data()["empty"])
+        self.add("0 n A Alice; 10 a A Alice; 40 h A; 50 n B Bob orig=B xcid=b; 80 h B cancel; "
+                 "90 n C Carl orig=C xcid=c dir=out; 95 a C; 150 h C; 160 h D orig=D xcid=d",
+                 ago=200)
+        wait_until(lambda: not self.data()["empty"])
         found = sc.counted(call for calls in self.overview.days.values() for call in calls.values())
         self.assertEqual([*map(sum, zip(*found.pop("hours")))], [1, 0, 1])
         self.assertEqual({name: round(value, 1) for name, value in found.items()}, {
             "calls": 2, "missed": 1, "share": 0.5, "wait": 30, "longest": 30, "talk": 30})
-        self.assertFalse(self.data()["empty"])
 
     def test_it_follows_the_log_and_only_changes_are_sent(self):
         self.add("0 n A Alice", ago=5)
@@ -2192,21 +2195,21 @@ def always(action):
 
 class RehearsalTest(TestCase):
     ROWS = (  # scenario, decision; of the call: events, by whom, outcome, cause, direction, reply
-        ("answered", None, "3 Alice answered normalClearing in "),
+        ("answered", None, "3 Alice answered in "),
         ("missed", None, "2  missed cancel in "),
         ("busy", None, "2  missed busy in "),
         ("declined", None, "2  missed noAnswer in "),
-        ("outgoing", None, "3  answered normalClearing out "),
-        ("voicemail", None, "5  voicemail normalClearing in "),
-        ("transfer", None, "6 Alice,Carl answered normalClearing in "),
-        ("menu", None, "3 Alice answered normalClearing in "),
-        ("menu", gather(), "4  missed normalClearing in Gather"),
+        ("outgoing", None, "3  answered out "),
+        ("voicemail", None, "5  voicemail in "),
+        ("transfer", None, "6 Alice,Carl answered in "),
+        ("menu", None, "3 Alice answered in "),
+        ("menu", gather(), "4  missed in Gather"),
         ("answered", reject("busy"), "2  rejected busy in Reject busy"),
         ("transfer", reject(), "2  rejected noAnswer in Reject"),
-        ("answered", hang_up(), "2  rejected normalClearing in Hangup"),
-        ("answered", dial("49211", "492"), "3 49211 answered normalClearing in Dial 49211 492"),
-        ("answered", voicemail(), "3  voicemail normalClearing in Dial Voicemail"),
-        ("answered", play("http://x/a"), "3 Alice answered normalClearing in Play http://x/a"),
+        ("answered", hang_up(), "2  rejected in Hangup"),
+        ("answered", dial("49211", "492"), "3 49211 answered in Dial 49211 492"),
+        ("answered", voicemail(), "3  voicemail in Dial Voicemail"),
+        ("answered", play("http://x/a"), "3 Alice answered in Play http://x/a"),
     )
 
     def rehearse(self, name="answered", digits="1", **functions):
@@ -2228,7 +2231,7 @@ class RehearsalTest(TestCase):
             _, call, events = self.rehearse(name, **always(action))
             found = (f"{len(events)} {','.join(call.answered_by)} {call.outcome} {call.cause} "
                      f"{call.direction} {call.reply}")
-            self.assertEqual(found, row, name)
+            self.assertEqual(found.replace("normalClearing ", ""), row, name)
 
     def test_the_conversation_is_shown_in_both_directions(self):
         self.assertEqual(self.rehearse()[0], [
@@ -2257,14 +2260,13 @@ class RehearsalTest(TestCase):
             return gather(max_digits=4) if event.state == "first" else dial("4921100")
 
         menu = {"on_new_call": lambda event: gather(state="first"), "on_dtmf": on_dtmf}
-        said, call, (_, one, two, *_) = self.rehearse("menu", "19,00421", **menu)
+        _, call, (_, one, two, *_) = self.rehearse("menu", "19,00421", **menu)
         self.assertEqual((one.dtmf, one.state, two.dtmf, two.state), ("1", "first", "0042", ""))
         self.assertEqual((call.digits, call.outcome, call.answered_by),
                          ("1,0042", "answered", ("4921100",)))
-        self.assertIn('maxDigits="4"', said[5])
-        self.assertIn("pressed 0042", said[6])
         for functions, digits, line in [
                 (menu, "", "--> dtmf     492111234567 pressed [unknown]"),
+                (menu, "-1", "--> dtmf     492111234567 pressed -1"),
                 (menu, "1,2,7,8", "    (your functions do not ask for 7,8)"),
                 ({}, "1", "    (your functions do not ask for 1)")]:
             self.assertIn(line, self.rehearse("menu", digits, **functions)[0])
@@ -2444,7 +2446,7 @@ class OutputTest(TestCase):
                 with environment(JOURNAL_STREAM=journal):
                     self.assertIs(sc.has_own_time(stream), is_this)
 
-    def test_messages_wrap_on_a_terminal_and_text_from_outside_stays_one_line(self):
+    def test_messages_wrap_and_text_from_outside_stays_one_line(self):
         terminal, out, word = io.StringIO(), io.StringIO(), "one-piece" * 6
         terminal.isatty = lambda: True
         with environment(COLUMNS="40"):
@@ -2593,7 +2595,7 @@ def on_new_call(event):
             ThreadPoolExecutor(1).submit(list, cls.program.replies(bodies))
             for bodies in ([b"callId=slow", b"callId=1"], [NEW_CALL] * 5000))
 
-    def test_neither_a_stuck_stdout_nor_code_that_hangs_delays_a_call(self):
+    def test_neither_stuck_stdout_nor_hanging_code_delays_a_call(self):
         slow, quick = self.slow.result(30), self.quick.result(30)
         self.assertEqual(len(quick), 5000)
         self.assertLess(max(took for _, took in quick), 2)
@@ -2615,7 +2617,7 @@ class SettingsFromTest(InFolder):
             found = sc.read_settings(self.options)
         return found, err.getvalue()
 
-    def test_flags_come_before_the_environment_and_that_before_the_file(self):
+    def test_flags_come_before_the_environment_before_the_file(self):
         path = self.write(".env", "WEBHOOK_URL=https://file.example/p\nCALL_OUTPUT=json\n"
                                   "VERIFY_SIGNATURE=off\nCALL_LOG=calls.db\n")
         found, said = self.read("check", "--url", "https://flag.example/q", CALL_OUTPUT="off",
@@ -2928,6 +2930,8 @@ class CommandTest(InFolder):
         self.assertEqual([(entry["legs"], len(entry["events"])) for entry in latest],
                          [(["L24"], 2), (["L23"], 2), (["L21"], 2)])
         self.assertEqual(self.calls("--missed", "--since", "2026-01-01"), ["no call matches"])
+        self.store(rows_of(f"13000 n A; 13009 h A forwarded; 13009 n B to={MOBILE}; 13020 h B"))
+        self.assertEqual(len(self.entries("--missed", "--number", MOBILE)), 1)
 
     CODE = """\
 from sipgate_callevents import dial, threading
@@ -3018,7 +3022,7 @@ class ForgetTest(InFolder):
     def forget(self, *words):
         return self.run_command("forget", *words)
 
-    def test_no_byte_of_a_forgotten_number_is_left_however_it_hides(self):
+    def test_no_byte_of_a_forgotten_number_is_left(self):
         blanked = [re.sub(r"\|[^|]*\|", "[forgotten]", text).encode() for text in self.HIDDEN]
         rows = [("newCall", f"leg{n}", b"direction=in&from=49211%d" % n) for n in range(3000)]
         rows += [("reply" if text.startswith("<R") else "newCall", f"x{n}",
@@ -3083,7 +3087,7 @@ class ReadmeTest(TestCase):
     README = text_of("README.md")
     CODE = tuple(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
 
-    def test_table_example_file_and_script_name_the_same_settings(self):
+    def test_its_table_and_the_example_file_name_all_settings(self):
         table = re.findall(r"^\| `([A-Z_]+)`[^|]*\| ([^|]*?) ?\|", self.README, re.MULTILINE)
         script = [(setting.name.upper(), str(setting.default)) for setting in sc.fields(Settings)]
         self.assertEqual(table, script)
