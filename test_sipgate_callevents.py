@@ -148,7 +148,7 @@ def setUpModule():
     for name in filter(re.compile("WEBHOOK|CALL|VERIFY|SIGNATURE|JOURNAL").match, list(os.environ)):
         del os.environ[name]
     os.environ["COLUMNS"] = "80"
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # `&` ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # & ignores it
     global SCRIPT
     folder = tempfile.mkdtemp()
     unittest.addModuleCleanup(shutil.rmtree, folder)
