@@ -137,8 +137,11 @@ logger = logging.Logger("sipgate_callevents", logging.INFO)  # noqa: LOG001
 # ==========================================================================================
 
 def on_new_call(event: NewCallEvent) -> Action | None:
-    """Say what happens to the call; None: what is configured at sipgate. 3 seconds at most."""
-    # if event.from_number == "anonymous":
+    """Say what happens to the call; None: what is configured at sipgate. 3 seconds at most.
+
+    Outgoing calls come here, too. Numbers are digits with their country code, without +.
+    """
+    # if event.direction == "in" and event.from_number in ("anonymous", "49211555111"):
     #     return reject("busy")
     return None
 
@@ -416,7 +419,7 @@ class DtmfEvent(CallEvent):
 
 # A further event: a class above (is_decided=False, if its function is to run later), named here;
 # its fields below; a line in ROUTES; its function in CallFunctions; what event_line prints; whether
-# Receiver._unsigned takes it. If a reply has to ask for it: its attribute in response_xml.
+# Receiver._taken_unsigned takes it. If a reply has to ask for it: its attribute in response_xml.
 EVENTS: dict[str, type[CallEvent]] = {
     kind.event: kind for kind in (NewCallEvent, AnswerEvent, HangupEvent, DtmfEvent)}
 FIELDS = {  # of the form, each with its name here
@@ -471,8 +474,8 @@ def _single(form: Mapping[str, Sequence[str]], key: str) -> str:
 # ------------------------------------------------------------------------------------------
 # Actions and XML
 # What a reply can ask of sipgate: one small function for each verb of its XML, and the one that
-# writes the document. A further one needs no more; if it ends a call, put_together is to know it.
-# Knows no settings.
+# writes the document. A further verb is a function here; one that ends a call also stands beside
+# Reject and Hangup in put_together. Knows no settings.
 # ------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -716,12 +719,14 @@ class CallLog:
 
     While the disk is full, slow or hangs, calls go on: their events wait in memory, QUEUE of them
     at most, and are tried again; stderr and /healthz say so, and stderr what is lost in the end.
-    Meanwhile a repeat counts as new. Only at the start a disk that hangs is waited for.
+    Meanwhile a repeat counts as new. Only at the start, and when the file is closed at the stop, a
+    disk that hangs is waited for.
 
     Numbers are in this file, and in one put aside as damaged, which only its owner may read, for
-    CALL_LOG_DAYS and about a day more while this runs; in stdout (CALL_OUTPUT), for as long as
-    that is kept; on the page; and where your functions put them. The server's messages on stderr
-    have none, but for what your functions raise.
+    CALL_LOG_DAYS and about a day more; longer while this does not run, the disk is full, another
+    program reads the file, or no minute is without an event. They are in stdout (CALL_OUTPUT), for
+    as long as that is kept; on the page; and where your functions put them. The server's messages
+    on stderr have none, but for what your functions raise.
     """
 
     QUEUE = 10_000  # events that may wait while the disk takes none
@@ -863,7 +868,7 @@ class CallLog:
         self._database = None
 
     def _fail(self, error: Exception) -> None:
-        self._fall_behind(str(error))
+        self._fall_behind(str(error) or type(error).__name__)  # as of a MemoryError
         self._disconnect()  # which rolls back
         if type(error) is sqlite3.DatabaseError:  # as SQLITE_CORRUPT and SQLITE_NOTADB alone are
             self._file.close()  # or Windows would not let it be renamed
@@ -975,8 +980,8 @@ class YourCode:
     def decide(self, event: CallEvent, deadline: float) -> Action | None:
         """Return what your function makes of `event`; None if it fails, or not by `deadline`.
 
-        That is Receiver.reply_seconds after the request; storing the event has taken a second of
-        them at most. The caller waits no longer, as long as Python runs.
+        That is 3 s (Receiver.reply_seconds) after the body was read; storing the event has used a
+        second of them at most. The caller waits no longer, as long as Python runs.
         """
         if event.function not in self.functions:
             return None
@@ -1117,7 +1122,7 @@ class Receiver:
         falsifies the call log, runs on_hangup, and ends no call.
         """
         path, _, query = target.partition("?")
-        unsigned = self._unsigned(outside)
+        unsigned = self._taken_unsigned(outside)
         try:
             if path not in self.routes:
                 logger.warning("a webhook came in at %s, where nothing is: the URL at sipgate is "
@@ -1141,7 +1146,7 @@ class Receiver:
                            "sipgate", event.event, path)
         return event
 
-    def _unsigned(self, outside: str) -> tuple[type[CallEvent], ...]:
+    def _taken_unsigned(self, outside: str) -> tuple[type[CallEvent], ...]:
         """The events that are taken without a signature; CallEvent: all of them."""
         mode, is_trial = self.settings.verify_signature, self.settings.trial
         if mode == "off" or (is_trial and not outside):
@@ -1184,7 +1189,7 @@ class Receiver:
     def _record(self, event: CallEvent, received_at: float) -> bool:
         """Have the event stored; False for an exact repeat, where signatures are checked."""
         digest = None
-        if isinstance(event, LegEvent) and CallEvent not in self._unsigned(""):
+        if isinstance(event, LegEvent) and CallEvent not in self._taken_unsigned(""):
             digest = hashlib.sha256(event.event.encode() + b"\0" + event.body).digest()
         return not self.call_log or self.call_log.record(event, received_at, digest) is not False
 
@@ -1776,9 +1781,10 @@ def serve(settings: Settings, *, keys: Sequence[PublicKey] = (),
           announce: Callable[[Settings], str] = lambda settings: "") -> int:
     """Receive webhooks until a signal comes; return the exit status. Raises SettingsError, OSError.
 
-    On SIGTERM or Ctrl-C no connection is accepted any more, what has come whole gets its reply, and
-    the rest is closed; then your functions, the call log and the lines are finished, as far as
-    time allows. Events that are left are told on stderr; the status is 0 all the same.
+    On SIGTERM, SIGHUP or Ctrl-C no connection is accepted any more, requests that were read get
+    their reply, and the rest is closed; then your functions, the call log and the lines are
+    finished, as far as time allows (6 s in all). stderr names the calls whose events are not
+    stored, and counts the runs that are left; the status is 0 all the same.
 
     `keys` come before sipgate's own; `tell` gives the text to print for an event, `announce` that
     for the start.
