@@ -446,26 +446,25 @@ def parse_event(body: bytes, default_event: str, state: str = "", **more: Any) -
         form = urllib.parse.parse_qs(text, keep_blank_values=True, max_num_fields=MAX_FIELDS)
     except ValueError:
         raise WebhookError(400, f"the form has more than {MAX_FIELDS} fields") from None
-    name = _single(form, "event") or default_event
+    name = _single("event", form.get("event", [""])) or default_event
     if not name:
         raise WebhookError(404, "no event is named", "a webhook came in that names no event")
     kind = EVENTS.get(name, CallEvent)  # which is for what sipgate may add one day
     values: dict[str, Any] = {"state": state} if kind is DtmfEvent else {}
     for key, found in form.items():
         # user[] as documented, user[][0] as sipgate's own test sends it.
-        wire = key if key in FIELDS else re.sub(r"\[\]\[[0-9]+\]\Z", "[]", key)
+        wire = re.sub(r"\[\]\[[0-9]+\]\Z", "[]", key) if "][" in key else key
         python = FIELDS.get(wire, "")
         if python not in kind.__dataclass_fields__:
             continue
         if not wire.endswith("[]"):
-            values[python] = _single(form, key)
+            values[python] = _single(key, found)
         elif any(found):
             values[python] = (*values.get(python, ()), *found)
     return kind(event=name, fields=form, body=body, **values, **more)
 
 
-def _single(form: Mapping[str, Sequence[str]], key: str) -> str:
-    values = form.get(key, ("",))
+def _single(key: str, values: Sequence[str]) -> str:
     if len(values) > 1:
         raise WebhookError(400, f"the form has {key} more than once")
     return values[0]
@@ -625,8 +624,9 @@ class Worker(threading.Thread):
         with self.lock:
             if len(self.items) >= self.limit:
                 return False
+            if not self.items:  # while there are any, the thread is awake
+                self.lock.notify()
             self.items.append(item)
-            self.lock.notify()
             return True
 
     def is_needed(self) -> bool:
@@ -1131,7 +1131,7 @@ class Receiver:
                 raise WebhookError(404, "not found")
             if signature is not None or not unsigned:
                 self._verify(body, signature)
-            state = dict(urllib.parse.parse_qsl(query)).get("state", "")
+            state = dict(urllib.parse.parse_qsl(query)).get("state", "") if query else ""
             event = parse_event(body, self.routes[path], state, signature=signature,
                                 find_call=self.find_call)
             if signature is None and not isinstance(event, unsigned):
