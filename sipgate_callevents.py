@@ -1135,7 +1135,7 @@ class Receiver:
             event = parse_event(body, self.routes[path], state, signature=signature,
                                 find_call=self.find_call)
             if signature is None and not isinstance(event, unsigned):
-                self._verify(body, None)
+                self._verify(body, None)  # which raises
             if not event.call_id and CallEvent not in unsigned:
                 raise WebhookError(400, "callId is missing")
         except WebhookError:
@@ -1456,7 +1456,7 @@ class TlsFiles:
     def __init__(self, certificate: str, key: str) -> None:
         """Load the PEM files. Raises SettingsError."""
         self.paths = certificate, key
-        self._stamp: list[int] = []
+        self._stamp: list[tuple[int, int]] = []
         self._context: Any = None  # until there has been a usable pair
         self.context()
 
@@ -1464,8 +1464,7 @@ class TlsFiles:
         """The context for a new connection. Raises SettingsError while there has been none."""
         try:
             # With the time of chmod, which can make a file readable.
-            stamp = [at for path in self.paths
-                     for at in (os.stat(path).st_mtime_ns, os.stat(path).st_ctime_ns)]
+            stamp = [(found.st_mtime_ns, found.st_ctime_ns) for found in map(os.stat, self.paths)]
             if stamp != self._stamp:
                 self._stamp = stamp
                 # A new one: the live one would fail while only one of the files is new.
